@@ -1,0 +1,5 @@
+"""The one error type for mistakes of a user of the command: the command line prints its single line and exits with 2."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message names the argument, what came and what is allowed, in one line."""

@@ -1,0 +1,1 @@
+"""KA-attention in Hugging Face transformers: attention function, masks, caches, gates."""

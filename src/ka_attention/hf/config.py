@@ -1,0 +1,53 @@
+"""Which layers of a transformers model use KA-attention, and how: the small dictionary kept in ``config.ka_config``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+GateKind = Literal["fixed", "head", "token"]
+
+
+@dataclass(frozen=True)
+class KAConfig:
+    """KA-attention settings of one model.
+
+    layers:     indices of the KA layers; None means every layer. The other layers stay the model's own softmax attention.
+    window:     a KA layer attends to the last ``window`` tokens, itself included; None means all of them.
+    gate:       "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, content dependent).
+    gate_init:  the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
+    gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
+    """
+
+    layers: tuple[int, ...] | None = None
+    window: int | None = None
+    gate: GateKind = "fixed"
+    gate_init: float = 1.0
+    gate_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "gate_range", tuple(self.gate_range))
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window: expected None or an integer >= 1, got {self.window!r}")
+        if self.gate not in ("fixed", "head", "token"):
+            raise ValueError(f"gate: expected 'fixed', 'head' or 'token', got {self.gate!r}")
+        low, high = self.gate_range
+        if not -1.0 <= low <= self.gate_init <= high <= 1.0:
+            raise ValueError(f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {self.gate_init!r}")
+
+    def enabled(self, layer_idx: int) -> bool:
+        """Whether layer ``layer_idx`` is a KA layer."""
+        return self.layers is None or layer_idx in self.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that survives ``config.json``."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, model_config: Any) -> KAConfig:
+        """The KA configuration of a transformers configuration (the default one where none was set)."""
+        stored = getattr(model_config, "ka_config", None) or {}
+        return stored if isinstance(stored, cls) else cls(**stored)

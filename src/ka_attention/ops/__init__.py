@@ -1,0 +1,1 @@
+"""The mechanism: imports torch only, knows no model and no experiment."""

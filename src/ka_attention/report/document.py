@@ -1,0 +1,42 @@
+"""What a report is made of. A study builds these; ``render`` turns them into pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. Numbers are formatted by whoever builds the table; every row has as many cells as ``columns``."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.caption!r}: a row has {len(row)} cells for {len(self.columns)} columns")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: ``draw`` draws on the axes it is given and sets labels with units. ``name`` is the file's stem."""
+
+    name: str
+    caption: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (6.4, 3.8)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs of prose (Markdown emphasis and code allowed), then tables and figures in this order."""
+
+    title: str
+    paragraphs: Sequence[str] = field(default_factory=tuple)
+    tables: Sequence[Table] = field(default_factory=tuple)
+    figures: Sequence[Figure] = field(default_factory=tuple)
