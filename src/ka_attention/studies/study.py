@@ -1,4 +1,4 @@
-"""The narrow interface of a study: a question with named recipes, a resumable run, and a section in the report."""
+"""The narrow interface of a study: a question with named recipes, a resumable run, and sections in the report."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class Study(Protocol):
         """Answer the question: call ``store.part`` for each unit of work and return the results as JSON."""
         ...
 
-    def section(self, results: dict[str, Json]) -> Section:
+    def sections(self, results: dict[str, Json]) -> list[Section]:
         """The results in words, tables and figures: what was expected, what came, what it does not show."""
         ...
