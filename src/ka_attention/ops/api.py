@@ -1,0 +1,205 @@
+"""The public operator: validate, choose a backend, run."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ka_attention.ops import operator, reference
+
+BACKENDS = ("reference", "blocked", "triton")
+
+
+def ka_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gate: float | Tensor = 1.0,
+    scale: float | None = None,
+    window: int | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    attn_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention in which a past token contributes its attention output instead of its value.
+
+        A_i = Σ_{j<i} W_ij U_j + W_ii V_i,    U_j = V_j + g_j (A_j − V_j),    W = causal_softmax(scale · Q Kᵀ)
+
+    The system is unit lower-triangular, so it is solved exactly and in parallel (docs/maths.md). Gradients flow to all
+    floating-point tensors. A row that may attend nothing gives 0 and has no gradient.
+
+    Args:
+        q: queries, [B, Hq, T, D]; float32, float64, bfloat16 or float16.
+        k, v: keys and values, [B, Hkv, T, D] with Hq a multiple of Hkv: query head h reads key head h // (Hq // Hkv).
+        gate: g, a number, [Hq] or [B, Hq, T], any float dtype. 0 is softmax attention, 1 is KA-attention.
+        scale: factor of the scores, D**-0.5 by default.
+        window: token i attends to the last `window` positions only, itself included, the past counted in.
+        past: cached prefix (k_past [B, Hkv, P, D], u_past [B, Hq, P, D]); `cache_values` makes the second.
+        attn_mask: bool, True may be attended; [B, P + T] (real tokens, as in transformers) or 4-D, broadcastable to
+            [B, Hq, T, P + T]. Causality applies besides.
+        cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without past and attn_mask.
+        softcap: scores become softcap · tanh(scores / softcap).
+        dropout: only 0.0; attention that feeds itself has no established dropout.
+        backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose by
+            device. A named backend that cannot serve the call raises RuntimeError.
+
+    Returns:
+        A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype. ValueError: a shape or value that is not allowed.
+    """
+    if dropout != 0.0:
+        raise ValueError(f"dropout must be 0.0 (KA-attention has none), got {dropout}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)
+    if q.numel() == 0:
+        return q.clone()
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.dense(*call.tensors, **call.options)
+    backend = backend or ("triton" if q.device.type == "cuda" else "blocked")
+    return operator.forward(*call.tensors, call.options["scale"], window, call.options["softcap"], backend)[0]
+
+
+def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
+    """U = V + g (A − V), what a later token reads of each token and a cache stores: [B, Hq, T, D] in a's dtype.
+
+    `v` is [B, Hkv, T, D], `a` the output [B, Hq, T, D] of `ka_attention` with the same `gate`.
+    """
+    if a.ndim != 4 or v.ndim != 4 or v.shape[:1] + v.shape[2:] != a.shape[:1] + a.shape[2:] or a.shape[1] % v.shape[1]:
+        raise ValueError(f"v must be [B, Hkv, T, D] for a [B, Hq, T, D], got {list(v.shape)} and {list(a.shape)}")
+    g = expand_gate(gate, a)
+    if g is None:
+        return a
+    v = v.repeat_interleave(a.shape[1] // v.shape[1], dim=1)
+    return (v + g[..., None] * (a - v)).to(a.dtype)
+
+
+class Call(NamedTuple):
+    """The arguments of a backend: its nine tensors in order, and its options."""
+
+    tensors: tuple[Tensor | None, ...]
+    options: dict
+
+
+def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap) -> Call:
+    """Check every argument of `ka_attention` and bring it to the form that backends take."""
+    _check_tensor("q", q, q, None)
+    B, Hq, T, D = q.shape
+    _check_tensor("k", k, q, (B, None, T, D))
+    Hkv = k.shape[1]
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"q must have a multiple of k's heads, got {Hq} query heads and {Hkv} key heads")
+    _check_tensor("v", v, q, (B, Hkv, T, D))
+    scale = D**-0.5 if scale is None and D else _number("scale", scale)
+    softcap = None if softcap is None else _number("softcap", softcap, above=0)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window must be None or an int, got {type(window).__name__}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+    k_past = u_past = None
+    if past is not None:
+        if not isinstance(past, tuple | list) or len(past) != 2:
+            raise TypeError("past must be None or the pair (k_past, u_past)")
+        k_past, u_past = past
+        _check_tensor("past[0] (k_past)", k_past, q, (B, Hkv, None, D))
+        _check_tensor("past[1] (u_past)", u_past, q, (B, Hq, k_past.shape[2], D))
+        if k_past.shape[2] == 0:
+            k_past = u_past = None
+    P = 0 if k_past is None else k_past.shape[2]
+
+    if cu_seqlens is not None:
+        if past is not None or attn_mask is not None:
+            raise ValueError("cu_seqlens cannot be combined with past or attn_mask")
+        _check_cu_seqlens(cu_seqlens, q)
+    mask = None if attn_mask is None else _expand_mask(attn_mask, q, P)
+    tensors = (q, k, v, expand_gate(gate, q), k_past, u_past, mask, cu_seqlens)
+    return Call(tensors, {"scale": scale, "window": window, "softcap": softcap})
+
+
+def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
+    """The gate as [B, Hq, T] in float32 (float64 for float64 queries); None for the number 1."""
+    B, Hq, T, _ = q.shape
+    if isinstance(gate, int | float) and not isinstance(gate, bool):
+        if not math.isfinite(gate):
+            raise ValueError(f"gate must be finite, got {gate}")
+        if gate == 1:
+            return None
+        gate = torch.full((Hq,), float(gate), device=q.device)
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise TypeError(f"gate must be a number or a floating-point tensor, got {_kind(gate)}")
+    if gate.device != q.device:
+        raise ValueError(f"gate must be on q's device {q.device}, got {gate.device}")
+    if gate.shape not in ((Hq,), (B, Hq, T)):
+        raise ValueError(f"gate must be a number, [Hq] = [{Hq}] or [B, Hq, T] = {[B, Hq, T]}, got {list(gate.shape)}")
+    gate = gate.to(torch.promote_types(q.dtype, torch.float32))
+    return gate.view(1, Hq, 1).expand(B, Hq, T) if gate.ndim == 1 else gate
+
+
+def _expand_mask(mask: Tensor, q: Tensor, P: int) -> Tensor:
+    B, Hq, T, _ = q.shape
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"attn_mask must be a bool tensor (True may be attended), got {_kind(mask)}")
+    if mask.device != q.device:
+        raise ValueError(f"attn_mask must be on q's device {q.device}, got {mask.device}")
+    full = (B, Hq, T, P + T)
+    if mask.ndim == 2 and mask.shape == (B, P + T):
+        return mask[:, None, None, :]
+    if mask.ndim == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+        return mask
+    raise ValueError(
+        f"attn_mask must be [B, P + T] = {[B, P + T]} or 4-D, broadcastable to [B, Hq, T, P + T] = {list(full)}, "
+        f"got {list(mask.shape)}"
+    )
+
+
+def _check_cu_seqlens(cu: Tensor, q: Tensor) -> None:
+    if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {_kind(cu)}")
+    if cu.device != q.device:
+        raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu.device}")
+    if cu.ndim != 1 or len(cu) < 2 or q.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens must be [N + 1] with N ≥ 1 for a batch of 1, got {list(cu.shape)} for a batch of {q.shape[0]}"
+        )
+    if torch.compiler.is_compiling() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # the values cannot be looked at here
+    ends = cu.tolist()
+    if ends[0] != 0 or ends[-1] != q.shape[2] or any(b < a for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[2]} without falling, got {ends}")
+
+
+def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] | None) -> None:
+    """4-D, floating point, of q's dtype and device, and of `shape`, in which None is any size."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_kind(x)}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if shape is not None and any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
+        wanted = ["any" if want is None else want for want in shape]
+        raise ValueError(f"{name} must be {wanted} for q {list(q.shape)}, got {list(x.shape)}")
+
+
+def _number(name: str, x: float, above: float = -math.inf) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be None or a number, got {_kind(x)}")
+    if not math.isfinite(x) or x <= above:
+        raise ValueError(f"{name} must be finite and above {above}, got {x}")
+    return float(x)
+
+
+def _kind(x: object) -> str:
+    return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__

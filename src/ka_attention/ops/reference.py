@@ -1,0 +1,80 @@
+"""The specification of KA-attention: the token loop and the dense triangular solve, in plain differentiable PyTorch.
+
+Arguments are those of a backend (docs/architecture.md). Half precision is computed in float32, everything else in its own
+dtype. Both build T × T matrices: they are for tests and for short sequences.
+"""
+
+import torch
+from torch import Tensor
+
+
+def visible(
+    q_len: int, k_len: int, mask: Tensor | None, cu_seqlens: Tensor | None, window: int | None, device: torch.device
+) -> Tensor:
+    """Which of `k_len` keys each of the last `q_len` positions may attend: bool, broadcastable to [B, Hq, q_len, k_len]."""
+    j = torch.arange(k_len, device=device)
+    i = j[k_len - q_len :, None]
+    seen = j <= i
+    if window is not None:
+        seen = seen & (j > i - window)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:], j.to(cu_seqlens.dtype), right=True)
+        seen = seen & (sequence == sequence[:, None])
+    return seen[None, None] if mask is None else seen & mask
+
+
+def weights(
+    q: Tensor,
+    k: Tensor,
+    k_past: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale,
+    window,
+    softcap,
+) -> Tensor:
+    """The causal softmax W, [B, Hq, T, P + T], float32 or float64. A row that may attend nothing is zero."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if k_past is not None:
+        k = torch.cat([k_past, k], dim=2)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = scale * (q.to(dtype) @ k.to(dtype).mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = visible(q.shape[2], k.shape[2], mask, cu_seqlens, window, q.device)
+    # A finite fill and a second masking keep rows that attend nothing, and their gradients, at zero instead of NaN.
+    return scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1).masked_fill(~seen, 0)
+
+
+def dense(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
+    """A = (I − L G)⁻¹ (W_past U_past + (L (I − G) + diag(d)) V), by one triangular solve per head."""
+    past, L, d, u_past, v, g = _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    g = g[:, :, None]
+    x = past @ u_past + (L * (1 - g)) @ v + d * v
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    return torch.linalg.solve_triangular(eye - L * g, x, upper=False, unitriangular=True).to(q.dtype)
+
+
+def token_loop(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
+    """A_i = Σ_{j<i} W_ij U_j + W_ii V_i with U_j = V_j + g_j (A_j − V_j), one token after the other."""
+    past, L, d, u_past, v, g = _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    a: list[Tensor] = []
+    u: list[Tensor] = []
+    for i in range(q.shape[2]):
+        a_i = past[:, :, i, None] @ u_past + d[:, :, i, None] * v[:, :, i, None]
+        if u:
+            a_i = a_i + L[:, :, i, None, :i] @ torch.cat(u, dim=2)
+        a.append(a_i)
+        u.append(v[:, :, i, None] + g[:, :, i, None, None] * (a_i - v[:, :, i, None]))
+    return torch.cat(a, dim=2).to(q.dtype)
+
+
+def _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
+    """W as (past, L, d), and u_past, v, gate for every query head in W's dtype."""
+    w = weights(q, k, k_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap)
+    past, new = w[..., : w.shape[-1] - q.shape[2]], w[..., w.shape[-1] - q.shape[2] :]
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(w.dtype)
+    u_past = v[:, :, :0] if u_past is None else u_past.to(w.dtype)
+    gate = torch.ones_like(q[..., 0], dtype=w.dtype) if gate is None else gate
+    return past, new.tril(-1), new.diagonal(dim1=-2, dim2=-1)[..., None], u_past, v, gate
