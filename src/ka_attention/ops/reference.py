@@ -1,7 +1,7 @@
 """The specification of KA-attention: the token loop and the dense triangular solve, in plain differentiable PyTorch.
 
-Arguments are those of a backend (docs/architecture.md). Half precision is computed in float32, everything else in its own
-dtype. Both build T × T matrices: they are for tests and for short sequences.
+Arguments are those of a backend (docs/architecture.md). Half precision is computed in float32, all else in its own dtype.
+Both build T × T matrices: they are for tests and for short sequences.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 def visible(
     q_len: int, k_len: int, mask: Tensor | None, cu_seqlens: Tensor | None, window: int | None, device: torch.device
 ) -> Tensor:
-    """Which of `k_len` keys each of the last `q_len` positions may attend: bool, broadcastable to [B, Hq, q_len, k_len]."""
+    """Which of `k_len` keys the last `q_len` positions may attend: bool, broadcastable to [B, Hq, q_len, k_len]."""
     j = torch.arange(k_len, device=device)
     i = j[k_len - q_len :, None]
     seen = j <= i
