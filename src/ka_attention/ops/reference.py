@@ -1,6 +1,6 @@
 """The specification of KA-attention: the token loop and the dense triangular solve, in plain differentiable PyTorch.
 
-Arguments are those of a backend (docs/architecture.md). Half precision is computed in float32, all else in its own dtype.
+Arguments are those of a backend (docs/architecture.md). Half precision is computed in float32, all else as it comes.
 Both build T × T matrices: they are for tests and for short sequences.
 """
 
