@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
+if TYPE_CHECKING:  # a report's data needs no plotting library
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: ``draw`` draws on the axes it is given and sets labels with units. ``name`` is the file's stem."""
+    """A plot: ``draw`` draws on the axes it is given and sets labels with units. ``name`` is the file's stem.
+
+    The page is read in the light and in the dark: leave text, axes and grid to the style, and take the colours of
+    data from the cycle (``"C0"``, ``"C1"``, …), which is readable on both. ``size`` is in inches; text is legible on
+    a phone up to a width of about 5.
+    """
 
     name: str
     caption: str
     draw: Callable[[Axes], None]
-    size: tuple[float, float] = (6.4, 3.8)
+    size: tuple[float, float] = (5.0, 3.4)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs of prose (Markdown emphasis and code allowed), then tables and figures in this order."""
+    """A heading, paragraphs of prose (Markdown emphasis, code and links allowed), then tables, then figures."""
 
     title: str
     paragraphs: Sequence[str] = field(default_factory=tuple)

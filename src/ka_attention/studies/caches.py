@@ -1,0 +1,229 @@
+"""KV cache against KA cache on one model: perplexity from the first token, speed of the token loop, bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ka_attention.hf import KACache, KAConfig, cache_bytes, use
+from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.memory import cache_size, is_softmax
+from ka_attention.studies.perplexity import token_losses
+from ka_attention.studies.statistics import arms_with, changes, deviation, mean, mean_sd, percent, values, verdict
+
+NAMES = {"kv": "KV", "ka": "KA"}
+WARM_UP = 4  # tokens decoded before the clock starts
+
+
+def own_config(model: Any) -> KAConfig | None:
+    """The KA configuration that ``model`` runs with; None for a stock softmax model."""
+    return KAConfig.of(model.config) if model.config._attn_implementation == "ka" else None
+
+
+def own_cache(model: Any) -> str:
+    """The kind of cache that belongs to the attention ``model`` runs with: "kv" or "ka"."""
+    return "kv" if is_softmax(own_config(model)) else "ka"
+
+
+@contextmanager
+def attention(model: Any, kind: str) -> Iterator[KAConfig | None]:
+    """Let ``model`` attend as it does through a ``kind`` cache; yields the configuration.
+
+    "kv" is softmax attention over cached keys and values, "ka" is KA-attention over cached keys and outputs. One of
+    them is the model's own and changes nothing; the other keeps its layers and window and swaps the gate: 0 on a
+    KA-trained model, 1 on a softmax-trained one.
+    """
+    own = own_config(model)
+    if kind == own_cache(model):
+        yield own
+        return
+    swapped = replace(own or KAConfig(), gate="fixed", gate_init=float(kind == "ka"), gate_range=(0.0, 1.0))
+    with use(model, swapped):
+        yield swapped
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any, sequences: Tensor, *, batch_size: int, caches: Sequence[str] = ("kv", "ka")
+) -> dict[str, dict[str, Any]]:
+    """Decode ``sequences`` (int64 [N, T]) token by token from the first token through each kind of cache.
+
+    No prefill: every step reads one token and the cache that earlier steps wrote. Position i predicts token i + 1, so
+    ``loss`` and ``ppl`` are over the same T − 1 tokens a sequence as those of the parallel pass. ``seconds`` is the
+    whole loop over N · T tokens, scoring included; the kinds take turns batch by batch, so that a slow moment of the
+    machine touches all of them. Bytes are read from the cache (``measured``: growth by the first token, and after T
+    tokens) and computed from the configuration.
+    """
+    training = model.training
+    model.eval()
+    length = sequences.shape[1]
+    result: dict[str, dict[str, Any]] = {}
+    for kind in caches:
+        with attention(model, kind) as config:
+            _decode(model, sequences[:batch_size, :WARM_UP])
+        result[kind] = {
+            "own": kind == own_cache(model),
+            "nll": 0.0,
+            "seconds": 0.0,
+            "tokens": sequences.numel(),
+            "bytes_per_token_computed": cache_size(model.config, config, kind, 1),
+            "bytes_per_sequence_computed": cache_size(model.config, config, kind, length),
+        }
+    for batch in sequences.split(batch_size):
+        for kind, row in result.items():
+            with attention(model, kind):
+                nll, seconds, first, last = _decode(model, batch)
+            row["nll"] += nll
+            row["seconds"] += seconds
+            row["bytes_per_token_measured"], row["bytes_per_sequence_measured"] = first / len(batch), last / len(batch)
+    model.train(training)
+    for row in result.values():
+        row["loss"] = row.pop("nll") / (len(sequences) * (length - 1))
+        row["ppl"] = math.exp(row["loss"])
+        row["tokens_per_s"] = row["tokens"] / row["seconds"]
+    return result
+
+
+def _decode(model: Any, batch: Tensor) -> tuple[float, float, int, int]:
+    """Summed negative log-likelihood, seconds, and the cache's bytes after one token and after all."""
+    batch = batch.to(model.device)
+    cache = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache(config=model.config)
+    nll = torch.zeros((), dtype=torch.float64, device=batch.device)
+    first = 0
+    start = _now(batch.device)
+    for i, token in enumerate(batch.split(1, dim=1)):
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+        if i == 0:
+            first = cache_bytes(cache)
+        if i + 1 < batch.shape[1]:
+            nll += token_losses(logits, batch[:, i + 1]).sum()
+    return nll.item(), _now(batch.device) - start, first, cache_bytes(cache)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """Every arm under both caches: perplexity, speed, bytes."""
+    arms = list(arms_with(results, "caches"))
+    if not arms:
+        return []
+    paragraphs = [
+        "Each trained model reads the validation samples **token by token from the first token** through each kind "
+        "of cache; nothing is prefilled. *KV* caches keys and values (softmax attention), *KA* caches keys and "
+        "attention outputs. One of the two is the model's own; the other is a swap without any training.",
+        *(_words(label, arm) for label, arm in arms),
+        _speed(arms),
+    ]
+    rows = []
+    for label, arm in arms:
+        own = _own(arm)
+        for kind in arm["seeds"][0]["caches"]:
+            ppl = values(arm, "caches", kind, "ppl")
+            rows.append(
+                [
+                    label,
+                    NAMES[kind] + (" (own)" if kind == own else " (swap)"),
+                    mean_sd(ppl),
+                    "–" if kind == own else percent(changes(ppl, values(arm, "caches", own, "ppl"))),
+                    mean_sd(values(arm, "caches", kind, "tokens_per_s"), 0),
+                    mean_sd(values(arm, "caches", kind, "seconds")),
+                    *(
+                        f"{mean(values(arm, 'caches', kind, f'bytes_per_{unit}_measured')):,.0f}"
+                        for unit in ("token", "sequence")
+                    ),
+                ]
+            )
+    table = Table(
+        "One model, two caches (bytes: read from the cache)",
+        ["trained as", "cache", "PPL", "against own", "tokens/s", "seconds", "bytes a token", "bytes a sequence"],
+        rows,
+    )
+    return [
+        Section(
+            "KV cache against KA cache",
+            paragraphs,
+            [table],
+            [
+                _bars(
+                    "ppl_by_cache", arms, "ppl", "validation PPL", "PPL of each trained model by cache, lower is better"
+                ),
+                _bars(
+                    "speed_by_cache",
+                    arms,
+                    "tokens_per_s",
+                    "tokens/s",
+                    "Speed of the token loop by cache, higher is better",
+                ),
+            ],
+        )
+    ]
+
+
+def _own(arm: dict[str, Any]) -> str:
+    return next(kind for kind, row in arm["seeds"][0]["caches"].items() if row["own"])
+
+
+def _words(label: str, arm: dict[str, Any]) -> str:
+    own = _own(arm)
+    text = f"**{label}**: PPL {mean_sd(values(arm, 'caches', own, 'ppl'))} with its own {NAMES[own]} cache"
+    for kind in arm["seeds"][0]["caches"]:
+        if kind != own:
+            ppl = values(arm, "caches", kind, "ppl")
+            change = changes(ppl, values(arm, "caches", own, "ppl"))
+            text += f", {mean_sd(ppl)} with a {NAMES[kind]} cache ({percent(change)}; {verdict(change)})"
+    return text + "."
+
+
+def _speed(arms: list[tuple[str, dict[str, Any]]]) -> str:
+    """The KA cache's speed over the KV cache's, over all arms and seeds that have both."""
+    ratios = [
+        seed["caches"]["ka"]["tokens_per_s"] / seed["caches"]["kv"]["tokens_per_s"]
+        for _, arm in arms
+        for seed in arm["seeds"]
+        if {"kv", "ka"} <= seed["caches"].keys()
+    ]
+    if not ratios:
+        return "Speed: only one kind of cache was timed."
+    return (
+        f"Speed: the KA cache decodes at {mean(ratios):.2f} × the tokens/s of the KV cache (lowest "
+        f"{min(ratios):.2f}, highest {max(ratios):.2f} over {len(ratios)} timing{'s' if len(ratios) > 1 else ''}). "
+        "Both loops ran in turns on the same machine; ratios compare, absolute figures belong to that machine."
+    )
+
+
+def _bars(name: str, arms: list[tuple[str, dict[str, Any]]], key: str, unit: str, caption: str) -> Figure:
+    def draw(ax: Any) -> None:
+        width = 0.38
+        for offset, kind in ((-0.5, "kv"), (0.5, "ka")):
+            shown = [(x, values(arm, "caches", kind, key)) for x, (_, arm) in enumerate(arms)]
+            shown = [(x, numbers) for x, numbers in shown if numbers]
+            spread = [deviation(numbers) for _, numbers in shown]
+            bars = ax.bar(
+                [x + offset * width for x, _ in shown],
+                [mean(numbers) for _, numbers in shown],
+                width,
+                yerr=spread if any(spread) else None,
+                capsize=2,
+                label=f"{NAMES[kind]} cache",
+            )
+            ax.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        ax.set_xticks(range(len(arms)), [label for label, _ in arms])
+        ax.set_xlabel("trained as")
+        ax.set_ylabel(unit)
+        ax.margins(y=0.12)
+        ax.grid(axis="x", visible=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2)
+
+    return Figure(name, caption + " (mean over seeds; bars: ± 1 sd)", draw)

@@ -1,0 +1,77 @@
+"""Figures over seeds in words: mean ± standard deviation, and differences between arms paired seed by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def values(arm: dict[str, Any], *path: str) -> list[float]:
+    """One number a seed: ``arm["seeds"][s][path[0]][path[1]]…``; seeds without it are left out."""
+    found = []
+    for node in arm["seeds"]:
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is not None:
+            found.append(node)
+    return found
+
+
+def arms_with(results: dict[str, Any], evaluation: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(label, arm) of the arms in which every seed has ``evaluation``, in the results' order."""
+    for arm in results["arms"].values():
+        if arm["seeds"] and all(evaluation in seed for seed in arm["seeds"]):
+            yield arm["label"], arm
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return statistics.fmean(numbers)
+
+
+def deviation(numbers: Sequence[float]) -> float:
+    """The sample standard deviation (n − 1); 0 for a single number."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def mean_sd(numbers: Sequence[float], digits: int = 1) -> str:
+    """``442.2 ± 3.1 (n=3)``; one number: ``442.2 (one seed)``; none: ``–``."""
+    if not numbers:
+        return "–"
+    if len(numbers) == 1:
+        return f"{numbers[0]:,.{digits}f} (one seed)"
+    return f"{mean(numbers):,.{digits}f} ± {deviation(numbers):,.{digits}f} (n={len(numbers)})"
+
+
+def changes(numbers: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """The change of each number against the baseline of the same seed, in percent."""
+    return [100 * (number / base - 1) for number, base in zip(numbers, baseline, strict=True)]
+
+
+def percent(numbers: Sequence[float], digits: int = 1) -> str:
+    """Percent changes with their sign: ``+1.6 % ± 0.4 (n=3)``, ``−0.3 % (one seed)``."""
+    if not numbers:
+        return "–"
+    text = signed(mean(numbers), digits)
+    return (
+        f"{text} (one seed)" if len(numbers) == 1 else f"{text} ± {deviation(numbers):,.{digits}f} (n={len(numbers)})"
+    )
+
+
+def signed(number: float, digits: int = 1) -> str:
+    """A percentage with its sign: ``+1.6 %``; nothing prints as −0.0."""
+    return f"{round(number, digits) + 0.0:+,.{digits}f} %".replace("-", "−")
+
+
+def verdict(numbers: Sequence[float]) -> str:
+    """What paired changes (0: no change) allow to say: higher, lower, or not different beyond the spread of the seeds.
+
+    Two standard errors of the mean are asked for; a single seed decides nothing.
+    """
+    if len(numbers) < 2:
+        return "undecided: one seed proves nothing"
+    if abs(mean(numbers)) <= 2 * deviation(numbers) / math.sqrt(len(numbers)):
+        return "not different beyond the spread of the seeds"
+    return "higher" if mean(numbers) > 0 else "lower"

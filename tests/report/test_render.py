@@ -1,0 +1,139 @@
+"""The pages: complete, self-contained, deterministic, and harmless whatever text they are given."""
+
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+from ka_attention.report.document import Figure, Section, Table
+from ka_attention.report.render import render
+
+HOSTILE = 'a|b <script>alert("1")</script> ![x](http://example.org/x.png) _c_ & `d`'
+
+
+def line(ax):
+    ax.plot([1, 2, 3], [3.0, 1.0, 2.0], label="arm")
+    ax.set_xlabel("epoch")
+    ax.legend()
+
+
+def section(**changes):
+    parts = {
+        "title": "Perplexity",
+        "paragraphs": ["A *small* and `exact` **claim**, [proved](https://example.org/proof)."],
+        "tables": [Table("PPL by arm", ["arm", "PPL"], [["softmax", "442.2 ± 3.1"], ["KA", "449.3 ± 2.0"]])],
+        "figures": [Figure("curve", "PPL by epoch", line), Figure("other-curve", "PPL by epoch again", line)],
+    }
+    return Section(**{**parts, **changes})
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def ids(self):
+        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+
+
+def pages(out, *sections, title="Report", environment=None):
+    render(title, sections, environment or {"versions": {"torch": "2.13.0"}, "command": "ka compare"}, out)
+    return (out / "report.md").read_text(), (out / "report.html").read_text()
+
+
+def test_the_html_page_holds_everything_and_fetches_nothing(tmp_path):
+    _, html = pages(tmp_path, section())
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("svg") == 2
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "default-src 'none'" in html
+    # Addresses may be named (a link to follow, an XML namespace), never loaded.
+    for tag, attributes in page.tags:
+        assert "src" not in attributes
+        for key in attributes.keys() & {"href", "xlink:href"}:
+            assert tag == "a" or attributes[key].startswith("#")
+    assert not re.search(r"@import|url\((?!#)", html)
+    for text in ("PPL by arm", "442.2 ± 3.1", "PPL by epoch", "torch 2.13.0", "ka compare"):
+        assert text in "".join(page.words)
+
+
+def test_a_figure_has_its_caption_as_name_and_its_own_ids(tmp_path):
+    _, html = pages(tmp_path, section())
+    page = Page(html)
+    ids = page.ids()
+    assert len(ids) == len(set(ids))
+    for target in re.findall(r'(?:url\(|href=")#([\w-]+)', html):
+        assert target in ids
+    for tag, attributes in page.tags:
+        if tag == "svg":
+            assert attributes["role"] == "img"
+        if "aria-labelledby" in attributes:
+            assert attributes["aria-labelledby"] in ids
+
+
+def test_figures_follow_the_colours_of_the_page(tmp_path):
+    _, html = pages(tmp_path, section())
+    svg = (tmp_path / "figures" / "curve.svg").read_text()
+    assert "currentColor" in html
+    assert "#010203" not in html + svg
+    assert "prefers-color-scheme:dark" in svg
+    ET.fromstring(svg)
+
+
+def test_the_markdown_page_links_its_figures_and_aligns_numbers(tmp_path):
+    markdown, _ = pages(tmp_path, section())
+    for target in re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown):
+        assert (tmp_path / target).is_file()
+    assert "| arm | PPL |\n| --- | ---: |\n| softmax | 442.2 ± 3.1 |\n" in markdown
+    assert "## How this was made" in markdown
+
+
+def test_text_from_outside_stays_text(tmp_path):
+    hostile = section(
+        title=HOSTILE,
+        paragraphs=[HOSTILE],
+        tables=[Table(HOSTILE, [HOSTILE], [[HOSTILE]])],
+        figures=[Figure("f", HOSTILE, line)],
+    )
+    markdown, html = pages(tmp_path, hostile, title=HOSTILE, environment={HOSTILE: HOSTILE})
+    page = Page(html)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "".join(page.words).count(HOSTILE) >= 6
+    assert "<script" not in re.sub(r"\\<", "", markdown)
+    row = next(row for row in markdown.splitlines() if row.startswith("| a"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 2, "one cell stays one cell"
+
+
+def test_javascript_links_are_not_links(tmp_path):
+    _, html = pages(tmp_path, section(paragraphs=["[x](javascript:alert(1))"]))
+    assert not any(attributes.get("href", "").startswith("javascript") for _, attributes in Page(html).tags)
+
+
+def test_rendering_again_gives_the_same_bytes_and_leaves_no_rest(tmp_path):
+    pages(tmp_path, section())
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in files} == {"report.md", "report.html", "curve.svg", "other-curve.svg"}
+    pages(tmp_path, section())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("names", [("twice", "twice"), ("../up",), ("a/b",), ("",)])
+def test_a_bad_figure_name_is_refused_before_anything_is_written(tmp_path, names):
+    with pytest.raises(ValueError, match="figure name: expected a file stem"):
+        pages(tmp_path, section(figures=[Figure(name, "caption", line) for name in names]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_with_a_short_row_is_refused():
+    with pytest.raises(ValueError, match="a row has 1 cells for 2 columns"):
+        Table("t", ["a", "b"], [["1"]])
