@@ -12,9 +12,9 @@ GateKind = Literal["fixed", "head", "token"]
 class KAConfig:
     """KA-attention settings of one model.
 
-    layers:     indices of the KA layers; None means every layer. The other layers stay the model's own softmax attention.
+    layers:     indices of the KA layers; None means every layer. The others stay the model's own softmax attention.
     window:     a KA layer attends to the last ``window`` tokens, itself included; None means all of them.
-    gate:       "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, content dependent).
+    gate:       "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
     gate_init:  the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
     gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
     """
@@ -36,11 +36,17 @@ class KAConfig:
             raise ValueError(f"gate: expected 'fixed', 'head' or 'token', got {self.gate!r}")
         low, high = self.gate_range
         if not -1.0 <= low <= self.gate_init <= high <= 1.0:
-            raise ValueError(f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {self.gate_init!r}")
+            raise ValueError(
+                f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {self.gate_init!r}"
+            )
 
     def enabled(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` is a KA layer."""
         return self.layers is None or layer_idx in self.layers
+
+    def caches_outputs(self, layer_idx: int) -> bool:
+        """Whether later tokens read outputs in layer ``layer_idx``. With the fixed gate 0 they read values: softmax."""
+        return self.enabled(layer_idx) and not (self.gate == "fixed" and self.gate_init == 0)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that survives ``config.json``."""

@@ -1,0 +1,277 @@
+"""The attention function "ka" for transformers, its mask, and their registration."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ka_attention.hf.cache import KAState
+from ka_attention.hf.config import KAConfig
+from ka_attention.ops import cache_values, ka_attention
+
+NAME = "ka"
+
+# Arguments with which some models change what attention computes. None of them has a meaning for KA-attention here.
+_UNSUPPORTED = (
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "head_mask",
+    "alibi",
+    "cache",
+    "indices",
+    "block_indices",
+    "score_mod",
+)
+
+
+def register() -> None:
+    """Make ``attn_implementation="ka"`` known to transformers. May be called again."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask function every mask would be None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer of a transformers model, KA-attention where ``module.config.ka_config`` says so.
+
+    Layers that are not KA layers, those with the fixed gate 0 and modules that are not causal (vision towers) run
+    PyTorch's scaled_dot_product_attention. A KA layer with an adapter (``module.ka_adapter``: U = V + g (adapter(A) −
+    V)) and several new tokens runs token by token, as the adapter stands inside the recurrence: exact, differentiable,
+    slow.
+
+    query ``[B, Hq, n, D]``, key and value ``[B, Hkv, S, D]`` (or the KAState of a KA cache) give ``[B, n, Hq, D]``.
+    ValueError: an argument that KA-attention does not have. RuntimeError: a cache that does not fit, or a missing gate.
+    """
+    _refuse_unsupported(module, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = _as_bool(attention_mask)
+    layer_idx: Any = module.layer_idx
+    ka = KAConfig.of(module.config)
+    is_ka = ka.caches_outputs(layer_idx)
+    # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
+    windows = [ka.window if ka.enabled(layer_idx) else None, sliding_window if is_ka else None]
+    window = min((w for w in windows if w is not None), default=None)
+
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        state = value if isinstance(value, KAState) else None
+        if state is not None:
+            key, value = state.keys, state.values
+            if value.shape[1] != (query.shape[1] if is_ka else key.shape[1]):
+                raise RuntimeError(f"layer {layer_idx}: this KA cache was made for another ka_config, make a new one")
+            mask, window = state.align(mask, window)
+        else:
+            if autocast:  # rotary embeddings leave queries and keys in float32; a cache has one dtype by itself
+                dtype = torch.get_autocast_dtype(device)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if key.shape[2] != query.shape[2] and (is_ka or window is not None):
+                raise RuntimeError(
+                    f"layer {layer_idx} got {key.shape[2]} keys for {query.shape[2]} queries from a plain cache, which "
+                    "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
+                    "with a model from ka_attention.hf.attach"
+                )
+        if not is_ka:
+            if state is not None:
+                state.commit()
+            return _softmax(module, query, key, value, mask, scale, window, softcap, dropout)
+        if dropout:
+            raise ValueError(f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {dropout}")
+        v = value if state is None else state.value
+        gate = _gate(module, ka, v)
+        packed = kwargs.get("cu_seq_lens_q") if state is None else None
+        if packed is not None:
+            mask = None  # it says the same
+        adapter = getattr(module, "ka_adapter", None)
+        if query.shape[2] > 1 and adapter is not None:
+            mask = _band(mask, query.shape[2], key.shape[2], window, query.device)
+            out, u = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
+        else:
+            out = _ka(query, key, value, v, mask, gate, scale, window, softcap, packed)
+            u = None if state is None else cache_values(v, out if adapter is None else adapter(out), gate)
+        if state is not None:
+            state.commit(u)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    names = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if names:
+        raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions: attention "ka" returns no weights; ka_attention.ops.walk computes them')
+
+
+def _gate(module: nn.Module, ka: KAConfig, v: Tensor) -> float | Tensor:
+    if ka.gate == "fixed":
+        return ka.gate_init
+    gate = getattr(module, "ka_gate", None)
+    if gate is None:
+        raise RuntimeError(
+            f"ka_config asks for a learned gate ({ka.gate!r}) and layer {module.layer_idx} has none: "
+            "make the model with ka_attention.hf.attach"
+        )
+    return gate(v)
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    """An additive mask of zeros and minus infinities as a boolean one, True where attention is allowed."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not torch.compiler.is_compiling() and bool((~hidden & (mask != 0)).any()):
+        raise ValueError("attention_mask: expected booleans, or 0 and -inf to be added, got other additive values")
+    return ~hidden
+
+
+def _repeat(x: Tensor, q: Tensor) -> Tensor:
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _band(mask: Tensor | None, n: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """The mask with causality and the window added, for ``n`` queries at the end of ``length`` keys."""
+    distance = torch.arange(length - n, length, device=device)[:, None] - torch.arange(length, device=device)
+    band = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return band[None, None] if mask is None else band & mask
+
+
+def _softmax(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Standard attention, on PyTorch's kernels unless the scores are capped."""
+    n, length = q.shape[2], k.shape[2]
+    if mask is None and 1 < n < length:  # the prefill of a static cache of transformers: causal from its first slot
+        k, v, length = k[:, :, :n], v[:, :, :n], n
+    if (window is not None and window < length) or (softcap is not None and mask is None):
+        mask = _band(mask, n, length, window, q.device)
+    if softcap is None:
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale)
+    weights = F.dropout(_weights(q, k, mask, scale, softcap), dropout)
+    return (weights @ _repeat(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous(), None
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Softmax weights ``[B, Hq, n, S]`` in float32 or better; a row that may attend nothing is 0."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ _repeat(k, q).to(dtype).transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        return scores.softmax(-1)
+    return scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
+
+
+def _ka(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    gate: float | Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    packed: Tensor | None,
+) -> Tensor:
+    """KA-attention ``[B, Hq, n, D]`` of the new tokens, whose keys are the last ``n`` and whose values are ``v``."""
+    n = q.shape[2]
+    past = k.shape[2] - n
+    if n > 1:
+        return ka_attention(
+            q,
+            k[:, :, past:],
+            v,
+            gate=gate,
+            scale=scale,
+            window=window,
+            past=(k[:, :, :past], values[:, :, :past]) if past else None,
+            attn_mask=mask,
+            cu_seqlens=packed,
+            softcap=softcap,
+        )
+    if window is not None and window <= past:
+        k, values = k[:, :, -window:], values[:, :, -window:]
+        mask = None if mask is None else mask[..., -window:]
+    return _attend_one(q, k, _repeat(values, q), mask, scale, softcap)
+
+
+def _attend_one(
+    q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """One query against all keys and the query heads' own values: ordinary attention, nothing of the past is copied."""
+    if softcap is not None:
+        weights = _weights(q, k, mask, scale, softcap)
+        return (weights @ values.to(weights.dtype)).to(q.dtype)
+    B, Hq, _, D = q.shape
+    Hkv, S = k.shape[1:3]
+    if Hkv < Hq:  # key heads become batch entries, so that query heads share a key head through a stride of 0
+        groups = Hq // Hkv
+        q, values = q.reshape(B * Hkv, groups, 1, D), values.reshape(B * Hkv, groups, S, D)
+        k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
+        mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
+    return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
+
+
+def _token_by_token(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    gate: float | Tensor,
+    adapter: nn.Module,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(A, U) of the new tokens where an adapter makes U, one token after another."""
+    n = q.shape[2]
+    past = k.shape[2] - n
+    weights = _weights(q, k, mask, scale, softcap)
+    of_past = weights[..., :past] @ values[:, :, :past].to(weights.dtype)
+    v = _repeat(v, q)
+    outputs: list[Tensor] = []
+    read: list[Tensor] = []
+    for t in range(n):
+        v_t = v[:, :, t : t + 1]
+        seen = torch.cat([*read, v_t], dim=2).to(weights.dtype)  # U of the earlier tokens, V of this one
+        a = (of_past[:, :, t : t + 1] + weights[:, :, t : t + 1, past : past + t + 1] @ seen).to(q.dtype)
+        outputs.append(a)
+        read.append(cache_values(v_t, adapter(a), gate[..., t : t + 1] if _per_token(gate) else gate))
+    return torch.cat(outputs, dim=2), torch.cat(read, dim=2)
+
+
+def _per_token(gate: float | Tensor) -> bool:
+    return isinstance(gate, Tensor) and gate.ndim == 3

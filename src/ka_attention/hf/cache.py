@@ -1,0 +1,242 @@
+"""The KA cache: keys and, in the values' place, U = V + g (A − V), which later tokens read (docs/maths.md §4).
+
+A cache layer is updated before attention runs, when only V is known. So ``update()`` stores V in the new slots and
+returns ``(K, KAState)``: the attention function reads the past and the new V from the state, computes A, and calls
+``state.commit(U)``, which overwrites the new slots. All other life of a cache (crop, reorder, repeat, select, reset,
+several turns) is that of transformers' own cache layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from ka_attention.hf.config import KAConfig
+
+
+class KAState:
+    """One layer's tokens on their way from the cache to the attention function.
+
+    keys, values: ``[B, Hkv, S, D]`` and ``[B, H, S, D]``, all tokens in sight: U of the past and V of the new ones,
+                  which are the last ``n``; a single new token may sit in any slot. ``H`` is ``Hq`` in a KA layer,
+                  else ``Hkv``.
+    value:        V of the new tokens, ``[B, Hkv, n, D]``.
+    """
+
+    def __init__(self, layer: Any, keys: Tensor, values: Tensor, value: Tensor) -> None:
+        self.layer, self.keys, self.values, self.value = layer, keys, values, value
+
+    def align(self, mask: Tensor | None, window: int | None) -> tuple[Tensor | None, int | None]:
+        """The given mask cut to this layer's keys, and the window that the mask does not express yet."""
+        return self.layer.align(mask, window, self.keys.shape[2])
+
+    def commit(self, u: Tensor | None = None) -> None:
+        """Store ``u``, ``[B, Hq, n, D]``, in the slots of the new tokens; None leaves their V there."""
+        self.layer.commit(u)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            'a KA cache needs attn_implementation="ka": attach the model with ka_attention.hf.attach or use'
+        )
+
+
+class _KALayer:
+    """What both kinds of KA cache layers share. ``groups``: query heads that share a key head, 1 where V is stored."""
+
+    def __init__(self, groups: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.groups = groups
+        self.pending: Any = None
+
+    def _begin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pending is not None:
+            raise RuntimeError("the last update of this KA cache was never committed: its forward pass did not finish")
+        value = value.to(key.dtype)  # under autocast rotary keys are float32 and values are not
+        return value, value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
+
+    def reset(self) -> None:
+        self.pending = None
+        super().reset()  # type: ignore[misc]
+
+
+class KADynamicLayer(_KALayer, DynamicLayer):
+    """Grows by concatenation."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        value, stored = self._begin(key_states, value_states)
+        keys, values = super().update(key_states, stored, *args, **kwargs)
+        self.pending = key_states.shape[2]
+        return keys, KAState(self, keys, values, value)
+
+    def align(self, mask: Tensor | None, window: int | None, length: int) -> tuple[Tensor | None, int | None]:
+        # The mask is made for the layer that sees most; every layer's keys end at the same token.
+        return None if mask is None else mask[..., -length:], window
+
+    def commit(self, u: Tensor | None) -> None:
+        n, self.pending = min(self.pending, self.values.shape[2]), None
+        if u is None or n == 0:
+            return
+        u = u[:, :, -n:].to(self.values.dtype)
+        if torch.is_grad_enabled() and (u.requires_grad or self.values.requires_grad):
+            self.values = torch.cat([self.values[:, :, :-n], u], dim=2)  # autograd still needs the tensor that holds V
+        else:
+            self.values[:, :, -n:] = u
+
+
+class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
+    """Keeps the last ``window - 1`` tokens."""
+
+
+class KAStaticLayer(_KALayer, StaticLayer):
+    """A buffer of fixed size for ``torch.compile``; with a window it is a ring of ``window`` slots.
+
+    Position p lives in slot ``p mod slots``. Masks cover all ``total`` positions and are read at the slots' positions.
+    """
+
+    def __init__(self, groups: int, max_cache_len: int, window: int | None) -> None:
+        super().__init__(groups, max_cache_len=min(window or max_cache_len, max_cache_len))
+        self.total = max_cache_len
+        self.is_ring = self.max_cache_len < self.total
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.groups > 1:  # the parent gives the values the keys' number of heads
+            self.values = self.values.new_zeros(
+                self.batch_size, self.num_heads * self.groups, self.max_cache_len, self.v_head_dim
+            )
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        value, stored = self._begin(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n = key_states.shape[2]
+        positions = torch.arange(n, device=self.device) + self.cumulative_length
+        self.pending = (key_states, stored, positions)
+        if n == 1:
+            self._write(key_states, stored, positions)
+            keys, values = self.keys, self.values
+        elif self._is_first(positions):
+            keys, values = key_states, stored
+        else:  # new tokens may overwrite slots that the first of them still read, so they are written on commit
+            keys, values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, stored], 2)
+        self.cumulative_length.add_(n)
+        return keys, KAState(self, keys, values, value)
+
+    def align(self, mask: Tensor | None, window: int | None, length: int) -> tuple[Tensor | None, int | None]:
+        positions = self.pending[2]
+        n = positions.shape[0]
+        if length == n > 1:  # nothing cached yet: an ordinary prefill
+            return None if mask is None else mask[..., :n], window
+        if n == 1 and mask is not None and not self.is_ring:
+            return mask, None
+        last = positions[0] if n == 1 else positions[0] - 1
+        slots = torch.arange(self.max_cache_len, device=self.device)
+        seen = last - (last - slots) % self.max_cache_len  # the position in each slot, negative where there is none yet
+        if n > 1:
+            seen = torch.cat([seen, positions])
+        distance = positions[:, None] - seen
+        allowed = (seen >= 0) & (distance >= 0)
+        if window is not None:
+            allowed = allowed & (distance < window)
+        allowed = allowed[None, None]
+        return (allowed if mask is None else allowed & mask.index_select(-1, seen.clamp(min=0))), None
+
+    def commit(self, u: Tensor | None) -> None:
+        (keys, stored, positions), self.pending = self.pending, None
+        if u is not None or keys.shape[2] > 1:
+            self._write(keys, stored if u is None else u.to(stored.dtype), positions)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.total, 0
+
+    def _write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        if self.is_ring:
+            positions = positions[-self.max_cache_len :] % self.max_cache_len
+            keys, values = keys[:, :, -self.max_cache_len :], values[:, :, -self.max_cache_len :]
+        self.keys.index_copy_(2, positions, keys)
+        self.values.index_copy_(2, positions, values)
+
+    def _is_first(self, positions: Tensor) -> bool:
+        # Looking at the position waits for the device. A compiled prefill does not look: the general way is right too.
+        return not torch.compiler.is_compiling() and int(positions[0]) == 0
+
+
+def layer_plan(config: Any) -> list[tuple[int, int | None]]:
+    """For each layer of a model: (value heads stored per key head, window of tokens in sight or None for all).
+
+    Raises ValueError for a model whose layers keep another kind of state.
+    """
+    text = config.get_text_config(decoder=True)
+    ka = KAConfig.of(text)
+    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    plan = []
+    for i, layer in enumerate(DynamicCache(config=text).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"model type {text.model_type!r}: layer {i} keeps a {type(layer).__name__}, no KA cache exists for it"
+            )
+        windows = [w for w in (getattr(layer, "sliding_window", None), ka.window if ka.enabled(i) else None) if w]
+        plan.append((groups if ka.caches_outputs(i) else 1, min(windows, default=None)))
+    return plan
+
+
+class KACache(DynamicCache):
+    """A growing cache of K and U for a model with attention "ka"; layers with a window keep ``window - 1`` tokens.
+
+    ``KACache(model.config)``; layers that are not KA layers keep V. Per token and KA layer it holds ``Hkv + Hq`` heads.
+    """
+
+    def __init__(self, config: Any, offloading: bool = False) -> None:
+        _refuse_offloading(offloading)
+        layers: list[Any] = []
+        for groups, window in layer_plan(config):
+            # transformers' window layer needs room for one token at least; the attention function applies windows of 1.
+            layers.append(
+                KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
+            )
+        Cache.__init__(self, layers=layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes for the layer that sees most: layers may differ in their windows, a model makes one mask for all."""
+        return max(layer.get_mask_sizes(query_length) for layer in self.layers)
+
+
+class KAStaticCache(StaticCache):
+    """The KA cache in buffers of fixed size, for ``torch.compile``: ``KAStaticCache(model.config, max_cache_len)``."""
+
+    def __init__(self, config: Any, max_cache_len: int, offloading: bool = False) -> None:
+        _refuse_offloading(offloading)
+        Cache.__init__(self, layers=[KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)])
+
+
+def _refuse_offloading(offloading: bool) -> None:
+    if offloading:
+        raise ValueError("offloading: a KA cache cannot be offloaded, it would leave the device before U is stored")
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a cache holds now, measured from its tensors."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def bytes_per_token(config: Any, kind: str = "ka", dtype: torch.dtype | None = None) -> int:
+    """Bytes that one cached token takes over all layers: 2 Hkv heads a layer for "kv", Hkv + Hq in KA layers for "ka".
+
+    ``dtype`` is that of the configuration by default. A layer with a window keeps ``window - 1`` tokens, others all.
+    """
+    if kind not in ("kv", "ka"):
+        raise ValueError(f"kind: expected 'kv' or 'ka', got {kind!r}")
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = (dtype or getattr(text, "dtype", None) or torch.float32).itemsize
+    heads = sum(key_heads * (1 + (groups if kind == "ka" else 1)) for groups, _ in layer_plan(config))
+    return heads * head_dim * size

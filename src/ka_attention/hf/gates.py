@@ -1,0 +1,42 @@
+"""Learned gates of KA layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class KAGate(nn.Module):
+    """The gate of one layer, kept in ``bounds``: a number a head, or for each token ``bias[h] + weight[h] · v``.
+
+    heads:    query heads.
+    init:     where every gate starts.
+    bounds:   the interval of allowed gates. Values beyond it are clamped and gradients pass straight through the clamp,
+              so that the bounds are reached exactly and are never a trap.
+    head_dim: D for gates of tokens, None for gates of heads.
+
+    The number is called ``bias`` because trainers leave parameters of that name out of weight decay.
+    """
+
+    def __init__(
+        self, heads: int, init: float = 1.0, bounds: tuple[float, float] = (0.0, 1.0), head_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.init, self.bounds = float(init), bounds
+        self.bias = nn.Parameter(torch.empty(heads))
+        self.weight = None if head_dim is None else nn.Parameter(torch.empty(heads, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.bias, self.init)
+        if self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Values ``[B, Hkv, T, D]`` give gates ``[Hq]`` or ``[B, Hq, T]``, float32 or better."""
+        dtype = torch.promote_types(self.bias.dtype, torch.float32)
+        gate = self.bias.to(dtype)
+        if self.weight is not None:
+            weight = self.weight.to(dtype).unflatten(0, (v.shape[1], -1))  # [Hkv, G, D]
+            gate = torch.einsum("bktd,kgd->bkgt", v.to(dtype), weight).flatten(1, 2) + gate[:, None]
+        return gate.detach().clamp(*self.bounds) + (gate - gate.detach())
