@@ -1,1 +1,5 @@
-"""Triton kernels for CUDA devices: forward, backward and decode."""
+"""Triton kernels for CUDA devices: forward and backward."""
+
+from ka_attention.ops.triton.launch import backward, forward
+
+__all__ = ["backward", "forward"]

@@ -1,0 +1,162 @@
+"""The forward kernel: FlashAttention's loop over finished column blocks, then the triangular solve of the diagonal block.
+
+    X   = Σ_{c<b} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
+    A_b = (I − L_bb G)⁻¹ X = X + S X
+
+All that does not need the newest U, the weights of the last two column blocks and S above all, is computed before the
+program waits for it: the chain from block to block is two matrix products long.
+"""
+
+import triton
+import triton.language as tl
+
+from ka_attention.ops.triton.primitives import (
+    LN2,
+    inverse,
+    load_tile,
+    locate,
+    publish,
+    scores,
+    store_tile,
+    visible,
+    wait,
+)
+
+
+@triton.jit
+def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, l, scale, softcap,
+            BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GUARD: tl.constexpr, MASKED: tl.constexpr,
+            SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One step of online softmax over columns j … j + BN of K and U."""
+    k = load_tile(K, j, k_stride, n, BN, D, BD, GUARD)  # [BN, BD]
+    s = scores(q, k, scale, softcap, SOFTCAP, PRECISION)  # [BM, BN]
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(top == -float("inf"), 0.0, top) if MASKED else top
+    p = tl.math.exp2(s - shift[:, None])
+    alpha = tl.math.exp2(m - shift)
+    u = load_tile(U, j, u_stride, n, BN, D, BD, GUARD)
+    acc = tl.dot(p.to(u.dtype), u, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, top, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+def forward_kernel(
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, CORNER, FLAGS,
+    q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
+    scale, softcap, B, H, T, P, window,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row block of one head. MODE: "chain" waits for the blocks before; "single" has only one block a sequence;
+    "corner", for windows up to BM + 1, stores X + S X without the block before and (I + S) P_b,b−1 G for `sweep_kernel`.
+    """
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    MASKED: tl.constexpr = WINDOW or HAS_MASK
+    t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
+    sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
+    r0 = rank * BM
+    if PACKED:
+        if r0 >= n:
+            return
+    b = tl.cast(b, tl.int64)
+    flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
+    head = (b * H + h) * T + start  # first row of this sequence and head in contiguous [B, H, T, …]
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * q_strides[2]
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * k_strides[2]
+    V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+    A += head * D
+    U += head * D
+    if HAS_MASK:
+        MASK += b * mask_strides[0] + h * mask_strides[1]
+    rows = r0 + tl.arange(0, BM)
+    q = load_tile(Q, r0, q_strides[2], n, BM, D, BD, True)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+
+    if HAS_PAST:
+        K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
+        U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
+        first = tl.maximum(P + r0 - window + 1, 0) // BN * BN if WINDOW else 0
+        for j in range(first, P, BN):
+            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides[2],
+                           mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+            acc, m, l = _absorb(q, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, acc, m, l, scale,
+                                softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
+    if MODE == "chain":
+        j = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else r0 * 0
+        while j < r0 - BM:
+            stop = tl.minimum(wait(flag, j // BM + 1) * BM, r0 - BM)
+            for c in range(j, stop, BN):
+                seen = True
+                if MASKED:
+                    seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
+                                   mask_strides[2], mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+                acc, m, l = _absorb(q, K, U, c, n, k_strides[2], D, seen, acc, m, l, scale, softcap, BN, D, BD, False,
+                                    MASKED, SOFTCAP, DOT)  # fmt: skip
+            j = stop
+
+    # Weights of the block before (`last`) and of the diagonal block; with them the softmax is complete.
+    i = tl.arange(0, BM)
+    k = load_tile(K, r0, k_strides[2], n, BM, D, BD, True)
+    s = scores(q, k, scale, softcap, SOFTCAP, DOT)  # [BM, BM]
+    s = tl.where(i[:, None] >= i[None, :], s, -float("inf"))
+    if MASKED:
+        seen = visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides[2], mask_strides[3],
+                       P, window, WINDOW, HAS_MASK)  # fmt: skip
+        s = tl.where(seen, s, -float("inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    last = tl.zeros([BM, BM], tl.float32)
+    if MODE != "single":
+        if r0 > 0:
+            k = load_tile(K, r0 - BM, k_strides[2], n, BM, D, BD, False)
+            last = scores(q, k, scale, softcap, SOFTCAP, DOT)
+            if MASKED:
+                seen = visible((P + rows)[:, None], (P + rows)[None, :] - BM, P + n, P + n, MASK, mask_strides[2],
+                               mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+                last = tl.where(seen, last, -float("inf"))
+            top = tl.maximum(top, tl.max(last, 1))
+            last = tl.math.exp2(last - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
+    p = tl.math.exp2(s - shift[:, None])
+    alpha = tl.math.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1) + tl.sum(last, 1)
+    r = tl.where(l == 0.0, 0.0, 1.0 / l)
+    tl.store(LSE + head + rows, (shift + tl.math.log2(l)) * LN2, mask=rows < n)
+
+    v = load_tile(V, r0, v_strides[2], n, BM, D, BD, True)
+    p = p * r[:, None]
+    last = last * r[:, None]
+    d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
+    L = tl.where(i[:, None] > i[None, :], p, 0.0)
+    x = acc * (alpha * r)[:, None] + d[:, None] * v
+    if HAS_GATE:
+        GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
+        g = tl.load(GATE + tl.cast(rows, tl.int64) * gate_strides[2], mask=rows < n, other=0.0)
+        x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
+        L = L * g[None, :]
+    S = inverse(L, BM, False, PRECISION).to(v.dtype)
+
+    if MODE == "chain":
+        if r0 > 0:
+            wait(flag, rank)
+            u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
+            x = tl.dot(last.to(v.dtype), u, x, input_precision=DOT)
+    if MODE == "corner":
+        if r0 > 0:
+            if HAS_GATE:
+                g_last = tl.load(GATE + tl.cast(rows - BM, tl.int64) * gate_strides[2])
+                v_last = load_tile(V, r0 - BM, v_strides[2], n, BM, D, BD, False)
+                x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
+                last = last * g_last[None, :]
+            last = tl.dot(S, last.to(v.dtype), last, input_precision=DOT)
+            store_tile(CORNER + head * BM, last, r0, n, BM, BM, BM)
+    a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
+    store_tile(A, a, r0, n, BM, D, BD)
+    if HAS_GATE and MODE == "chain":
+        store_tile(U, v + g[:, None] * (a - v), r0, n, BM, D, BD)
+    if MODE == "chain":
+        publish(flag, rank + 1)

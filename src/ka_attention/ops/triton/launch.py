@@ -1,0 +1,173 @@
+"""The Triton backend: what docs/architecture.md asks of a backend, as kernel launches and nothing else."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
+from ka_attention.ops.triton.forward import forward_kernel
+from ka_attention.ops.triton.sweep import corner_kernel, delta_kernel, sweep_kernel
+from ka_attention.ops.triton.tiles import Tiles, choose, padded
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
+    """A [B, Hq, T, D] and the log-sum-exp [B, Hq, T], both contiguous. Same input, same bits."""
+    call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    tiles = choose(q).forward
+    mode = call.mode(tiles)
+    a = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    u = a if gate is None or mode != "chain" else torch.empty_like(a)
+    corner = call.corner(tiles) if mode == "corner" else None
+    with torch.cuda.device_of(q):
+        forward_kernel[call.grid(tiles)](
+            call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
+            corner, call.flags(mode),
+            *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
+            BM=tiles.BM, BN=tiles.BN, MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
+            WINDOW=window is not None, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        if mode == "corner":
+            call.sweep(a, corner, tiles, reverse=False)
+    return a, lse
+
+
+def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, scale, window, softcap):
+    """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
+    call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    table = choose(q)
+    tiles = table.columns
+    mode = call.mode(tiles)
+    da, a, lse = da.contiguous(), a.contiguous(), lse.contiguous()
+    y, dk, dv = (torch.empty_like(a) for _ in range(3))
+    delta = torch.empty_like(lse)
+    u = a if gate is None else torch.empty_like(a)
+    dgate = None if gate is None else torch.empty_like(lse)
+    dk_past = du_past = None
+
+    def columns(mode, grid, k, u_past, dk, du):
+        g = None if mode == "past" else gate
+        columns_kernel[grid](
+            da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
+            dgate, call.flags(mode),
+            *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
+            BM=tiles.BM, BN=tiles.BN, MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(q):
+        if mode == "corner":
+            corner = call.corner(tiles)
+            corner_kernel[call.grid(tiles)](
+                da, call.q, call.k, gate, mask, cu_seqlens, call.schedule(tiles), lse, y, corner,
+                *map(_strides, (call.q, call.k, gate, mask)), *call.numbers,
+                BM=tiles.BM, HAS_GATE=gate is not None, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            call.sweep(y, corner, tiles, reverse=True)
+            rows = lse.numel()
+            delta_kernel[(triton.cdiv(rows, 64),)](y, a, delta, rows, D=q.shape[-1], BD=padded(q.shape[-1]), BM=64)
+        columns("solved" if mode == "corner" else mode, call.grid(tiles), call.k, None, dk, None)
+        if k_past is not None:
+            dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+            columns("past", call.grid(tiles, call.P), call.k_past, call.u_past, dk_past, du_past)
+            dk_past = _sum_groups(dk_past, k_past)
+        tiles = table.dq
+        dq = torch.empty_like(a)
+        dq_kernel[call.grid(tiles)](
+            call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
+            dq,
+            *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
+            BM=tiles.BM, BN=tiles.BN, HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
+        _check(q)
+        self.q, self.k, self.v, self.k_past, self.u_past = map(_unit_stride, (q, k, v, k_past, u_past))
+        self.cu_seqlens, self.window = cu_seqlens, window
+        B, self.H, self.T, D = q.shape
+        self.P = 0 if k_past is None else k_past.shape[2]
+        self.sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
+        precision = "half"
+        if q.dtype == torch.float32:
+            precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self.constants = {
+            "GROUP": self.H // k.shape[1], "D": D, "BD": padded(D), "HAS_MASK": mask is not None,
+            "PACKED": cu_seqlens is not None, "SOFTCAP": softcap is not None, "PRECISION": precision,
+        }  # fmt: skip
+
+    def mode(self, tiles: Tiles) -> str:
+        """How row blocks reach one another: see `forward_kernel`."""
+        if self.cu_seqlens is None and tiles.BM >= self.T:
+            return "single"
+        return "corner" if self.window is not None and self.window <= tiles.BM + 1 else "chain"
+
+    def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
+        """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
+        if self.cu_seqlens is not None:
+            return ((self.T // tiles.BM + self.sequences) * self.H,)
+        return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
+
+    def schedule(self, tiles: Tiles) -> Tensor | None:
+        """(sequence, rank) of each slot of a packed grid, int32 [slots, 2], by rank; spare slots lie beyond the length.
+
+        Sequence s owns the slots from cu[s] // BM + s, which are at least as many as its blocks.
+        """
+        if self.cu_seqlens is None:
+            return None
+        first = self.cu_seqlens // tiles.BM + torch.arange(self.sequences + 1, device=self.q.device)
+        slots = torch.arange(self.T // tiles.BM + self.sequences, device=self.q.device)
+        sequence = torch.searchsorted(first, slots, right=True) - 1
+        rank = slots - first[sequence]
+        order = rank.argsort(stable=True)
+        return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
+
+    def flags(self, mode: str) -> Tensor | None:
+        """The ticket, then the number of published blocks of each sequence and head."""
+        return self.q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
+
+    def corner(self, tiles: Tiles) -> Tensor:
+        return self.q.new_empty(*self.q.shape[:3], tiles.BM)
+
+    def sweep(self, x: Tensor, corner: Tensor, tiles: Tiles, reverse: bool) -> None:
+        D = self.q.shape[-1]
+        width = min(32, padded(D))
+        precision = self.constants["PRECISION"]
+        sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
+            x, corner, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM,
+            PACKED=self.cu_seqlens is not None, REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
+        )  # fmt: skip
+
+
+def _check(q: Tensor) -> None:
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        raise RuntimeError(f"backend 'triton' needs a CUDA device, got q on {q.device}")
+    if q.dtype not in DTYPES:
+        raise RuntimeError(f"backend 'triton' takes bfloat16, float16 or float32, got {q.dtype}")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise RuntimeError(f"backend 'triton' takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+
+
+def _unit_stride(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides in elements, 0 along broadcast dimensions, without the head dimension's, which is 1; the mask's whole."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
+    """Sum gradients of query heads over the group that shares a key head."""
+    return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2)

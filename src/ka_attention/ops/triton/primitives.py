@@ -1,0 +1,156 @@
+"""What the kernels share: where a program works, tiles, scores, the in-block inverse, waiting and publishing.
+
+Shapes in comments: BM rows of a row block, BN columns of a step, BD the head dimension padded to a power of two.
+Scores are kept in units of log 2, so that exp2 needs no further factor.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(t, CU, SCHEDULE, B, H, T, PACKED: tl.constexpr):
+    """Work item t as (sequence, batch, head, rank, first row, length). `rank` counts the row blocks of a sequence.
+
+    Items are in rank-major order, so all sequences and heads advance together and rank r − 1 always precedes r.
+    """
+    h = t % H
+    if PACKED:
+        sequence = tl.load(SCHEDULE + t // H * 2)
+        rank = tl.load(SCHEDULE + t // H * 2 + 1)
+        start = tl.load(CU + sequence)
+        return sequence, sequence * 0, h, rank, start, tl.load(CU + sequence + 1) - start
+    else:
+        sequence = t // H % B
+        return sequence, sequence, h, t // H // B, h * 0, T
+
+
+@triton.jit
+def load_tile(X, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GUARD: tl.constexpr):
+    """Rows row … row + ROWS of X [n, D] as [ROWS, BD]; 0 outside. Without GUARD all rows must lie inside."""
+    r = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    x = X + tl.cast(row, tl.int64) * stride + (r * stride + d)
+    if not GUARD and D == BD:
+        return tl.load(x)
+    else:
+        inside = row + r < n if D == BD else (d < D) & (row + r < n if GUARD else True)
+        return tl.load(x, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(X, x, row, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Store x [ROWS, BD] as rows row … of the contiguous X [n, D], rounded to X's dtype; nothing outside."""
+    r = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    inside = (row + r < n) & (d < D) if D != BD else row + r < n
+    tl.store(X + tl.cast(row, tl.int64) * D + (r * D + d), x.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scores(x, y, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """log2(e) · scale · x yᵀ, capped: [rows of x, rows of y]."""
+    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh(z) = 1 − 2 / (exp(2 z) + 1) stays exact where exp overflows.
+        s = softcap * LOG2E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 * LOG2E * scale / softcap)) + 1.0))
+    else:
+        s = s * (scale * LOG2E)
+    return s
+
+
+@triton.jit
+def visible(i, j, rows, columns, MASK, row_stride, column_stride, P, window,
+            WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """Whether position i < rows may attend position j < columns, apart from causality. i and j broadcast.
+
+    Positions count the P cached tokens; MASK has one row a new token and one column a position.
+    """
+    seen = (i < rows) & (j < columns)
+    if WINDOW:
+        seen = seen & (i - j < window)
+    if HAS_MASK:
+        mask = MASK + (tl.cast(i - P, tl.int64) * row_stride + tl.cast(j, tl.int64) * column_stride)
+        seen = seen & (tl.load(mask, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def wait(FLAG, blocks):
+    """Spin until at least `blocks` row blocks of this sequence and head are published; how many are.
+
+    This cannot deadlock, on any number of multiprocessors: work is given out by an atomic ticket in dependency order,
+    so the program that will publish the block already runs, and it waits itself for earlier tickets only.
+    """
+    done = tl.atomic_add(FLAG, 0, sem="acquire")
+    while done < blocks:
+        done = tl.atomic_add(FLAG, 0, sem="acquire")
+    return done
+
+
+@triton.jit
+def publish(FLAG, blocks):
+    """Make all stores of this program visible, then announce that `blocks` row blocks are finished."""
+    tl.debug_barrier()
+    tl.atomic_xchg(FLAG, blocks, sem="release")
+
+
+@triton.jit
+def _halves(x, H: tl.constexpr):
+    """The four [H, H] quarters of x [2 H, 2 H]: upper left, upper right, lower left, lower right."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (2, H, 2, H)), (1, 3, 0, 2)))
+    a, c = tl.split(left)
+    b, d = tl.split(right)
+    return a, b, c, d
+
+
+@triton.jit
+def _whole(a, b, c, d, H: tl.constexpr):
+    """The inverse of `_halves`."""
+    x = tl.join(tl.join(a, c), tl.join(b, d))  # [H, H, row half, column half]
+    return tl.reshape(tl.permute(x, (2, 0, 3, 1)), (2 * H, 2 * H))
+
+
+@triton.jit
+def _square_inverse(N, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """S of (I − N)⁻¹ = I + S = (I + N)(I + N²)(I + N⁴)…, for nilpotent N [SIZE, SIZE]."""
+    S = N
+    power = N.to(tl.float16) if PRECISION == "half" else N
+    for k in tl.static_range(1, 7):
+        if (1 << k) < SIZE:
+            power32 = tl.dot(power, power, input_precision="ieee" if PRECISION == "half" else PRECISION)
+            power = power32.to(power.dtype)
+            S = tl.dot(S.to(power.dtype), power, S + power32,
+                       input_precision="ieee" if PRECISION == "half" else PRECISION)  # fmt: skip
+    return S
+
+
+@triton.jit
+def inverse(N, SIZE: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr):
+    """S of (I − N)⁻¹ = I + S for strictly triangular N [SIZE, SIZE] float32, from the inverses of its two diagonal halves.
+
+    Every entry of N, of its powers and of S is a probability (the walk visits a token at most once), so float16, with
+    the mantissa of tf32, cannot overflow; PRECISION "half" computes with float16 operands.
+    """
+    if SIZE <= 32:
+        return _square_inverse(N, SIZE, PRECISION)
+    else:
+        H: tl.constexpr = SIZE // 2
+        OPERAND: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
+        DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+        a, b, c, d = _halves(N, H)
+        a = inverse(a, H, UPPER, PRECISION)
+        d = inverse(d, H, UPPER, PRECISION)
+        ah = a.to(OPERAND)
+        dh = d.to(OPERAND)
+        # Off-diagonal quarter E: (I + S₂) E (I + S₁) below the diagonal, (I + S₁) E (I + S₂) above it.
+        if UPPER:
+            e = tl.dot(ah, b.to(OPERAND), b, input_precision=DOT)
+            b = tl.dot(e.to(OPERAND), dh, e, input_precision=DOT)
+        else:
+            e = tl.dot(c.to(OPERAND), ah, c, input_precision=DOT)
+            c = tl.dot(dh, e.to(OPERAND), e, input_precision=DOT)
+        return _whole(a, b, c, d, H)

@@ -1,0 +1,65 @@
+"""Tile sizes: a small table instead of autotuning, so that a first call costs one compilation."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETED = torch.device("cpu")
+
+
+class Tiles(NamedTuple):
+    """Rows BM of a block, columns BN of a step, warps and pipeline stages of one kernel."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+class Table(NamedTuple):
+    """The tiles of each kernel for one architecture, dtype and head dimension."""
+
+    forward: Tiles
+    columns: Tiles
+    dq: Tiles
+
+
+# Keyed by the padded head dimension, for half precision.
+HOPPER = {
+    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
+    128: Table(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
+}
+# For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
+SMALL = {
+    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2)),
+    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 2)),
+    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 4, 1)),
+}
+FLOAT32 = {
+    64: Table(*[Tiles(32, 32, 4, 1)] * 3),
+    128: Table(*[Tiles(32, 32, 4, 1)] * 3),
+    256: Table(*[Tiles(16, 16, 4, 1)] * 3),
+}
+
+
+def choose(q: Tensor) -> Table:
+    """The tiles for queries like `q`."""
+    size = max(64, padded(q.shape[-1]))
+    if q.device == INTERPRETED:
+        return Table(Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1))
+    if q.dtype == torch.float32:
+        return FLOAT32[size]
+    return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
+
+
+def padded(D: int) -> int:
+    """The head dimension as the kernels see it: a power of two that a matrix instruction takes."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
