@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,21 @@ from transformers import DynamicCache
 
 from ka_attention.hf import KACache, KAConfig, cache_bytes, use
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.memory import cache_size, is_softmax
+from ka_attention.studies.memory import cache_size, decoding, is_softmax
 from ka_attention.studies.perplexity import token_losses
-from ka_attention.studies.statistics import arms_with, changes, deviation, mean, mean_sd, percent, values, verdict
+from ka_attention.studies.statistics import (
+    arms_with,
+    cell,
+    changes,
+    deviation,
+    mean,
+    mean_sd,
+    percent,
+    percent_cell,
+    seeds_of,
+    values,
+    verdict,
+)
 
 NAMES = {"kv": "KV", "ka": "KA"}
 WARM_UP = 4  # tokens decoded before the clock starts
@@ -34,20 +45,20 @@ def own_cache(model: Any) -> str:
 
 
 @contextmanager
-def attention(model: Any, kind: str) -> Iterator[KAConfig | None]:
-    """Let ``model`` attend as it does through a ``kind`` cache; yields the configuration.
-
-    "kv" is softmax attention over cached keys and values, "ka" is KA-attention over cached keys and outputs. One of
-    them is the model's own and changes nothing; the other keeps its layers and window and swaps the gate: 0 on a
-    KA-trained model, 1 on a softmax-trained one.
-    """
+def attention(model: Any, kind: str) -> Iterator[None]:
+    """Let ``model`` attend as it does through a ``kind`` cache (``memory.decoding``), without changing its weights."""
     own = own_config(model)
     if kind == own_cache(model):
-        yield own
-        return
-    swapped = replace(own or KAConfig(), gate="fixed", gate_init=float(kind == "ka"), gate_range=(0.0, 1.0))
-    with use(model, swapped):
-        yield swapped
+        yield
+    elif own is None:
+        with use(model, decoding(own, kind)):
+            yield
+    else:  # attached already, perhaps with learned gates, which stay in the model and are not asked
+        model.config.ka_config = decoding(own, kind).to_dict()
+        try:
+            yield
+        finally:
+            model.config.ka_config = own.to_dict()
 
 
 @torch.inference_mode()
@@ -67,15 +78,15 @@ def evaluate(
     length = sequences.shape[1]
     result: dict[str, dict[str, Any]] = {}
     for kind in caches:
-        with attention(model, kind) as config:
+        with attention(model, kind):
             _decode(model, sequences[:batch_size, :WARM_UP])
         result[kind] = {
             "own": kind == own_cache(model),
             "nll": 0.0,
             "seconds": 0.0,
             "tokens": sequences.numel(),
-            "bytes_per_token_computed": cache_size(model.config, config, kind, 1),
-            "bytes_per_sequence_computed": cache_size(model.config, config, kind, length),
+            "bytes_per_token_computed": cache_size(model.config, own_config(model), kind, 1),
+            "bytes_per_sequence_computed": cache_size(model.config, own_config(model), kind, length),
         }
     for batch in sequences.split(batch_size):
         for kind, row in result.items():
@@ -135,18 +146,16 @@ def sections(results: dict[str, Any]) -> list[Section]:
                 [
                     label,
                     NAMES[kind] + (" (own)" if kind == own else " (swap)"),
-                    mean_sd(ppl),
-                    "–" if kind == own else percent(changes(ppl, values(arm, "caches", own, "ppl"))),
-                    mean_sd(values(arm, "caches", kind, "tokens_per_s"), 0),
-                    mean_sd(values(arm, "caches", kind, "seconds")),
-                    *(
-                        f"{mean(values(arm, 'caches', kind, f'bytes_per_{unit}_measured')):,.0f}"
-                        for unit in ("token", "sequence")
-                    ),
+                    cell(ppl),
+                    "–" if kind == own else percent_cell(changes(ppl, values(arm, "caches", own, "ppl"))),
+                    cell(values(arm, "caches", kind, "tokens_per_s"), 0),
+                    cell(values(arm, "caches", kind, "seconds")),
+                    cell(values(arm, "caches", kind, "bytes_per_token_measured"), 0),
+                    cell(values(arm, "caches", kind, "bytes_per_sequence_measured"), 0),
                 ]
             )
     table = Table(
-        "One model, two caches (bytes: read from the cache)",
+        f"One model, two caches ({seeds_of(arms)}; bytes are read from the cache)",
         ["trained as", "cache", "PPL", "against own", "tokens/s", "seconds", "bytes a token", "bytes a sequence"],
         rows,
     )
@@ -205,25 +214,25 @@ def _speed(arms: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _bars(name: str, arms: list[tuple[str, dict[str, Any]]], key: str, unit: str, caption: str) -> Figure:
     def draw(ax: Any) -> None:
-        width = 0.38
+        height = 0.38
         for offset, kind in ((-0.5, "kv"), (0.5, "ka")):
-            shown = [(x, values(arm, "caches", kind, key)) for x, (_, arm) in enumerate(arms)]
-            shown = [(x, numbers) for x, numbers in shown if numbers]
+            shown = [(y, values(arm, "caches", kind, key)) for y, (_, arm) in enumerate(arms)]
+            shown = [(y, numbers) for y, numbers in shown if numbers]
             spread = [deviation(numbers) for _, numbers in shown]
-            bars = ax.bar(
-                [x + offset * width for x, _ in shown],
+            bars = ax.barh(
+                [y + offset * height for y, _ in shown],
                 [mean(numbers) for _, numbers in shown],
-                width,
-                yerr=spread if any(spread) else None,
-                capsize=2,
+                height,
+                xerr=spread if any(spread) else None,
+                ecolor="C7",
                 label=f"{NAMES[kind]} cache",
             )
-            ax.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
-        ax.set_xticks(range(len(arms)), [label for label, _ in arms])
-        ax.set_xlabel("trained as")
-        ax.set_ylabel(unit)
-        ax.margins(y=0.12)
-        ax.grid(axis="x", visible=False)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2)
+            ax.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
+        ax.set_yticks(range(len(arms)), [label.replace(", ", ",\n") for label, _ in arms])
+        ax.invert_yaxis()
+        ax.set_xlabel(unit)
+        ax.margins(x=0.14)
+        ax.grid(axis="y", visible=False)
+        ax.figure.legend(loc="outside upper center", ncols=2)
 
-    return Figure(name, caption + " (mean over seeds; bars: ± 1 sd)", draw)
+    return Figure(name, f"{caption} ({seeds_of(arms)})", draw)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ka_attention.hf.config import KAConfig
+from ka_attention.hf import KAConfig
+from ka_attention.hf.cache import layer_plan
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.statistics import arms_with
 
@@ -19,24 +21,34 @@ def is_softmax(ka: KAConfig | None) -> bool:
     return ka is None or (ka.gate == "fixed" and ka.gate_init == 0)
 
 
-def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -> int:
-    """Bytes that the ``kind`` ("kv" or "ka") cache of one sequence of ``tokens`` tokens takes in all layers.
+def decoding(ka: KAConfig | None, kind: str) -> KAConfig:
+    """The configuration with which a model trained with ``ka`` decodes through a ``kind`` cache.
 
-    A layer stores, for each token it keeps, Hkv keys and Hkv values (kv) or Hkv keys and Hq outputs (ka) of D
-    elements in the model's dtype. A layer with a window w keeps the last w − 1 tokens. Layers outside ``ka.layers``
-    keep all tokens, as keys and values.
+    "kv" is softmax attention over cached keys and values, "ka" is KA-attention over cached keys and outputs. One of
+    them is the model's own; the other keeps its layers and window and swaps the gate: 0 on a KA-trained model, 1 on a
+    softmax-trained one.
     """
-    query_heads = model_config.num_attention_heads
-    key_heads = getattr(model_config, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // query_heads
-    itemsize = (model_config.dtype or torch.get_default_dtype()).itemsize
-    size = 0
-    for layer in range(model_config.num_hidden_layers):
-        inside = ka is None or ka.enabled(layer)
-        kept = min(tokens, ka.window - 1) if inside and ka is not None and ka.window is not None else tokens
-        heads = key_heads + (query_heads if inside and kind == "ka" else key_heads)
-        size += kept * heads * head_dim * itemsize
-    return size
+    own = ka or KAConfig(gate_init=0.0)
+    if is_softmax(own) == (kind == "kv"):
+        return own
+    return replace(own, gate="fixed", gate_init=float(kind == "ka"), gate_range=(0.0, 1.0))
+
+
+def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -> int:
+    """Bytes that the ``kind`` cache of one sequence of ``tokens`` tokens takes in all layers of a model with ``ka``.
+
+    A layer stores, for each token it keeps, Hkv keys and Hkv values, or Hkv keys and Hq outputs where it caches
+    outputs, of D elements in the model's dtype. A layer with a window w keeps the last w − 1 tokens.
+    """
+    config = copy.copy(model_config)
+    config.ka_config = decoding(ka, kind).to_dict()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    element = (config.dtype or torch.float32).itemsize
+    return sum(
+        (tokens if window is None else min(tokens, max(window - 1, 1))) * key_heads * (1 + groups) * head_dim * element
+        for groups, window in layer_plan(config)
+    )
 
 
 def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> dict[str, Any]:
@@ -46,9 +58,8 @@ def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> dict[str
     ``length`` tokens) and ``by_length``. ``grouped`` is the same model with a quarter of the key heads (at least
     one).
     """
-    grouped = copy.deepcopy(model_config)
+    grouped = copy.copy(model_config)
     grouped.num_key_value_heads = max(1, model_config.num_attention_heads // 4)
-    unbounded = None if ka is None else KAConfig(layers=ka.layers)
     lengths = [16 * 2**power for power in range(11)]
     return {
         "own": "kv" if is_softmax(ka) else "ka",
@@ -57,7 +68,7 @@ def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> dict[str
         "lengths": lengths,
         **{
             kind: {
-                "bytes_per_token": cache_size(model_config, unbounded, kind, 1),
+                "bytes_per_token": cache_size(model_config, ka, kind, 1),
                 "bytes_per_sequence": cache_size(model_config, ka, kind, length),
                 "by_length": [cache_size(model_config, ka, kind, tokens) for tokens in lengths],
             }
@@ -66,7 +77,7 @@ def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> dict[str
         "grouped": {
             "query_heads": grouped.num_attention_heads,
             "key_value_heads": grouped.num_key_value_heads,
-            **{kind: cache_size(grouped, unbounded, kind, 1) for kind in ("kv", "ka")},
+            **{kind: cache_size(grouped, ka, kind, 1) for kind in ("kv", "ka")},
         },
     }
 
@@ -108,6 +119,8 @@ def sections(results: dict[str, Any]) -> list[Section]:
             ax.plot(arms[0][1]["lengths"], [size / _MIB for size in sizes], label=" and ".join(labels))
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:,g}")
         ax.set_xlabel("tokens in the sequence")
         ax.set_ylabel("cache (MiB a sequence)")
         ax.legend()

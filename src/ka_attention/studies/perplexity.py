@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.statistics import arms_with, deviation, mean, mean_sd, signed, values
+from ka_attention.studies.statistics import arms_with, cell, deviation, mean, seeds_of, signed, values
 
 BUCKET = 16  # positions
 
@@ -66,10 +66,10 @@ def sections(results: dict[str, Any]) -> list[Section]:
     if len(positions) > 1:
         paragraphs.append(_against_first_arm(runs))
     table = Table(
-        "Validation PPL by position",
+        f"Validation PPL by position ({seeds_of(arms)})",
         ["positions", *runs],
-        [[name, *(mean_sd(run[row][1]) for run in runs.values())] for row, (name, _) in enumerate(positions)]
-        + [["all", *(mean_sd(values(arm, "perplexity", "ppl")) for _, arm in arms)]],
+        [[name, *(cell(run[row][1]) for run in runs.values())] for row, (name, _) in enumerate(positions)]
+        + [["all", *(cell(values(arm, "perplexity", "ppl")) for _, arm in arms)]],
     )
 
     def draw(ax: Any) -> None:
@@ -81,9 +81,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         ax.set_ylabel("validation PPL")
         ax.legend()
 
-    figure = Figure(
-        "ppl_by_position", "Validation PPL by position, lower is better (mean over seeds; bars: ± 1 sd)", draw
-    )
+    figure = Figure("ppl_by_position", f"Validation PPL by position, lower is better ({seeds_of(arms)})", draw)
     return [Section("Perplexity by position", paragraphs, [table], [figure])]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ka_attention.report.document import Section, Table
 from ka_attention.studies.caches import NAMES, attention, own_cache
 from ka_attention.studies.perplexity import token_losses
-from ka_attention.studies.statistics import arms_with, changes, mean, mean_sd, percent, values
+from ka_attention.studies.statistics import arms_with, cell, changes, mean, mean_sd, percent_cell, seeds_of, values
 
 KNOWN = 5.0  # percent: how far the perplexity of true facts must lie below that of shuffled ones to call them known
 GROUPS = {"real": "real-world facts", "fictitious": "fictitious facts"}
@@ -103,26 +103,22 @@ def sections(results: dict[str, Any]) -> list[Section]:
         "bad: only a model that finds true facts clearly less surprising than shuffled ones knows them, and only "
         "then does the ratio speak of the Reversal Curse. Whole sentences also mix in how likely the first entity "
         "and the wording are; the two orders differ in both.",
-        *(_words(label, arm) for label, arm in arms),
+        *_words(arms),
     ]
     own = Table(
-        "Facts under each model's own attention",
-        ["arm", "facts", "forward PPL", "backward PPL", "ratio", "forward, shuffled", "backward, shuffled"],
+        f"Facts under each model's own attention ({seeds_of(arms)}; last columns: true against shuffled, PPL)",
+        ["arm", "facts", "forward PPL", "backward PPL", "ratio", "forward", "backward"],
         [
-            [label, group, *_cells(arm, _own(arm), key, shuffled=True)]
+            [label, name, *_cells(arm, _own(arm), group), *map(percent_cell, _gains(arm, group))]
             for label, arm in arms
-            for key, group in {"all": "all", **GROUPS}.items()
+            for group, name in {"all": "all", **GROUPS}.items()
         ],
     )
     caches = Table(
-        "All facts under each cache",
+        f"All facts under each cache ({seeds_of(arms)})",
         ["trained as", "cache", "forward PPL", "backward PPL", "ratio"],
         [
-            [
-                label,
-                f"{NAMES[kind]} ({'own' if kind == _own(arm) else 'swap'})",
-                *_cells(arm, kind, "all", shuffled=False),
-            ]
+            [label, f"{NAMES[kind]} ({'own' if kind == _own(arm) else 'swap'})", *_cells(arm, kind, "all")]
             for label, arm in arms
             for kind in NAMES
         ],
@@ -138,33 +134,38 @@ def _figure(arm: dict[str, Any], kind: str, group: str, key: str) -> list[float]
     return values(arm, "reversal", "by_cache", kind, group, key)
 
 
-def _cells(arm: dict[str, Any], kind: str, group: str, *, shuffled: bool) -> list[str]:
-    keys = [
-        "forward_ppl",
-        "backward_ppl",
-        "ratio",
-        *(["forward_shuffled_ppl", "backward_shuffled_ppl"] if shuffled else []),
-    ]
-    return [mean_sd(_figure(arm, kind, group, key), 3 if key == "ratio" else 1) for key in keys]
+def _cells(arm: dict[str, Any], kind: str, group: str) -> list[str]:
+    keys = {"forward_ppl": 1, "backward_ppl": 1, "ratio": 3}
+    return [cell(_figure(arm, kind, group, key), digits) for key, digits in keys.items()]
 
 
-def _words(label: str, arm: dict[str, Any]) -> str:
-    """What the ratio is worth, judged by the real facts: nobody can know the fictitious ones."""
-    gains = {
-        order: changes(*(_figure(arm, _own(arm), "real", f"{order}{suffix}_ppl") for suffix in ("", "_shuffled")))
+def _gains(arm: dict[str, Any], group: str) -> list[list[float]]:
+    """Percent by which PPL of true facts differs from that of shuffled ones, forward and backward, one a seed."""
+    return [
+        changes(*(_figure(arm, _own(arm), group, f"{order}{suffix}_ppl") for suffix in ("", "_shuffled")))
         for order in ("forward", "backward")
-    }
-    known = [order for order, gain in gains.items() if mean(gain) < -KNOWN]
-    if len(known) == 2:
-        judgement = "it knows such facts in both orders, as far as whole sentences can tell"
-    elif known:
-        judgement = f"it knows such facts {known[0]} only, which is the Reversal Curse"
-    else:
-        judgement = (
-            "it does not know these facts in either order, so its ratio says **nothing** about the Reversal Curse"
-        )
-    return (
-        f"**{label}**: ratio {mean_sd(_figure(arm, _own(arm), 'all', 'ratio'), 3)}. True real-world facts against "
-        f"shuffled ones: {percent(gains['forward'])} PPL forward, {percent(gains['backward'])} backward. At least "
-        f"{KNOWN:.0f} % lower counts as known here: {judgement}."
-    )
+    ]
+
+
+def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What the ratios are worth, judged by the real facts (nobody can know the fictitious ones); like arms together."""
+    judgements: dict[str, list[str]] = {}
+    for label, arm in arms:
+        forward, backward = (mean(gain) < -KNOWN for gain in _gains(arm, "real"))
+        if forward and backward:
+            judgement = "lower PPL than shuffled ones in both orders: no Reversal Curse shows in whole sentences"
+        elif forward or backward:
+            order = "forward" if forward else "backward"
+            judgement = f"lower PPL than shuffled ones told {order} only, which is what the Reversal Curse looks like"
+        else:
+            judgement = (
+                "no lower PPL than shuffled ones in either order: the facts are not known, and the ratio says "
+                "**nothing** about the Reversal Curse"
+            )
+        ratio = mean_sd(_figure(arm, _own(arm), "all", "ratio"), 3)
+        judgements.setdefault(judgement, []).append(f"{label} (ratio {ratio})")
+    return [
+        f"True real-world facts have {judgement} (asked for: at least {KNOWN:.0f} %). This holds for "
+        f"{'; '.join(labels)}."
+        for judgement, labels in judgements.items()
+    ]

@@ -45,6 +45,17 @@ def mean_sd(numbers: Sequence[float], digits: int = 1) -> str:
     return f"{mean(numbers):,.{digits}f} ± {deviation(numbers):,.{digits}f} (n={len(numbers)})"
 
 
+def cell(numbers: Sequence[float], digits: int = 1) -> str:
+    """``mean_sd`` for a table whose caption names the seeds: ``442.2 ± 3.1``, ``442.2`` for one number."""
+    return mean_sd(numbers, digits).split(" (")[0]
+
+
+def seeds_of(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """For captions: ``one seed`` or ``mean ± sd over 3 seeds``."""
+    counts = sorted({len(arm["seeds"]) for _, arm in arms})
+    return "one seed" if counts == [1] else f"mean ± sd over {' or '.join(map(str, counts))} seeds"
+
+
 def changes(numbers: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """The change of each number against the baseline of the same seed, in percent."""
     return [100 * (number / base - 1) for number, base in zip(numbers, baseline, strict=True)]
@@ -58,6 +69,11 @@ def percent(numbers: Sequence[float], digits: int = 1) -> str:
     return (
         f"{text} (one seed)" if len(numbers) == 1 else f"{text} ± {deviation(numbers):,.{digits}f} (n={len(numbers)})"
     )
+
+
+def percent_cell(numbers: Sequence[float], digits: int = 1) -> str:
+    """``percent`` for a table whose caption names the seeds."""
+    return percent(numbers, digits).split(" (")[0]
 
 
 def signed(number: float, digits: int = 1) -> str:
