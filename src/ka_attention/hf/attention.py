@@ -32,7 +32,7 @@ _UNSUPPORTED = (
 )
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make ``attn_implementation="ka"`` known to transformers. May be called again."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask function every mask would be None

@@ -17,6 +17,7 @@ class KAConfig:
     gate:       "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
     gate_init:  the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
     gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
+    adapters:   for layers with an adapter (index as a string), what it is rebuilt from: see ka_attention.hf.adapters.
     """
 
     layers: tuple[int, ...] | None = None
@@ -24,6 +25,7 @@ class KAConfig:
     gate: GateKind = "fixed"
     gate_init: float = 1.0
     gate_range: tuple[float, float] = (0.0, 1.0)
+    adapters: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init  # leaves parameters alone that were loaded from a file
 
 
 class KAGate(nn.Module):
     """The gate of one layer, kept in ``bounds``: a number a head, or for each token ``bias[h] + weight[h] · v``.
 
     heads:    query heads.
-    init:     where every gate starts.
+    start:    where every gate starts.
     bounds:   the interval of allowed gates. Values beyond it are clamped and gradients pass straight through the clamp,
               so that the bounds are reached exactly and are never a trap.
     head_dim: D for gates of tokens, None for gates of heads.
@@ -19,18 +20,18 @@ class KAGate(nn.Module):
     """
 
     def __init__(
-        self, heads: int, init: float = 1.0, bounds: tuple[float, float] = (0.0, 1.0), head_dim: int | None = None
+        self, heads: int, start: float = 1.0, bounds: tuple[float, float] = (0.0, 1.0), head_dim: int | None = None
     ) -> None:
         super().__init__()
-        self.init, self.bounds = float(init), bounds
+        self.start, self.bounds = float(start), bounds
         self.bias = nn.Parameter(torch.empty(heads))
         self.weight = None if head_dim is None else nn.Parameter(torch.empty(heads, head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.bias, self.init)
+        init.constant_(self.bias, self.start)
         if self.weight is not None:
-            nn.init.zeros_(self.weight)
+            init.zeros_(self.weight)
 
     def forward(self, v: Tensor) -> Tensor:
         """Values ``[B, Hkv, T, D]`` give gates ``[Hq]`` or ``[B, Hq, T]``, float32 or better."""

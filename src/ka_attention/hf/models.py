@@ -1,0 +1,81 @@
+"""Model types of trained KA models, ``ka_llama`` for ``llama`` and so on: what loads one of them gets KA-attention."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ka_attention.hf.attach import attach
+from ka_attention.hf.attention import NAME, register_attention
+from ka_attention.hf.config import KAConfig
+
+# The families that the Auto classes know as KA models from the start; `ka_classes` adds any other.
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+
+
+@cache
+def register() -> None:
+    """Make ``attn_implementation="ka"`` and the KA model types known to transformers. May be called again."""
+    register_attention()
+    for family in FAMILIES:
+        ka_classes(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])
+
+
+@cache
+def ka_classes(base: Any) -> tuple[Any, Any]:
+    """(configuration, model) classes of the KA type of a transformers model class, registered with the Auto classes.
+
+    The model is attached from its ``config.ka_config`` when it is built, so it is a KA model however it is made.
+    """
+    if base.config_class.model_type.startswith("ka_"):
+        return base.config_class, base
+
+    class Config(base.config_class):
+        model_type = "ka_" + base.config_class.model_type
+        ka_config: dict | None = None
+
+    class Model(base):
+        config_class = Config
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            if config._attn_implementation not in (None, NAME):
+                raise ValueError(
+                    f"attn_implementation: {type(self).__name__} runs KA-attention only ({NAME!r}), "
+                    f"got {config._attn_implementation!r}; load the model it came from for softmax attention"
+                )
+            config._attn_implementation = NAME
+            super().__init__(config, *args, **kwargs)
+            attach(self, KAConfig.of(config))
+
+        def initialize_weights(self) -> None:
+            super().initialize_weights()
+            # `_init_weights` of the inner model does not know gates; those that were loaded are left as they are.
+            for module in self.modules():
+                if hasattr(module, "ka_gate"):
+                    module.ka_gate.reset_parameters()
+
+    for made, kind in ((Config, base.config_class), (Model, base)):
+        made.__name__ = made.__qualname__ = f"KA{kind.__name__}"
+    AutoConfig.register(Config.model_type, Config, exist_ok=True)
+    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+    return Config, Model

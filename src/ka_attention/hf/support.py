@@ -1,0 +1,59 @@
+"""Which transformers models KA-attention can run in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ka_attention.hf.cache import layer_plan
+
+# Models whose attention code changes keys, values or weights around the interface that KA-attention plugs into.
+_UNSUPPORTED = {
+    "diffllama": "it subtracts two attention maps",
+    "doge": "its attention mask carries learned values",
+    "gpt_oss": "it uses attention sinks",
+    "jetmoe": "its heads are mixtures of experts that repeat the cached values",
+}
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's decoder, which holds ``ka_config``."""
+    return model.config.get_text_config(decoder=True)
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The decoder's self-attention modules, in the order of their layers."""
+    text = text_config(model)
+    found = [
+        m
+        for m in model.modules()
+        if getattr(m, "config", None) is text
+        and getattr(m, "layer_idx", None) is not None
+        and "Attention" in type(m).__name__
+        and not getattr(m, "is_cross_attention", False)
+    ]
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+def check_supported(model: Any) -> None:
+    """Raise ValueError, with the reason, for a model on which KA-attention would fail or silently not run."""
+    text = text_config(model)
+    bases = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif not all(base._can_set_attn_implementation() for base in bases):
+        reason = "its code does not use transformers' attention interface: standard attention would run silently"
+    elif text.model_type in _UNSUPPORTED:
+        reason = _UNSUPPORTED[text.model_type]
+    elif getattr(text, "kv_lora_rank", None):
+        reason = "its keys and values are compressed (multi-head latent attention)"
+    elif getattr(text, "num_kv_shared_layers", None):
+        reason = "its layers share keys and values"
+    else:
+        layer_plan(model.config)
+        found = len(attention_modules(model))
+        if found == text.num_hidden_layers:
+            return
+        reason = f"{found} of its {text.num_hidden_layers} layers have causal self-attention"
+    raise ValueError(f"KA-attention does not support {type(model).__name__} ({text.model_type}): {reason}")
