@@ -1,4 +1,4 @@
-"""Decoding through a cache: the loop scores what the parallel operator scores, and the bytes are what they should be."""
+"""Decoding through a cache: the loop scores what the parallel operator scores, and bytes are the computed ones."""
 
 import pytest
 import torch

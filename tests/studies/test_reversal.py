@@ -85,6 +85,10 @@ def test_is_deterministic_and_leaves_the_model_as_it_was(words):
 
 
 def test_long_sentences_are_cut(words):
-    ids = reversal._encode(words, ["word " * 100, "a"], 12)
-    assert len(ids[0]) == 12
-    assert len(ids[1]) < 12
+    model = build()
+    firsts = [words(text)["input_ids"][0] for group in reversal.sentences().values() for text in group["forward"]]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[words.eos_token_id]])).logits[0, 0]
+    loss = -logits.log_softmax(-1)[firsts].mean().item()
+    found = reversal.evaluate(model, words, max_length=2)  # end of text and one token
+    assert found["forward_ppl"] == pytest.approx(math.exp(loss), rel=1e-5)

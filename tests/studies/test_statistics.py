@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 
 from ka_attention.studies.statistics import (
     arms_with,
+    caution,
+    cell,
     changes,
     deviation,
     mean,
     mean_sd,
     percent,
+    percent_cell,
+    seeds_of,
     signed,
     values,
     verdict,
@@ -46,6 +50,16 @@ def test_wording():
     assert percent([1.2, 1.6, 2.0]) == "+1.6 % ± 0.4 (n=3)"
     assert percent([-176.6]) == "−176.6 % (one seed)"
     assert signed(-0.04) == "+0.0 %"
+
+
+def test_tables_and_captions_say_the_number_of_seeds_once():
+    assert cell([439.1, 442.2, 445.3]) == "442.2 ± 3.1"
+    assert percent_cell([-176.6]) == "−176.6 %"
+    one = {"label": "KA", "seeds": [{}]}
+    assert seeds_of([("KA", ARM)]) == "mean ± sd over 2 seeds"
+    assert seeds_of([("KA", one)]) == "one seed"
+    assert "**one seed**" in caution([("KA", ARM), ("other", one)])
+    assert "one seed" not in caution([("KA", ARM)])
 
 
 def test_changes_are_paired_by_seed():

@@ -36,7 +36,7 @@ class Figure:
     name: str
     caption: str
     draw: Callable[[Axes], None]
-    size: tuple[float, float] = (5.0, 3.4)
+    size: tuple[float, float] = (4.5, 3.2)
 
 
 @dataclass(frozen=True)

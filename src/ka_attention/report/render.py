@@ -24,7 +24,7 @@ _INK = "#010203"
 _COLOURS = ("#2f7ed8", "#d9631e", "#1f9254", "#a857c9", "#c4404f", "#0f8f9c", "#8a7a1f", "#7d7d7d")
 _LINES = ("-", "--", "-.", ":") * 2
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,

@@ -18,12 +18,11 @@ from ka_attention.studies.memory import cache_size, decoding, is_softmax
 from ka_attention.studies.perplexity import token_losses
 from ka_attention.studies.statistics import (
     arms_with,
+    caution,
     cell,
     changes,
     deviation,
     mean,
-    mean_sd,
-    percent,
     percent_cell,
     seeds_of,
     values,
@@ -135,6 +134,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         "of cache; nothing is prefilled. *KV* caches keys and values (softmax attention), *KA* caches keys and "
         "attention outputs. One of the two is the model's own; the other is a swap without any training.",
         *(_words(label, arm) for label, arm in arms),
+        caution(arms),
         _speed(arms),
     ]
     rows = []
@@ -186,12 +186,13 @@ def _own(arm: dict[str, Any]) -> str:
 
 def _words(label: str, arm: dict[str, Any]) -> str:
     own = _own(arm)
-    text = f"**{label}**: PPL {mean_sd(values(arm, 'caches', own, 'ppl'))} with its own {NAMES[own]} cache"
+    text = f"**{label}**: PPL {cell(values(arm, 'caches', own, 'ppl'))} with its own {NAMES[own]} cache"
     for kind in arm["seeds"][0]["caches"]:
         if kind != own:
             ppl = values(arm, "caches", kind, "ppl")
             change = changes(ppl, values(arm, "caches", own, "ppl"))
-            text += f", {mean_sd(ppl)} with a {NAMES[kind]} cache ({percent(change)}; {verdict(change)})"
+            judgement = f"; {verdict(change)}" if len(change) > 1 else ""
+            text += f", {cell(ppl)} with a {NAMES[kind]} cache ({percent_cell(change)}{judgement})"
     return text + "."
 
 

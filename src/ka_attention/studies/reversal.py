@@ -13,7 +13,7 @@ from torch import Tensor
 from ka_attention.report.document import Section, Table
 from ka_attention.studies.caches import NAMES, attention, own_cache
 from ka_attention.studies.perplexity import token_losses
-from ka_attention.studies.statistics import arms_with, cell, changes, mean, mean_sd, percent_cell, seeds_of, values
+from ka_attention.studies.statistics import arms_with, caution, cell, changes, mean, percent_cell, seeds_of, values
 
 KNOWN = 5.0  # percent: how far the perplexity of true facts must lie below that of shuffled ones to call them known
 GROUPS = {"real": "real-world facts", "fictitious": "fictitious facts"}
@@ -104,6 +104,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         "then does the ratio speak of the Reversal Curse. Whole sentences also mix in how likely the first entity "
         "and the wording are; the two orders differ in both.",
         *_words(arms),
+        caution(arms),
     ]
     own = Table(
         f"Facts under each model's own attention ({seeds_of(arms)}; last columns: true against shuffled, PPL)",
@@ -162,7 +163,7 @@ def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
                 "no lower PPL than shuffled ones in either order: the facts are not known, and the ratio says "
                 "**nothing** about the Reversal Curse"
             )
-        ratio = mean_sd(_figure(arm, _own(arm), "all", "ratio"), 3)
+        ratio = cell(_figure(arm, _own(arm), "all", "ratio"), 3)
         judgements.setdefault(judgement, []).append(f"{label} (ratio {ratio})")
     return [
         f"True real-world facts have {judgement} (asked for: at least {KNOWN:.0f} %). This holds for "

@@ -50,6 +50,15 @@ def cell(numbers: Sequence[float], digits: int = 1) -> str:
     return mean_sd(numbers, digits).split(" (")[0]
 
 
+def caution(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """One sentence on what the number of seeds allows to conclude."""
+    if min(len(arm["seeds"]) for _, arm in arms) == 1:
+        return (
+            "These figures come from **one seed**, which proves nothing: with another, differences may not come again."
+        )
+    return "Figures are mean ± standard deviation over seeds; a difference counts only beyond two standard errors."
+
+
 def seeds_of(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """For captions: ``one seed`` or ``mean ± sd over 3 seeds``."""
     counts = sorted({len(arm["seeds"]) for _, arm in arms})
