@@ -123,7 +123,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
             axis.set_major_formatter("{x:,g}")
         ax.set_xlabel("tokens in the sequence")
         ax.set_ylabel("cache (MiB a sequence)")
-        ax.legend()
+        ax.figure.legend(loc="outside upper center")
 
     figure = Figure(
         "cache_memory", "Cache of one sequence against its length, computed (arms of equal size share a line)", draw

@@ -53,9 +53,7 @@ def cell(numbers: Sequence[float], digits: int = 1) -> str:
 def caution(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """One sentence on what the number of seeds allows to conclude."""
     if min(len(arm["seeds"]) for _, arm in arms) == 1:
-        return (
-            "These figures come from **one seed**, which proves nothing: with another, differences may not come again."
-        )
+        return "These figures come from **one seed**, which proves nothing: differences may not come again."
     return "Figures are mean ± standard deviation over seeds; a difference counts only beyond two standard errors."
 
 
