@@ -61,9 +61,9 @@ def test_memory_words_say_that_ka_is_not_smaller(example):
     ("forward", "backward", "expected"),
     [
         (1.0, 1.0, "**nothing** about the Reversal Curse"),
-        (0.8, 1.0, "told forward only"),
-        (1.0, 0.8, "told backward only"),
-        (0.8, 0.8, "in both orders"),
+        (0.8, 1.0, "told **forward only**"),
+        (1.0, 0.8, "told **backward only**"),
+        (0.8, 0.8, "in **both orders**"),
     ],
 )
 def test_reversal_words_follow_the_control(example, forward, backward, expected):

@@ -154,19 +154,16 @@ def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
     for label, arm in arms:
         forward, backward = (mean(gain) < -KNOWN for gain in _gains(arm, "real"))
         if forward and backward:
-            judgement = "lower PPL than shuffled ones in both orders: no Reversal Curse shows in whole sentences"
+            judgement = "in **both orders**: no Reversal Curse shows in whole sentences"
         elif forward or backward:
-            order = "forward" if forward else "backward"
-            judgement = f"lower PPL than shuffled ones told {order} only, which is what the Reversal Curse looks like"
-        else:
             judgement = (
-                "no lower PPL than shuffled ones in either order: the facts are not known, and the ratio says "
-                "**nothing** about the Reversal Curse"
+                f"told **{'forward' if forward else 'backward'} only**, which is what the Reversal Curse looks like"
             )
+        else:
+            judgement = "in **neither order**, so that the ratio says **nothing** about the Reversal Curse"
         ratio = cell(_figure(arm, _own(arm), "all", "ratio"), 3)
         judgements.setdefault(judgement, []).append(f"{label} (ratio {ratio})")
     return [
-        f"True real-world facts have {judgement} (asked for: at least {KNOWN:.0f} %). This holds for "
-        f"{'; '.join(labels)}."
-        for judgement, labels in judgements.items()
+        f"Real-world facts count as known where their PPL is at least {KNOWN:.0f} % below that of shuffled ones. "
+        + " ".join(f"Known {judgement}: {'; '.join(labels)}." for judgement, labels in judgements.items())
     ]
