@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ka_attention.errors import UserError
 
 Json = Any  # what json.dumps accepts
@@ -21,45 +23,89 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def main_process() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or the first of those under torchrun."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(value: Json) -> Json:
+    """``value`` as the main process has it, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 class Store:
     """The parts of one run under ``out``.
 
-    A part is a named unit of work with a JSON result, for example ``train/seed0/softmax``. ``part`` runs it once, writes
-    ``out/parts/<name>.json`` atomically, and returns the stored result from then on. ``identity`` (recipe, data, versions of
-    the results' schema) is stored with the first part; a folder that belongs to another identity raises UserError, so that
-    results of two settings are never mixed.
+    A part is a named unit of work with a JSON result, for example ``training/seed0/softmax``. ``part`` runs it once,
+    writes ``out/parts/<name>.json`` atomically, and returns the stored result from then on. ``identity`` (recipe, data,
+    version of the results' schema) is stored with the first part; a folder that belongs to another identity raises
+    UserError, so that results of two settings are never mixed. Nothing is written before the first part.
+
+    Under torchrun every process calls the same methods; the main one alone decides what is finished and writes.
     """
 
     def __init__(self, out: Path, identity: dict[str, Json]) -> None:
         self.out = Path(out)
-        marker = self.out / "parts" / "identity.json"
+        self.identity: dict[str, Json] = {}
+        for folder in (self.out, *self.out.parents):
+            if folder.exists():
+                if not folder.is_dir():
+                    raise UserError(f"--out: {folder} is a file; name a folder")
+                if not os.access(folder, os.W_OK):
+                    raise UserError(f"--out: cannot write in {folder}")
+                break
+        self.identify(**identity)
+
+    @property
+    def _marker(self) -> Path:
+        return self.out / "parts" / "identity.json"
+
+    def identify(self, **identity: Json) -> None:
+        """Add to what the run is about, before its first part; UserError where the folder's run differs in it."""
         identity = json.loads(json.dumps(identity))
-        if marker.exists():
-            stored = json.loads(marker.read_text(encoding="utf-8"))
-            if stored != identity:
-                changed = sorted(k for k in stored.keys() | identity.keys() if stored.get(k) != identity.get(k))
-                raise UserError(
-                    f"--out: {self.out} holds a run with another {', '.join(changed)}; name another folder or delete it"
-                )
-        else:
-            write_atomically(marker, json.dumps(identity, indent=2))
+        if self._marker.exists():
+            stored = json.loads(self._marker.read_text(encoding="utf-8"))
+            changed = sorted(key for key in identity if stored.get(key) != identity[key])
+            if changed:
+                names = ", ".join(name for key in changed for name in _differences(key, stored.get(key), identity[key]))
+                raise UserError(f"--out: {self.out} holds a run with another {names}; name another folder or delete it")
+        self.identity |= identity
 
     def part(self, name: str, work: Callable[[], Json]) -> Json:
         """The result of part ``name``: stored if it was finished before, else ``work()`` is run and stored."""
-        path = self.out / "parts" / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        # Through JSON also the first time, so that a continued run sees exactly what a first one saw.
-        text = json.dumps(work(), indent=2)
-        write_atomically(path, text)
+        path = self._path(name)
+        text = agreed(path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
+            if main_process() and not self._marker.exists():
+                write_atomically(self._marker, json.dumps(self.identity, indent=2))
+            # Through JSON also the first time, so that a continued run sees exactly what a first one saw.
+            text = agreed(json.dumps(work(), indent=2))
+            if main_process():
+                write_atomically(path, text)
         return json.loads(text)
 
     def done(self, name: str) -> bool:
         """Whether part ``name`` is finished."""
-        return (self.out / "parts" / f"{name}.json").exists()
+        return agreed(self._path(name).exists())
 
     def folder(self, name: str) -> Path:
         """A folder for the files of a part (checkpoints, weights), made if absent."""
         path = self.out / name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _path(self, name: str) -> Path:
+        return self.out / "parts" / f"{name}.json"
+
+
+def _differences(key: str, stored: Json, given: Json) -> list[str]:
+    """The names of what differs: the fields of two dictionaries, else the key itself."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        return [
+            f"{key}.{field}" for field in sorted(stored.keys() | given.keys()) if stored.get(field) != given.get(field)
+        ]
+    return [key]

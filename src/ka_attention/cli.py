@@ -1,0 +1,172 @@
+"""The command ``ka``: parse, call a study, print. The libraries behind it load only when a command needs them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ka_attention.errors import UserError
+
+if TYPE_CHECKING:
+    from ka_attention.studies.study import Study
+
+
+class _Commands(TyperGroup):
+    """One line instead of a traceback for a user's mistake (exit code 2) and for Ctrl-C (130)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"ka: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("ka: stopped; the same command continues where it was", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KA-attention: train it beside softmax attention, and see what its cache costs and buys.",
+)
+
+RecipeName = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name (`ka recipes`).")]
+Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, or hf:NAME[/CONFIG].")]
+Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json file, or a Hub name.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")]
+
+
+@app.command()
+def compare(
+    recipe: RecipeName = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    seeds: Seeds = 1,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """Train softmax attention and KA-attention on the same text, evaluate both, and write a report."""
+    study("compare", recipe, data, tokenizer, seeds, out, set_)
+
+
+@app.command()
+def train(
+    recipe: RecipeName = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    seeds: Seeds = 1,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """The first half of compare: train every arm. `ka evaluate OUT` does the rest."""
+    from ka_attention.studies.compare import COMPARISON
+    from ka_attention.studies.study import publish
+
+    chosen, store = _open(COMPARISON, recipe, data, tokenizer, out, set_)
+    publish(COMPARISON, chosen, store, seeds, COMPARISON.train(chosen, store, seeds))
+
+
+@app.command()
+def evaluate(out: Folder) -> None:
+    """The second half of compare: evaluate the models that were trained in OUT, and write the report."""
+    from ka_attention.studies.compare import COMPARISON
+    from ka_attention.studies.recipes import CompareRecipe
+    from ka_attention.studies.study import open_store, publish, read
+
+    stored = read(out / "parts", "identity.json")
+    if stored["study"] != COMPARISON.name:
+        raise UserError(f"OUT: {out} holds a run of {stored['study']}; only compare is evaluated on its own")
+    recipe = CompareRecipe(**{**stored["recipe"], "arms": tuple(stored["recipe"]["arms"])})
+    store = open_store(COMPARISON, recipe, out)
+    seeds = COMPARISON.trained_seeds(recipe, store)
+    if not seeds:
+        raise UserError(f"OUT: not every arm in {out} is trained; run the ka train or ka compare that began it again")
+    publish(COMPARISON, recipe, store, seeds, COMPARISON.run(recipe, store, seeds))
+
+
+@app.command()
+def report(out: Folder) -> None:
+    """Write the report of the results in OUT again."""
+    from ka_attention.studies import catalogue
+    from ka_attention.studies.study import read, report
+
+    results = read(out, "results.json")
+    report(catalogue.study(results["study"]), results, out)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A study's name (`ka recipes`).")],
+    recipe: RecipeName = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    seeds: Seeds = 1,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """Run one study: a question with its own recipes and report."""
+    from ka_attention.studies import catalogue
+    from ka_attention.studies.study import publish
+
+    chosen_study = catalogue.study(name)
+    chosen, store = _open(chosen_study, recipe, data, tokenizer, out, set_)
+    publish(chosen_study, chosen, store, seeds, chosen_study.run(chosen, store, seeds))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes of every study with their settings."""
+    from rich.console import Console
+
+    from ka_attention.studies.catalogue import STUDIES
+
+    console = Console(highlight=False)
+    for each in STUDIES.values():
+        console.print(f"\n[bold]{each.name}[/bold]: {each.question}")
+        for name, recipe in each.recipes.items():
+            settings = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+            summary = settings.pop("summary", "")
+            settings.pop("name", None)
+            console.print(f"  [bold]{name}[/bold]  {summary}")
+            console.print("    " + ", ".join(f"{key}={_shown(value)}" for key, value in settings.items()), style="dim")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+def _open(
+    study: Study,
+    recipe: str | None,
+    data: str | None,
+    tokenizer: str | None,
+    out: Path | None,
+    assignments: list[str] | None,
+) -> tuple[Any, Any]:
+    """The chosen recipe, and the store of its run; --data and --tokenizer are settings like any other."""
+    from ka_attention.studies.study import choose, open_store
+
+    given = [f"{key}={value}" for key, value in (("data", data), ("tokenizer", tokenizer)) if value is not None]
+    chosen = choose(study, recipe, [*(assignments or []), *given])
+    name = recipe or next(iter(study.recipes))
+    folder = Path("runs") / (name if study.name == "compare" else f"{study.name}-{name}")
+    return chosen, open_store(study, chosen, out or folder)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="ka")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""An arm of a comparison is an attention configuration: a name, a label and the KA settings of the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from transformers import GPTNeoXForCausalLM, set_seed
+
+from ka_attention.errors import UserError
+from ka_attention.hf.config import KAConfig
+from ka_attention.studies.recipes import ModelSettings
+
+NAME = re.compile(r"(?P<attention>softmax|ka|ka-head|ka-token)(-w(?P<window>[1-9]\d*))?")
+LABELS = {"softmax": "softmax", "ka": "KA", "ka-head": "KA, gate per head", "ka-token": "KA, gate per token"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``ka`` is None for plain softmax attention; a windowed softmax arm is KA-attention with its gate fixed at 0."""
+
+    name: str
+    label: str
+    ka: KAConfig | None
+
+
+def arm(name: str) -> Arm:
+    """The arm called ``softmax``, ``ka``, ``ka-head`` or ``ka-token`` (learned gates); ``-w16`` adds a window of 16."""
+    match = NAME.fullmatch(name)
+    if not match:
+        allowed = ", ".join(LABELS)
+        raise UserError(f"--set arms: no arm {name!r}; allowed are {allowed}, each also with a window, as in ka-w16")
+    attention, window = match["attention"], int(match["window"]) if match["window"] else None
+    label = LABELS[attention] + (f", window {window}" if window else "")
+    if attention == "softmax":
+        return Arm(name, label, KAConfig(window=window, gate_init=0.0) if window else None)
+    gate = attention.partition("-")[2] or "fixed"
+    # A learned gate starts halfway, where its gradient is largest and neither attention is favoured.
+    return Arm(name, label, KAConfig(window=window, gate=gate, gate_init=1.0 if gate == "fixed" else 0.5))  # type: ignore[arg-type]
+
+
+def build(arm: Arm, settings: ModelSettings, seed: int) -> GPTNeoXForCausalLM:
+    """A freshly initialised model; for a seed, all arms have the same weights (learned gates come on top)."""
+    from ka_attention.hf import attach
+
+    set_seed(seed)
+    config = settings.config()
+    config._attn_implementation = "sdpa"
+    model = GPTNeoXForCausalLM(config)
+    if arm.ka is not None:
+        attach(model, arm.ka)
+    return model

@@ -1,0 +1,16 @@
+"""All studies by name. Adding one is adding a file and a line here."""
+
+from __future__ import annotations
+
+from ka_attention.errors import UserError
+from ka_attention.studies.compare import COMPARISON
+from ka_attention.studies.study import Study
+
+STUDIES: dict[str, Study] = {study.name: study for study in (COMPARISON,)}
+
+
+def study(name: str) -> Study:
+    """The study called ``name``."""
+    if name not in STUDIES:
+        raise UserError(f"NAME: no study {name!r}; allowed are {', '.join(STUDIES)}")
+    return STUDIES[name]

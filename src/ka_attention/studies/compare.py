@@ -1,0 +1,178 @@
+"""The comparison: every arm trained on the same text from the same weights, then asked the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ka_attention.report.document import Section
+from ka_attention.studies import caches, compare_report, memory, perplexity, reversal
+from ka_attention.studies.arms import Arm, arm, build
+from ka_attention.studies.data import Sequences, Text, prepare
+from ka_attention.studies.progress import console
+from ka_attention.studies.recipes import COMPARE, CompareRecipe
+from ka_attention.studies.statistics import deviation, mean, values
+from ka_attention.studies.store import Json, Store, main_process
+from ka_attention.studies.training import load_weights, train
+
+BATCH = 32  # sequences read at once by an evaluation
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an evaluation may look at."""
+
+    model: Any
+    arm: Arm
+    recipe: CompareRecipe
+    text: Text
+
+
+class Evaluation(NamedTuple):
+    """A question to every trained model: its name in the results, its figures, and its part of the report."""
+
+    name: str
+    run: Callable[[Trained], dict[str, Json]]
+    sections: Callable[[dict[str, Json]], list[Section]]
+
+
+def _caches(of: Trained) -> dict[str, Json]:
+    return caches.evaluate(of.model, of.text.validation[: of.recipe.cache_samples], batch_size=BATCH)
+
+
+def _perplexity(of: Trained) -> dict[str, Json]:
+    return perplexity.evaluate(of.model, of.text.validation, batch_size=BATCH)
+
+
+def _memory(of: Trained) -> dict[str, Json]:
+    return memory.evaluate(of.model.config, of.arm.ka, length=of.recipe.sequence_length)
+
+
+def _reversal(of: Trained) -> dict[str, Json]:
+    return reversal.evaluate(of.model, of.text.tokenizer, max_length=of.recipe.sequence_length)
+
+
+EVALUATIONS = (
+    Evaluation("caches", _caches, caches.sections),
+    Evaluation("perplexity", _perplexity, perplexity.sections),
+    Evaluation("memory", _memory, memory.sections),
+    Evaluation("reversal", _reversal, reversal.sections),
+)
+
+
+class Comparison:
+    """Softmax attention against KA-attention in training, and KV against KA cache in decoding."""
+
+    name = "compare"
+    question = "KA-attention against softmax attention"
+    recipes: Mapping[str, Any] = COMPARE
+
+    def run(self, recipe: CompareRecipe, store: Store, seeds: int) -> dict[str, Json]:
+        """Train and evaluate every arm with every seed."""
+        return self._run(recipe, store, seeds, evaluate=True)
+
+    def train(self, recipe: CompareRecipe, store: Store, seeds: int) -> dict[str, Json]:
+        """The first half of ``run``: train every arm with every seed."""
+        return self._run(recipe, store, seeds, evaluate=False)
+
+    def trained_seeds(self, recipe: CompareRecipe, store: Store) -> int:
+        """With how many seeds every arm of the run in ``store`` is trained."""
+        seeds = 0
+        while all(store.done(_part("training", name, seeds)) for name in recipe.arms):
+            seeds += 1
+        return seeds
+
+    def sections(self, results: dict[str, Json]) -> list[Section]:
+        """The answer in short, the training, then a section for each evaluation."""
+        return [
+            *compare_report.sections(results),
+            *(section for evaluation in EVALUATIONS for section in evaluation.sections(results)),
+        ]
+
+    def _run(self, recipe: CompareRecipe, store: Store, seeds: int, *, evaluate: bool) -> dict[str, Json]:
+        arms = [arm(name) for name in recipe.arms]
+        with console.status("reading the text, training the tokenizer"):
+            text = prepare(recipe, recipe.vocab_size)
+        store.identify(data=text.description)
+        store.part("text", lambda: _save_tokenizer(text, store))
+        console.print(_announcement(recipe, text))
+        results: dict[str, Json] = {"data": text.description, "arms": {}}
+        for each in arms:
+            settings = None if each.ka is None else each.ka.to_dict()
+            results["arms"][each.name] = {"label": each.label, "ka": settings, "seeds": []}
+        for seed in range(seeds):
+            for each in arms:
+                answers = {"training": _train(each, recipe, text, store, seed)}
+                if evaluate:
+                    answers |= _evaluate(each, recipe, text, store, seed)
+                results["arms"][each.name]["seeds"].append(answers)
+        for entry in results["arms"].values():
+            ppl = values(entry, "training", "best_val_ppl")
+            entry["val_ppl"] = {"mean": mean(ppl), "sd": deviation(ppl), "n": len(ppl)}
+        return results
+
+
+def _part(kind: str, name: str, seed: int) -> str:
+    return f"{kind}/seed{seed}/{name}"
+
+
+def _save_tokenizer(text: Text, store: Store) -> Json:
+    if main_process():
+        text.tokenizer.save_pretrained(store.folder("tokenizer"))
+    return text.description
+
+
+def _weights(arm: Arm, store: Store, seed: int) -> Path:
+    return store.folder(f"weights/seed{seed}/{arm.name}")
+
+
+def _train(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int) -> dict[str, Json]:
+    return store.part(
+        _part("training", arm.name, seed),
+        lambda: train(
+            build(arm, recipe, seed),
+            Sequences(text.train),
+            Sequences(text.validation),
+            recipe,
+            _weights(arm, store, seed),
+            seed=seed,
+            label=arm.label,
+        ),
+    )
+
+
+def _evaluate(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int) -> dict[str, Json]:
+    @cache
+    def trained() -> Trained:
+        model = build(arm, recipe, seed)
+        load_weights(model, _weights(arm, store, seed))
+        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return Trained(model.eval(), arm, recipe, text)
+
+    answers = {}
+    for evaluation in EVALUATIONS:
+        with console.status(f"{arm.label}: {evaluation.name}"):
+            name = _part(evaluation.name, arm.name, seed)
+            answers[evaluation.name] = store.part(name, partial(_ask, evaluation, trained))
+    return answers
+
+
+def _ask(evaluation: Evaluation, trained: Callable[[], Trained]) -> dict[str, Json]:
+    return evaluation.run(trained())
+
+
+def _announcement(recipe: CompareRecipe, text: Text) -> str:
+    about = text.description
+    return (
+        f"[bold]{recipe.name}[/bold]: {about['source']}, {recipe.train_samples:,} + {recipe.validation_samples:,} "
+        f"sequences of {recipe.sequence_length} tokens from {about['train_documents']:,} + "
+        f"{about['validation_documents']:,} documents, vocabulary {about['tokenizer_size']:,}"
+    )
+
+
+COMPARISON = Comparison()

@@ -1,0 +1,213 @@
+"""Named settings of the comparison as frozen dataclasses, and how ``--set key=value`` changes them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ka_attention.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which text a study reads, and how much of it.
+
+    data:               "stdlib", the path of a file or folder, or "hf:NAME[/CONFIG]" (docs/data.md).
+    tokenizer:          "train" for a byte-level BPE trained on the training split, else a tokenizer file or Hub name.
+    sequence_length:    tokens in a sequence; the corpus is one stream of documents cut into sequences.
+    train_samples:      training sequences.
+    validation_samples: validation sequences, from documents that are not trained on.
+    """
+
+    data: str = "stdlib"
+    tokenizer: str = "train"
+    sequence_length: int = 128
+    train_samples: int
+    validation_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """GPT-NeoX with Pythia's choices: rotary on a quarter of each head, parallel residual, untied embeddings."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+
+    def config(self) -> GPTNeoXConfig:
+        """The transformers configuration."""
+        from transformers import GPTNeoXConfig
+
+        return GPTNeoXConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a model is trained: AdamW (betas 0.9, 0.999), gradients clipped to norm 1, bfloat16 autocast on CUDA, else
+    float32.
+
+    batch_size:    sequences a step, over all processes together; a last incomplete batch of an epoch is dropped.
+    learning_rate: the peak; ``schedule`` "constant", "linear" or "cosine" follows ``warmup_steps`` of linear increase.
+    epochs:        at most so many passes over the training sequences.
+    patience:      stop after so many epochs in a row without a better validation loss.
+    """
+
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    patience: int
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
+    """One comparison: the same text, model and training for every arm.
+
+    arms:          names of attention configurations (``arms.arm``); the first is what the others are compared with.
+    cache_samples: validation sequences that are read token by token through each cache.
+    """
+
+    name: str
+    summary: str
+    arms: tuple[str, ...] = ("softmax", "ka", "softmax-w16", "ka-w16")
+    cache_samples: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("warmup_steps", "weight_decay") else 1
+            if isinstance(value, int) and value < least:
+                raise UserError(f"--set {field.name}: expected an integer >= {least}, got {value}")
+            if isinstance(value, float) and not (0 <= value < float("inf") and (value > 0 or least == 0)):
+                raise UserError(f"--set {field.name}: expected a positive number, got {value}")
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 8:
+            raise UserError(
+                f"--set hidden_size: expected heads × a multiple of 8 (heads = {self.heads}), got {self.hidden_size}"
+            )
+        if self.sequence_length < 2:
+            raise UserError(f"--set sequence_length: expected at least 2 tokens, got {self.sequence_length}")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise UserError(f"--set schedule: expected constant, linear or cosine, got {self.schedule!r}")
+        if self.train_samples < self.batch_size:
+            raise UserError(f"--set batch_size: {self.batch_size} is more than train_samples = {self.train_samples}")
+        if self.cache_samples > self.validation_samples:
+            raise UserError(
+                f"--set cache_samples: {self.cache_samples} is more than validation_samples = {self.validation_samples}"
+            )
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise UserError(f"--set arms: expected different names, got {','.join(self.arms) or 'none'}")
+
+
+PYTHIA_70M: dict[str, Any] = {
+    "vocab_size": 50_304,
+    "hidden_size": 512,
+    "layers": 6,
+    "heads": 8,
+    "intermediate_size": 2048,
+    "sequence_length": 128,
+    "learning_rate": 1e-4,
+    "epochs": 10,
+    # The second report states a patience of 1, but its table runs three epochs past the best one.
+    "patience": 3,
+}
+
+COMPARE = {
+    recipe.name: recipe
+    for recipe in (
+        CompareRecipe(
+            name="quick",
+            summary="a small GPT-NeoX on the Python standard library: minutes on two CPU cores, nothing downloaded",
+            vocab_size=2048,
+            hidden_size=128,
+            layers=4,
+            heads=4,
+            intermediate_size=512,
+            train_samples=2048,
+            validation_samples=256,
+            batch_size=16,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=20,
+            epochs=3,
+            patience=3,
+            cache_samples=64,
+        ),
+        CompareRecipe(
+            name="pythia-70m-training",
+            summary="Pythia-70M from scratch, 10,000 × 128 tokens, batch 32: does KA match softmax in training?",
+            **PYTHIA_70M,
+            train_samples=10_000,
+            validation_samples=1_000,
+            batch_size=32,
+            cache_samples=500,
+        ),
+        CompareRecipe(
+            name="pythia-70m-cache",
+            summary="Pythia-70M from scratch, 5,000 × 128 tokens, batch 8: what does a KA cache cost a softmax model?",
+            **PYTHIA_70M,
+            train_samples=5_000,
+            validation_samples=500,
+            batch_size=8,
+            cache_samples=500,
+        ),
+    )
+}
+
+Recipe = TypeVar("Recipe", bound=Any)
+
+
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """``recipe`` with every ``key=value`` applied; UserError names an unknown key or a value of the wrong type."""
+    hints = {name: hint for name, hint in get_type_hints(type(recipe)).items() if name not in ("name", "summary")}
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set: expected key=value, got {assignment!r}")
+        if key not in hints:
+            raise UserError(f"--set: no setting {key!r}; the settings are {', '.join(hints)}")
+        try:
+            changes[key] = _parse(text, hints[key])
+        except ValueError:
+            raise UserError(f"--set {key}: expected {_describe(hints[key])}, got {text!r}") from None
+    return replace(recipe, **changes)
+
+
+def _parse(text: str, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):  # X | None
+        inner = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+        return None if text == "none" else _parse(text, inner)
+    if get_origin(hint) is tuple:
+        return tuple(_parse(item.strip(), get_args(hint)[0]) for item in text.split(",") if item.strip())
+    if hint is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    return hint(text)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("none" if kind is types.NoneType else _describe(kind) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a comma-separated list, each {_describe(get_args(hint)[0])}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]

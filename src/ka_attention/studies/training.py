@@ -1,0 +1,218 @@
+"""The one training loop: transformers' Trainer with early stopping, a table line an epoch, and resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ka_attention.errors import UserError
+from ka_attention.studies import progress
+from ka_attention.studies.recipes import TrainingSettings
+from ka_attention.studies.store import main_process
+
+WEIGHTS = "model.safetensors"
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def train(
+    model: PreTrainedModel,
+    train_set: Dataset,
+    eval_set: Dataset,
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    seed: int,
+    label: str,
+    console: Console = progress.console,
+) -> dict[str, Any]:
+    """Train ``model`` on ``train_set`` until ``eval_set``'s loss stops falling; it holds the best weights at return.
+
+    The data sets yield ``{"input_ids", "labels"}``; the loss is the mean over labels that are not −100. ``seed`` orders
+    the batches; the same seed gives the same order to every model. ``folder`` holds the best weights as
+    ``model.safetensors`` and, until the end, a checkpoint an epoch: calling again with the same arguments after a kill
+    continues from the last.
+
+    Returns ``epochs`` (rows of epoch, train_ppl = exp of the epoch's mean training loss, val_ppl, seconds of the
+    training steps alone, best: whether it improved), ``best_epoch``, ``best_val_ppl``, ``seconds_per_epoch`` and
+    ``parameters``.
+    Raises UserError where the loss is not finite, or the batch cannot be shared out among the processes.
+    """
+    checkpoints = folder / "checkpoints"
+    arguments = _arguments(settings, checkpoints, seed)
+    with progress.bar(label, settings.epochs * (len(train_set) // settings.batch_size), console=console) as advance:
+        trainer = _EpochTrainer(
+            folder=folder,
+            settings=settings,
+            console=console,
+            steps=_Steps(advance),
+            model=model,
+            args=arguments,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+        )
+        trainer.remove_callback(PrinterCallback)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        console.print(f"\n[bold]{label}[/bold]: {parameters:,} parameters, seed {seed}")
+        console.print("| Epoch | Train PPL |  Val PPL |    Time |   |")
+        rows = trainer.run(_last_checkpoint(checkpoints))
+    load_weights(model, folder)
+    if main_process():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    best = min(rows, key=lambda row: row["val_ppl"])
+    return {
+        "epochs": rows,
+        "best_epoch": best["epoch"],
+        "best_val_ppl": best["val_ppl"],
+        "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
+        "parameters": parameters,
+    }
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the weights that ``train`` saved in ``folder``; every name must match."""
+    load_model(model, folder / WEIGHTS, device=str(next(model.parameters()).device))
+
+
+@torch.no_grad()
+def mean_loss(forward: Callable[..., Any], dataset: Dataset, batch_size: int, device: torch.device) -> float:
+    """Mean cross-entropy in nats over all labels that are not −100, each weighing the same."""
+    total, count = 0.0, 0
+    for batch in DataLoader(dataset, batch_size=batch_size):
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        if labels:
+            total += forward(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.item() * labels
+            count += labels
+    return total / count if count else math.nan
+
+
+def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
+        bf16=cuda,
+        ddp_find_unused_parameters=False,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if settings.batch_size % arguments.world_size:
+        raise UserError(
+            f"--set batch_size: {settings.batch_size} cannot be shared out among {arguments.world_size} processes"
+        )
+    arguments.per_device_train_batch_size = settings.batch_size // arguments.world_size
+    return arguments
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint: the Trainer writes its state file last."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _EpochTrainer(Trainer):
+    """Trainer whose evaluation, once an epoch, makes the table line, keeps the best weights and decides to stop.
+
+    The rows live in the Trainer's state: a checkpoint carries them, and a resumed run decides as an unbroken one.
+    """
+
+    def __init__(
+        self, *, folder: Path, settings: TrainingSettings, console: Console, steps: _Steps, **arguments: Any
+    ) -> None:
+        super().__init__(callbacks=[steps], **arguments)
+        self.folder, self.settings, self.console, self.steps = folder, settings, console, steps
+
+    def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
+        """Train, continuing from ``checkpoint``, and return the table's rows."""
+        rows = _rows(json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]) if checkpoint else []
+        for row in rows:
+            self._print(row)
+            self.steps.advance(len(self.train_dataset) // self.settings.batch_size)
+        if self._finished(rows):
+            return rows
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return _rows(self.state.log_history)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        seconds = time.perf_counter() - self.steps.epoch_began
+        history = self.state.log_history
+        train_loss = next(entry["loss"] for entry in reversed(history) if "loss" in entry)
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            val_loss = mean_loss(self.model, self.eval_dataset, self.settings.batch_size, self.args.device)
+        self.model.train()
+        earlier = _rows(history)
+        epoch = len(earlier) + 1
+        if not (train_loss < 100 and val_loss < 100):  # also false for NaN
+            raise UserError(
+                f"training diverged in epoch {epoch} (training loss {train_loss:.3g}, validation loss {val_loss:.3g}); "
+                f"try --set learning_rate={self.settings.learning_rate / 10:g}"
+            )
+        row = {
+            "epoch": epoch,
+            "train_ppl": math.exp(train_loss),
+            "val_ppl": math.exp(val_loss),
+            "seconds": seconds,
+            "best": all(math.exp(val_loss) < other["val_ppl"] for other in earlier),
+        }
+        history.append(row)
+        self._print(row)
+        if row["best"] and main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(self.folder / f".{WEIGHTS}"))
+            (self.folder / f".{WEIGHTS}").replace(self.folder / WEIGHTS)
+        self.control.should_training_stop |= self._finished([*earlier, row])
+        return {"eval_loss": val_loss}
+
+    def _finished(self, rows: list[dict[str, Any]]) -> bool:
+        since_best = next((since for since, row in enumerate(reversed(rows)) if row["best"]), 0)
+        return len(rows) >= self.settings.epochs or since_best >= self.settings.patience
+
+    def _print(self, row: dict[str, Any]) -> None:
+        mark = "*" if row["best"] else " "
+        self.console.print(
+            f"| {row['epoch']:5} | {row['train_ppl']:9.1f} | {row['val_ppl']:8.1f} | {row['seconds']:6.1f}s | {mark} |"
+        )
+
+
+class _Steps(TrainerCallback):
+    """Moves the progress bar and knows when the epoch began."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+        self.epoch_began = 0.0
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.epoch_began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.advance(1)
+
+
+def _rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in history if "val_ppl" in entry]
