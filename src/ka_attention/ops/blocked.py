@@ -13,9 +13,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 128  # rows of a block, the size of its triangular system
+LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 20  # scores held at once, few enough for a processor's cache
 
 
@@ -28,23 +30,23 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
         ]
         return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
-    v, g = blocks.flat(v), None if gate is None else gate.flatten(0, 1)[..., None]
+    P, v, g = blocks.P, blocks.flat(v), None if gate is None else gate.flatten(0, 1)[..., None]
     u = torch.empty_like(blocks.k)
     if u_past is not None:
-        u[:, : blocks.P] = u_past.flatten(0, 1)
-    a, lse = torch.empty_like(v), v.new_empty(v.shape[:2])
+        u[:, :P] = u_past.flatten(0, 1)
+    a = u[:, P:] if g is None else torch.empty_like(v)
+    lse = v.new_empty(v.shape[:2])
     for n, b, c, w, d, lse_b, _ in blocks:
         L, v_b = w[:, :, c.stop - c.start :], v[n, b]
-        x = torch.baddbmm(d * v_b, w[:, :, : c.stop - c.start], u[n, c])
+        x = (d * v_b).baddbmm_(w[:, :, : c.stop - c.start], u[n, c])
         if g is None:
-            a_b = u_b = _solve(L, x)
+            a[n, b] = _solve(L, x)
         else:
             x.baddbmm_(L, v_b - g[n, b] * v_b)
-            a_b = _solve(L * g[n, b].mT, x)
-            u_b = v_b + g[n, b] * (a_b - v_b)
-        a[n, b], lse[n, b] = a_b, lse_b
-        u[n, blocks.P + b.start : blocks.P + b.stop] = u_b
-    return a.view(q.shape).to(q.dtype), lse.view(q.shape[:3])
+            a[n, b] = a_b = _solve(L * g[n, b].mT, x)
+            torch.add(v_b, g[n, b] * (a_b - v_b), out=u[n, c.stop : P + b.stop])
+        lse[n, b] = lse_b
+    return a.reshape(q.shape).to(q.dtype), lse.view(q.shape[:3])
 
 
 def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, scale, window, softcap):
@@ -62,29 +64,34 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     u = a if g is None else v_ + g * (a - v_)
     if u_past is not None:
         u = torch.cat([blocks.flat(u_past), u], dim=1)
-    dq, dv = torch.empty_like(v_), torch.empty_like(v_)
-    dk, du = torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
+    dq, dk, du = torch.empty_like(v_), torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
+    dgate = None if gate is None else torch.empty_like(g[..., 0])
     for n, b, c, w, d, _, slope in reversed(blocks):
-        seen, v_b, L = slice(c.start, P + b.stop), v_[n, b], w[:, :, c.stop - c.start :]
-        du_b = du[n, P + b.start : P + b.stop]
+        seen = slice(c.start, P + b.stop)
+        v_b, a_b, du_b, L = v_[n, b], a[n, b], du[n, c.stop : seen.stop], w[:, :, c.stop - c.start :]
         if g is None:
-            y = _solve(L, da[n, b] + du_b, transpose=True)
+            y = _solve(L.mT, da[n, b] + du_b, upper=True)
         else:
-            y = _solve(L * g[n, b].mT, da[n, b] + g[n, b] * du_b, transpose=True)
+            y = _solve(g[n, b] * L.mT, da[n, b] + g[n, b] * du_b, upper=True)
         du[n, seen].baddbmm_(w.mT, y)
-        dv[n, b] = d * y if g is None else d * y + (du_b - g[n, b] * du_b)
-        delta = (y * a[n, b]).sum(-1, keepdim=True)
-        ds = torch.baddbmm(delta, y, u[n, seen].mT, beta=-1, out=blocks.buffer(1, w.shape)).mul_(w)
-        ds[:, :, c.stop - c.start :].diagonal(dim1=1, dim2=2).copy_(
-            (d * ((y * v_b).sum(-1, keepdim=True) - delta))[..., 0]
-        )
+        delta = (y * a_b).sum(-1, keepdim=True)
+        ds = torch.bmm(y, u[n, seen].mT, out=blocks.buffer(1, w.shape)).sub_(delta).mul_(w)
+        ds_ii = d * ((y * v_b).sum(-1, keepdim=True) - delta)
+        ds[:, :, c.stop - c.start :].diagonal(dim1=1, dim2=2).copy_(ds_ii[..., 0])
         if slope is not None:
             ds *= slope
-        dq[n, b] = ds @ blocks.k[n, seen]
-        dk[n, seen].baddbmm_(ds.mT, blocks.q[n, b])
-    dgate = None if gate is None else (du[:, P:] * (a - v_)).sum(-1).view(gate.shape)
+        dq_b = dq[n, b]
+        torch.baddbmm(dq_b, ds, blocks.k[n, seen], beta=0, alpha=scale, out=dq_b)
+        dk[n, seen].baddbmm_(ds.mT, blocks.q[n, b], alpha=scale)
+        # Nobody reads this block's dU again: its place becomes dV.
+        if g is None:
+            torch.mul(d, y, out=du_b)
+        else:
+            dgate[n, b] = (du_b * (a_b - v_b)).sum(-1)
+            du_b.mul_(1 - g[n, b]).addcmul_(d, y)
     past = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
-    return _sum_heads(dq.mul_(scale), q), _sum_heads(dk[:, P:], k), _sum_heads(dv, v), dgate, *past
+    dgate = None if dgate is None else dgate.view(gate.shape)
+    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), dgate, *past
 
 
 class _Block(NamedTuple):
@@ -104,7 +111,7 @@ class _Blocks:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.B, self.H, self.T, _ = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
-        self.q = self.flat(q) * scale
+        self.q, self.scale = self.flat(q), scale
         self.k = self.flat(k if k_past is None else torch.cat([k_past, k], dim=2))
         self.mask, self.window, self.softcap = mask, window, softcap
         self.rows = min(ROWS, self.T)
@@ -136,7 +143,8 @@ class _Blocks:
         c = slice(0 if self.window is None else max(0, first - self.window + 1), first)
         seen = slice(c.start, self.P + b.stop)
         q, k = self.q[n, b], self.k[n, seen]
-        s = torch.bmm(q, k.mT, out=self.buffer(0, torch.Size((len(q), q.shape[1], k.shape[1]))))
+        s = self.buffer(0, torch.Size((len(q), q.shape[1], k.shape[1])))
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale, out=s)
         slope = None
         if self.softcap is not None:
             s.div_(self.softcap).tanh_()
@@ -174,10 +182,25 @@ class _Blocks:
         return shown
 
 
-def _solve(n: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
-    """(I − N)⁻¹ X, or (I − Nᵀ)⁻¹ X, for a strictly lower N; what N holds elsewhere is not read."""
-    n = -n
-    return torch.linalg.solve_triangular(n.mT if transpose else n, x, upper=transpose, unitriangular=True)
+def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
+    """(I − N)⁻¹ X for a strictly lower (or upper) N, by substitution of leaves. Changes x."""
+    rows = x.shape[1]
+    if rows % LEAF:
+        pad = LEAF - rows % LEAF
+        return _solve(F.pad(N, (0, pad, 0, pad)), F.pad(x, (0, 0, 0, pad)), upper)[:, :rows]
+    leaves = [slice(i, i + LEAF) for i in range(0, rows, LEAF)]
+    power = torch.stack([N[:, leaf, leaf] for leaf in leaves]).flatten(0, 1)
+    inverse = power.clone()
+    inverse.diagonal(dim1=1, dim2=2).add_(1)
+    for _ in range(LEAF.bit_length() - 2):  # N is nilpotent: (I − N)⁻¹ = (I + N)(I + N²)(I + N⁴)…
+        power = power @ power
+        inverse = torch.baddbmm(inverse, inverse, power)
+    inverse = inverse.unflatten(0, (len(leaves), -1))
+    for i in reversed(range(len(leaves))) if upper else range(len(leaves)):
+        leaf, rest = leaves[i], slice(0, i * LEAF) if upper else slice((i + 1) * LEAF, rows)
+        x[:, leaf] = inverse[i] @ x[:, leaf]
+        x[:, rest].baddbmm_(N[:, rest, leaf], x[:, leaf])
+    return x
 
 
 def _sum_heads(grad: Tensor, x: Tensor) -> Tensor:
