@@ -1,5 +1,7 @@
 """The mechanism: the operator, its approximation by hops and its diagnostics. Imports torch only."""
 
 from ka_attention.ops.api import cache_values, ka_attention
+from ka_attention.ops.truncated import truncated
+from ka_attention.ops.walk import Walk, walk
 
-__all__ = ["cache_values", "ka_attention"]
+__all__ = ["Walk", "cache_values", "ka_attention", "truncated", "walk"]
