@@ -75,6 +75,8 @@ def test_changes_are_paired_by_seed():
         ([5.0, 5.1, 4.9], "higher"),
         ([-5.0, -5.1, -4.9], "lower"),
         ([-3.0, 4.0, 1.0], "not different"),
+        ([5.0, 5.5], "higher"),
+        ([5.0, 7.0], "not different"),  # two seeds: the interval is 6 ± 12.71 · 1
         ([0.0, 0.0], "not different"),
     ],
 )

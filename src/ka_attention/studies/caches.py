@@ -30,6 +30,7 @@ from ka_attention.studies.statistics import (
 )
 
 NAMES = {"kv": "KV", "ka": "KA"}
+MEASURED = ("bytes_per_token_measured", "bytes_per_sequence_measured")
 WARM_UP = 4  # tokens decoded before the clock starts
 
 
@@ -150,8 +151,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
                     "–" if kind == own else percent_cell(changes(ppl, values(arm, "caches", own, "ppl"))),
                     cell(values(arm, "caches", kind, "tokens_per_s"), 0),
                     cell(values(arm, "caches", kind, "seconds")),
-                    cell(values(arm, "caches", kind, "bytes_per_token_measured"), 0),
-                    cell(values(arm, "caches", kind, "bytes_per_sequence_measured"), 0),
+                    *(f"{mean(values(arm, 'caches', kind, key)):,.0f}" for key in MEASURED),
                 ]
             )
     table = Table(

@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+# Student's t for a two-sided 95 % interval, by degrees of freedom from 1; the last one serves beyond.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
 
 def values(arm: dict[str, Any], *path: str) -> list[float]:
     """One number a seed: ``arm["seeds"][s][path[0]][path[1]]…``; seeds without it are left out."""
@@ -54,7 +57,10 @@ def caution(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """One sentence on what the number of seeds allows to conclude."""
     if min(len(arm["seeds"]) for _, arm in arms) == 1:
         return "These figures come from **one seed**, which proves nothing: differences may not come again."
-    return "Figures are mean ± standard deviation over seeds; a difference counts only beyond two standard errors."
+    return (
+        "Figures are mean ± standard deviation over seeds. A difference, paired by seed, counts only if 0 lies outside "
+        "its 95 % confidence interval."
+    )
 
 
 def seeds_of(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -91,10 +97,11 @@ def signed(number: float, digits: int = 1) -> str:
 def verdict(numbers: Sequence[float]) -> str:
     """What paired changes (0: no change) allow to say: higher, lower, or not different beyond the spread of the seeds.
 
-    Two standard errors of the mean are asked for; a single seed decides nothing.
+    A difference is one if 0 lies outside the 95 % confidence interval of the mean (Student's t).
     """
     if len(numbers) < 2:
         return "undecided: one seed proves nothing"
-    if abs(mean(numbers)) <= 2 * deviation(numbers) / math.sqrt(len(numbers)):
+    quantile = _T95[min(len(numbers) - 1, len(_T95)) - 1]
+    if abs(mean(numbers)) <= quantile * deviation(numbers) / math.sqrt(len(numbers)):
         return "not different beyond the spread of the seeds"
     return "higher" if mean(numbers) > 0 else "lower"
