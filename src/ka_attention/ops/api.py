@@ -197,7 +197,7 @@ def _number(name: str, x: float, above: float = -math.inf) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be None or a number, got {_kind(x)}")
     if not math.isfinite(x) or x <= above:
-        raise ValueError(f"{name} must be finite and above {above}, got {x}")
+        raise ValueError(f"{name} must be finite{'' if above < 0 else ' and above 0'}, got {x}")
     return float(x)
 
 

@@ -1,0 +1,82 @@
+"""The operator inside torch.compile, autocast, checkpointing and the library operator checks."""
+
+import pytest
+import torch
+from problems import Problem
+from torch.utils.checkpoint import checkpoint
+
+from ka_attention import ka_attention
+from ka_attention.ops import operator
+from ka_attention.ops.api import normalise
+
+CASES = {
+    "plain": {},
+    "everything": {"gate": "token", "P": 3, "window": 4, "mask": "left", "softcap": 2.0},
+    "packed": {"gate": "head", "lengths": (4, 5)},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_compiles_whole(name, backend):
+    problem = Problem(**CASES[name], dtype=torch.float32)
+    eager = problem.run(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(ka_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(problem.q, problem.k, problem.v, backend=backend, **problem.options)
+    torch.testing.assert_close(out, eager)
+    torch.testing.assert_close(problem.gradients(out), problem.gradients(eager))
+
+
+def test_compiles_with_inductor():
+    problem = Problem(dtype=torch.float32)
+    torch._dynamo.reset()
+    out = torch.compile(ka_attention, fullgraph=True)(problem.q, problem.k, problem.v)
+    torch.testing.assert_close(out, problem.run(None))
+    torch.testing.assert_close(problem.gradients(out), problem.gradients(problem.run(None)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_library_operator(name):
+    problem = Problem(**CASES[name], dtype=torch.float32)
+    o = {"past": None, "attn_mask": None, "cu_seqlens": None} | problem.options
+    call = normalise(
+        problem.q,
+        problem.k,
+        problem.v,
+        o["gate"],
+        None,
+        o["window"],
+        o["past"],
+        o["attn_mask"],
+        o["cu_seqlens"],
+        o["softcap"],
+    )
+    torch.library.opcheck(
+        operator.forward,
+        (*call.tensors, *call.options.values(), "blocked"),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_autocast_leaves_it_alone(backend):
+    problem = Problem(dtype=torch.float32, gate="token")
+    truth = problem.run(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = problem.run(backend)
+        torch.testing.assert_close(out, truth, rtol=0, atol=0)
+        torch.testing.assert_close(problem.gradients(out), problem.gradients(truth), rtol=0, atol=0)
+
+
+def test_checkpoint():
+    problem = Problem(gate="head")
+    truth = problem.run("blocked")
+    out = checkpoint(problem.run, "blocked", use_reentrant=False)
+    torch.testing.assert_close(problem.gradients(out), problem.gradients(truth), rtol=0, atol=0)
+
+
+def test_inference_saves_nothing():
+    problem = Problem()
+    with torch.no_grad():
+        assert problem.run("blocked").grad_fn is None
