@@ -124,6 +124,22 @@ def study(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads, 2 to 128 tokens.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+) -> None:
+    """Show, on one HTML page, what each head attends to in TEXT and where its output really comes from."""
+    from ka_attention.report.inspect import write
+    from ka_attention.studies import walks
+    from ka_attention.studies.progress import quiet_libraries
+
+    quiet_libraries()
+    write(walks.inspect(*walks.load_model(model), text, Path(model).name), out)
+    typer.echo(f"Page: {out}")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes of every study with their settings."""
     from rich.console import Console

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ka_attention.errors import UserError
 from ka_attention.studies.compare import COMPARISON
+from ka_attention.studies.hops import HOPS
 from ka_attention.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (COMPARISON,)}
+_ALL: tuple[Study, ...] = (COMPARISON, HOPS)
+STUDIES = {study.name: study for study in _ALL}
 
 
 def study(name: str) -> Study:

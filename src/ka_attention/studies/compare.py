@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import GPTNeoXForCausalLM
 
 from ka_attention.report.document import Section
 from ka_attention.studies import caches, compare_report, memory, perplexity, reversal
@@ -27,7 +28,7 @@ BATCH = 32  # sequences read at once by an evaluation
 class Trained:
     """What an evaluation may look at."""
 
-    model: Any
+    model: GPTNeoXForCausalLM
     arm: Arm
     recipe: CompareRecipe
     text: Text
@@ -150,8 +151,8 @@ def _evaluate(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: i
     @cache
     def trained() -> Trained:
         model = build(arm, recipe, seed)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # mistyped in transformers
         load_weights(model, _weights(arm, store, seed))
-        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return Trained(model.eval(), arm, recipe, text)
 
     answers = {}

@@ -141,7 +141,8 @@ def _epochs(entry: dict[str, Json]) -> Table:
 def _against_cache(results: dict[str, Json]) -> list[Section]:
     points = []
     for entry in results["arms"].values():
-        for memory in values(entry, "memory")[:1]:
+        memory = entry["seeds"][0].get("memory")
+        if memory:
             points.append((entry["label"], memory[memory["own"]]["bytes_per_sequence"], entry["val_ppl"]))
     if not points:
         return []

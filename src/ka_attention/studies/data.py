@@ -111,9 +111,9 @@ def sequences(split: str, documents: Sequence[str], tokenizer: Any, length: int,
 def corpus(source: str) -> Corpus:
     """The documents of ``source``: "stdlib", "hf:NAME[/CONFIG]", or the path of a file or folder.
 
-    Documents are ordered by the SHA-256 of their text, which is a shuffle that needs no seed; repeated ones are dropped.
-    Where the source has no validation split, a tenth of the text, in whole documents, is it; of fewer than
-    20 documents the last tenth of each.
+    Documents are ordered by the SHA-256 of their text, a shuffle that needs no seed; repeated ones are dropped. Where
+    the source has no validation split, a tenth of the text, in whole documents, is it; of fewer than 20 documents the
+    last tenth of each.
     """
     if source == "stdlib":
         return _split(source, _standard_library())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -22,6 +23,7 @@ def load(source: str, documents: Sequence[str], vocab_size: int) -> PreTrainedTo
     if source == "train":
         return train(documents, vocab_size)
     path = Path(source).expanduser()
+    tokenizer: Any
     if path.is_file():
         tokenizer = _from_file(path)
     else:

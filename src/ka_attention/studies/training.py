@@ -20,17 +20,19 @@ from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
 from ka_attention.studies import progress
+from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import TrainingSettings
 from ka_attention.studies.store import main_process
 
 WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 def train(
     model: PreTrainedModel,
-    train_set: Dataset,
-    eval_set: Dataset,
+    train_set: Sequences,
+    eval_set: Sequences,
     settings: TrainingSettings,
     folder: Path,
     *,
@@ -52,22 +54,14 @@ def train(
     """
     checkpoints = folder / "checkpoints"
     arguments = _arguments(settings, checkpoints, seed)
-    with progress.bar(label, settings.epochs * (len(train_set) // settings.batch_size), console=console) as advance:
-        trainer = _EpochTrainer(
-            folder=folder,
-            settings=settings,
-            console=console,
-            steps=_Steps(advance),
-            model=model,
-            args=arguments,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-        )
-        trainer.remove_callback(PrinterCallback)
+    steps = len(train_set) // settings.batch_size
+    with progress.bar(label, settings.epochs * steps, console=console) as advance:
+        trainer = _EpochTrainer(model, train_set, eval_set, settings, folder, console, _Steps(advance), arguments)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         console.print(f"\n[bold]{label}[/bold]: {parameters:,} parameters, seed {seed}")
         console.print("| Epoch | Train PPL |  Val PPL |    Time |   |")
         rows = trainer.run(_last_checkpoint(checkpoints))
+    trainer.accelerator.wait_for_everyone()
     load_weights(model, folder)
     if main_process():
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -87,13 +81,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def mean_loss(forward: Callable[..., Any], dataset: Dataset, batch_size: int, device: torch.device) -> float:
+def mean_loss(model: Callable[..., Any], dataset: Dataset, batch_size: int, device: torch.device) -> float:
     """Mean cross-entropy in nats over all labels that are not −100, each weighing the same."""
     total, count = 0.0, 0
     for batch in DataLoader(dataset, batch_size=batch_size):
         labels = int((batch["labels"][:, 1:] != -100).sum())
         if labels:
-            total += forward(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.item() * labels
+            total += model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.item() * labels
             count += labels
     return total / count if count else math.nan
 
@@ -120,6 +114,7 @@ def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> Trai
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
     )
     if settings.batch_size % arguments.world_size:
         raise UserError(
@@ -131,7 +126,7 @@ def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> Trai
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest whole checkpoint: the Trainer writes its state file last."""
-    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{STATE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -142,30 +137,42 @@ class _EpochTrainer(Trainer):
     """
 
     def __init__(
-        self, *, folder: Path, settings: TrainingSettings, console: Console, steps: _Steps, **arguments: Any
+        self,
+        network: PreTrainedModel,
+        train_set: Sequences,
+        eval_set: Sequences,
+        settings: TrainingSettings,
+        folder: Path,
+        console: Console,
+        steps: _Steps,
+        arguments: TrainingArguments,
     ) -> None:
-        super().__init__(callbacks=[steps], **arguments)
-        self.folder, self.settings, self.console, self.steps = folder, settings, console, steps
+        super().__init__(network, arguments, train_dataset=train_set, eval_dataset=eval_set, callbacks=[steps])
+        self.remove_callback(PrinterCallback)
+        self.network, self.eval_set, self.steps_an_epoch = network, eval_set, len(train_set) // settings.batch_size
+        self.settings, self.folder, self.console, self.steps = settings, folder, console, steps
 
     def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
         """Train, continuing from ``checkpoint``, and return the table's rows."""
-        rows = _rows(json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]) if checkpoint else []
+        rows = _rows(json.loads((checkpoint / STATE).read_text())["log_history"]) if checkpoint else []
         for row in rows:
             self._print(row)
-            self.steps.advance(len(self.train_dataset) // self.settings.batch_size)
+            self.steps.advance(self.steps_an_epoch)
         if self._finished(rows):
             return rows
-        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Undo the autocast that accelerate wraps around forward: whoever evaluates the model decides for themselves.
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         return _rows(self.state.log_history)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         seconds = time.perf_counter() - self.steps.epoch_began
         history = self.state.log_history
         train_loss = next(entry["loss"] for entry in reversed(history) if "loss" in entry)
-        self.model.eval()
+        self.network.eval()
         with self.compute_loss_context_manager():
-            val_loss = mean_loss(self.model, self.eval_dataset, self.settings.batch_size, self.args.device)
-        self.model.train()
+            val_loss = mean_loss(self.network, self.eval_set, self.settings.batch_size, self.args.device)
+        self.network.train()
         earlier = _rows(history)
         epoch = len(earlier) + 1
         if not (train_loss < 100 and val_loss < 100):  # also false for NaN
@@ -184,7 +191,7 @@ class _EpochTrainer(Trainer):
         self._print(row)
         if row["best"] and main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.model, str(self.folder / f".{WEIGHTS}"))
+            save_model(self.network, str(self.folder / f".{WEIGHTS}"))
             (self.folder / f".{WEIGHTS}").replace(self.folder / WEIGHTS)
         self.control.should_training_stop |= self._finished([*earlier, row])
         return {"eval_loss": val_loss}
