@@ -1,5 +1,7 @@
 """KA-attention as a layer, for people who build their own models."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,8 @@ class KAAttention(nn.Module):
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
-        kv_dim, factory = num_kv_heads * (embed_dim // num_heads), {"device": device, "dtype": dtype}
+        kv_dim = num_kv_heads * (embed_dim // num_heads)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
         self.k_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
         self.v_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)

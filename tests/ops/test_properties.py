@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import OPTIONS, Problem
 
-from ka_attention import cache_values, ka_attention
+from ka_attention import cache_values, ka_attention, walk
 
 BACKENDS = ["reference", "blocked"]
 
@@ -122,6 +122,12 @@ def test_averages_stay_within_the_values(attend):
     out = attend(q, k, v)
     assert (out <= v.amax(2, keepdim=True) + 1e-12).all()
     assert (out >= v.amin(2, keepdim=True) - 1e-12).all()
+
+
+def test_signed_gates_are_bounded(attend):
+    q, k, v = (heads_first(2, 4, 70, 8) for _ in range(3))
+    bound = (1 + 2 * walk(q, k).hops)[..., None] * v.abs().amax(2, keepdim=True)
+    assert (attend(q, k, v, gate=-1.0).abs() <= bound + 1e-12).all()
 
 
 def test_extreme_scores(attend):

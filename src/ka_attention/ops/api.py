@@ -86,7 +86,7 @@ def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
 class Call(NamedTuple):
     """The arguments of a backend: its nine tensors in order, and its options."""
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple
     options: dict
 
 

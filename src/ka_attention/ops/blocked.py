@@ -65,7 +65,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     if u_past is not None:
         u = torch.cat([blocks.flat(u_past), u], dim=1)
     dq, dk, du = torch.empty_like(v_), torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
-    dgate = None if gate is None else torch.empty_like(g[..., 0])
+    dgate = v_.new_empty(v_.shape[:2])
     for n, b, c, w, d, _, slope in reversed(blocks):
         seen = slice(c.start, P + b.stop)
         v_b, a_b, du_b, L = v_[n, b], a[n, b], du[n, c.stop : seen.stop], w[:, :, c.stop - c.start :]
@@ -90,8 +90,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             dgate[n, b] = (du_b * (a_b - v_b)).sum(-1)
             du_b.mul_(1 - g[n, b]).addcmul_(d, y)
     past = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
-    dgate = None if dgate is None else dgate.view(gate.shape)
-    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), dgate, *past
+    present = None if gate is None else dgate.view(gate.shape)
+    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), present, *past
 
 
 class _Block(NamedTuple):

@@ -35,10 +35,11 @@ def truncated(
     if q.numel() == 0:
         return q.clone()
     with torch.autocast(q.device.type, enabled=False):
-        return _sweep(hops, *call.tensors[:7], call.options["scale"], window)
+        return _sweep(hops, call.tensors, call.options["scale"], window)
 
 
-def _sweep(hops, q, k, v, g, k_past, u_past, mask, scale, window) -> Tensor:
+def _sweep(hops, tensors, scale, window) -> Tensor:
+    q, k, v, g, k_past, u_past, mask, _ = tensors
     T, D = q.shape[2:]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
 
