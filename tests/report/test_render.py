@@ -86,6 +86,8 @@ def test_figures_follow_the_colours_of_the_page(tmp_path):
     svg = (tmp_path / "figures" / "curve.svg").read_text()
     assert "currentColor" in html
     assert "#010203" not in html + svg
+    assert all("fill: currentColor" in text for text in re.findall(r"<text[^>]*>", svg))
+    assert "stroke: #000000" not in svg
     assert "prefers-color-scheme:dark" in svg
     ET.fromstring(svg)
 
