@@ -25,6 +25,7 @@ _COLOURS = ("#2f7ed8", "#d9631e", "#1f9254", "#a857c9", "#c4404f", "#0f8f9c", "#
 _LINES = ("-", "--", "-.", ":") * 2
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,
