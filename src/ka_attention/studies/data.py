@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VALIDATION_SHARE = 0.1
 FEW_DOCUMENTS = 20
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
+WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $(?=\n \n)", re.MULTILINE)
 TRAIN_NAME = re.compile(r"^train", re.IGNORECASE)
 VALIDATION_NAME = re.compile(r"^(valid|val|dev)", re.IGNORECASE)
 

@@ -189,12 +189,22 @@ class _EpochTrainer(Trainer):
         }
         history.append(row)
         self._print(row)
-        if row["best"] and main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.network, str(self.folder / f".{WEIGHTS}"))
-            (self.folder / f".{WEIGHTS}").replace(self.folder / WEIGHTS)
+        if row["best"]:
+            self.save_model(str(self.folder))
         self.control.should_training_stop |= self._finished([*earlier, row])
         return {"eval_loss": val_loss}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights under the model's own names, whole or not at all.
+
+        transformers renames some (GPT-NeoX's head) in the files that it writes, and its Trainer does not rename them
+        back when it resumes from a checkpoint: the model would go on with that part as it was initialised.
+        """
+        if self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / WEIGHTS
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(self.network, str(path.with_name(f".{WEIGHTS}")))
+            path.with_name(f".{WEIGHTS}").replace(path)
 
     def _finished(self, rows: list[dict[str, Any]]) -> bool:
         since_best = next((since for since, row in enumerate(reversed(rows)) if row["best"]), 0)
