@@ -1,4 +1,4 @@
-"""The page of `ka inspect`: it holds its data exactly, loads nothing, escapes everything, and names what is pointed at."""
+"""The page of `ka inspect`: it holds its data, loads nothing, escapes everything, and names what is pointed at."""
 
 import base64
 import html

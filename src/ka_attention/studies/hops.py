@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from ka_attention.studies.walks import Call, attending, exact, load_model
 
 BATCH = 32
 ROUNDS = 5  # timings of each way to attend, of which the median counts
-ENOUGH = 1.0  # percent of perplexity above the exact walk's that still counts as equal
+ENOUGH = 1.0  # percent by which a perplexity may differ from the exact walk's and count as equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,13 +259,13 @@ def _cut(results: dict[str, Json]) -> Section:
 def _came(points: list[Any], arm: dict[str, Json]) -> str:
     n, _, change, *_ = points[0]
     text = f"**Came:** with {n} hop{'s' if n > 1 else ''} the PPL is {percent(change)} against the exact walk. "
-    enough = next((point for point in points if max(point[2]) <= ENOUGH), None)
+    near = list(takewhile(lambda point: max(map(abs, point[2])) <= ENOUGH, reversed(points)))
     walked = mean([hops for seed in arm["seeds"] for layer in seed["hops"]["expected_hops"] for hops in layer])
     longest = max(hops for seed in arm["seeds"] for layer in seed["hops"]["expected_hops"] for hops in layer)
     walks = f"a walk has {walked:.1f} hops on average over all heads, {longest:.1f} in the head with the longest"
-    if enough is None:
+    if not near:
         return text + f"No cut comes within {ENOUGH:g} % of the exact PPL; {walks}."
-    n, time = enough[0], enough[3]
+    n, _, _, time, _ = near[-1]
     cost = (
         "cutting pays" if time < 0.95 else "cutting does not pay here" if time > 1.05 else "cutting gains nothing here"
     )
