@@ -73,8 +73,7 @@ def attention_forward(
     ka = KAConfig.of(module.config)
     is_ka = ka.caches_outputs(layer_idx)
     # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
-    windows = [ka.window if ka.enabled(layer_idx) else None, sliding_window if is_ka else None]
-    window = min((w for w in windows if w is not None), default=None)
+    window = ka.window_of(layer_idx, sliding_window if is_ka else None)
 
     device = query.device.type
     autocast = torch.is_autocast_enabled(device)

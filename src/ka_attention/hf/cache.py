@@ -182,8 +182,8 @@ def layer_plan(config: Any) -> list[tuple[int, int | None]]:
             raise ValueError(
                 f"model type {text.model_type!r}: layer {i} keeps a {type(layer).__name__}, no KA cache exists for it"
             )
-        windows = [w for w in (getattr(layer, "sliding_window", None), ka.window if ka.enabled(i) else None) if w]
-        plan.append((groups if ka.caches_outputs(i) else 1, min(windows, default=None)))
+        window = ka.window_of(i, getattr(layer, "sliding_window", None))
+        plan.append((groups if ka.caches_outputs(i) else 1, window))
     return plan
 
 

@@ -50,6 +50,13 @@ class KAConfig:
         """Whether later tokens read outputs in layer ``layer_idx``. With the fixed gate 0 they read values: softmax."""
         return self.enabled(layer_idx) and not (self.gate == "fixed" and self.gate_init == 0)
 
+    def window_of(self, layer_idx: int, own: int | None = None) -> int | None:
+        """The window of layer ``layer_idx`` whose model gives it the window ``own``: the narrower of the two."""
+        window = self.window if self.enabled(layer_idx) else None
+        if window is None or own is None:
+            return own if window is None else window
+        return min(window, own)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that survives ``config.json``."""
         return asdict(self)

@@ -21,7 +21,7 @@ Loss = Literal["value", "output", "lm"]
 Visit = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
-def new_adapters(model: nn.Module, kind: str) -> dict[int, nn.Module]:
+def new_adapters(model: Any, kind: str) -> dict[int, nn.Module]:
     """Fresh adapters, "linear" or "mlp" (bottleneck D / 2), for every layer of ``model``: the plain swap."""
     text = text_config(model)
     heads = text.num_attention_heads
@@ -121,8 +121,7 @@ def fit_ridge(
     adapters = new_adapters(model, "linear")
     for layer, problem in problems.items():
         weight, bias = problem.solve(strength)
-        adapters[layer].weight.copy_(weight)
-        adapters[layer].bias.copy_(bias)
+        adapters[layer].load_state_dict({"weight": weight, "bias": bias})
     return adapters
 
 
