@@ -259,7 +259,7 @@ def _token_by_token(
     n = q.shape[2]
     past = k.shape[2] - n
     weights = _weights(q, k, mask, scale, softcap)
-    of_past = weights[..., :past] @ values[:, :, :past].to(weights.dtype)
+    of_past = weights[..., :past] @ _repeat(values[:, :, :past], q).to(weights.dtype)
     v = _repeat(v, q)
     outputs: list[Tensor] = []
     read: list[Tensor] = []

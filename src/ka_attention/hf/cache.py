@@ -39,10 +39,13 @@ class KAState:
         self.layer.commit(u)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(
-            'a KA cache needs attn_implementation="ka": attach the model with ka_attention.hf.attach or use'
-        )
+    def __torch_function__(cls, *args: Any) -> Any:
+        raise RuntimeError('a KA cache needs a model with attn_implementation="ka", as ka_attention.hf.attach makes it')
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__torch_function__()  # another attention function takes this for a tensor
 
 
 class _KALayer:
