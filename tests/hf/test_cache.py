@@ -1,0 +1,253 @@
+"""The KA cache against the parallel operator, at the logits: all ways to fill it, all operations, and mutants of it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+from zoo import FAMILIES, make, tokens
+
+from ka_attention.hf import KACache, KAConfig, KAStaticCache, attach, bytes_per_token, cache_bytes
+from ka_attention.hf.cache import KADynamicLayer, KAWindowLayer
+
+TINY = 1e-11  # float64: rounding only
+CONFIGS = [
+    KAConfig(),
+    KAConfig(window=3),
+    KAConfig(window=1),
+    KAConfig(layers=(0,), window=3),  # softmax layers see more than the KA layer
+    KAConfig(layers=(1,)),
+    KAConfig(layers=(0, 2), gate_init=0.0, window=4),
+    KAConfig(gate="token", gate_init=0.5),
+]
+
+
+def run(model, chunks, cache, **inputs):
+    with torch.no_grad():
+        return torch.cat([model(chunk, past_key_values=cache, **inputs).logits for chunk in chunks], dim=1)
+
+
+def parallel(model, ids, **inputs):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **inputs).logits
+
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+def attached(family, ka, **settings):
+    model = attach(make(family, **settings), ka).double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("ka_gate.weight"):
+            parameter.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("ka", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_to_fill_the_cache_gives_the_parallel_logits(family, ka):
+    model, ids = attached(family, ka), tokens()
+    want = parallel(model, ids)
+    for sizes in ([1] * 12, [5, 1, 1, 3, 2], [1, 11]):
+        for cache in (KACache(model.config), KAStaticCache(model.config, 15)):
+            assert largest(run(model, ids.split(sizes, 1), cache) - want) < TINY
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_left_padded_row_is_the_row_alone(static):
+    model = attached("gemma3_text", KAConfig(layers=(0, 2), window=4))
+    ids = tokens(2, 9)
+    want = parallel(model, ids)
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    padded[1, :2], padded[1, 2:11], padded[1, 11] = 0, ids[1], 7  # rows with different amounts of padding
+    mask = torch.ones_like(padded)
+    mask[0, :3], mask[1, :2] = 0, 0
+    cache = KAStaticCache(model.config, 12) if static else KACache(model.config)
+    outputs = []
+    for start, end in ((0, 6), (6, 7), (7, 10), (10, 11), (11, 12)):
+        positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        with torch.no_grad():
+            step = model(
+                padded[:, start:end], attention_mask=mask[:, :end], position_ids=positions, past_key_values=cache
+            )
+        outputs.append(step.logits)
+    got = torch.cat(outputs, 1)
+    assert largest(got[0, 3:] - want[0]) < TINY
+    assert largest(got[1, 2:11] - want[1]) < TINY
+
+
+def check_crop(model, make_cache=KACache):
+    """Go too far, take back, go on otherwise."""
+    ids, wrong = tokens(2, 12), tokens(2, 4, seed=5)
+    cache = make_cache(model.config)
+    cache.activate_past_recording()
+    run(model, [ids[:, :7]], cache)
+    cache.crop(0)
+    run(model, [wrong[:, :3], wrong[:, 3:]], cache)
+    cache.crop(-4)
+    return largest(run(model, ids[:, 7:].split([2, 1, 2], 1), cache) - parallel(model, ids)[:, 7:])
+
+
+def check_reorder(model):
+    """Beams swap places: the cache of each row is that of the row it came from."""
+    ids, order = tokens(3, 10), torch.tensor([2, 0, 0])
+    cache = KACache(model.config)
+    run(model, [ids[:, :6]], cache)
+    cache.reorder_cache(order)
+    swapped = torch.cat([ids[order, :6], ids[:, 6:]], 1)
+    return largest(run(model, ids[:, 6:].split([1, 3], 1), cache) - parallel(model, swapped)[:, 6:])
+
+
+def check_decode(model):
+    ids = tokens()
+    return largest(run(model, ids.split(1, 1), KACache(model.config)) - parallel(model, ids))
+
+
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=4), KAConfig(layers=(1,), window=4)], ids=range(3))
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "mistral", "gemma3_text"])
+def test_crop_and_reorder(family, ka):
+    model = attached(family, ka)
+    assert check_crop(model) < TINY
+    assert check_reorder(model) < TINY
+
+
+def test_repeat_select_reset_copy_and_several_turns():
+    model, ids = attached("llama", KAConfig(window=5)), tokens(2, 12)
+    cache = KACache(model.config)
+    run(model, [ids[:, :4]], cache)
+    kept = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([1, 4]))
+    want = parallel(model, ids)
+    assert largest(run(model, [ids[:, 4:8]], cache) - want[:, 4:8]) < TINY
+    assert largest(run(model, [ids[:, 8:]], cache) - want[:, 8:]) < TINY  # a second turn on the same cache
+    assert largest(run(model, [ids[:, 4:]], kept) - want[:, 4:]) < TINY
+    static = KAStaticCache(model.config, 12)
+    for used in (cache, static, static):
+        used.reset()
+        assert largest(run(model, ids.split([5, 1, 6], 1), used) - want) < TINY
+
+
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3, gate="token", gate_init=0.5)], ids=["full", "window"])
+def test_gradients_through_a_cache_of_two_chunks(ka):
+    model, ids = attached("llama", ka), tokens()
+
+    def gradients(chunks, cache):
+        model.zero_grad()
+        logits = torch.cat([model(c, past_key_values=cache, use_cache=cache is not None).logits for c in chunks], 1)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    want = gradients([ids], None)
+    for sizes in ([5, 7], [1, 2, 1, 8]):
+        got = gradients(ids.split(sizes, 1), KACache(model.config))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(got, want, strict=True))
+
+
+def test_a_forward_pass_that_fails_half_way_is_noticed():
+    model, cache = attached("llama", KAConfig()), None
+    cache = KACache(model.config)
+    cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    with pytest.raises(RuntimeError, match="never committed"):
+        run(model, [tokens(1, 1)], cache)
+
+
+def test_sizes():
+    """What a cache holds: Hkv + Hq heads a token, the last w − 1 tokens in layers with a window."""
+    model, ids = attached("llama", KAConfig()), tokens(2, 9)
+    cache, plain = KACache(model.config), DynamicCache(config=model.config)
+    run(model, [ids], cache)
+    run(model, [ids], plain)
+    assert cache_bytes(cache) == 2 * 9 * bytes_per_token(model.config, "ka", torch.float64) == 2 * 9 * 3 * 6 * 8 * 8
+    assert cache_bytes(plain) == 2 * 9 * bytes_per_token(model.config, "kv", torch.float64)
+    assert bytes_per_token(model.config, "kv") == 3 * 4 * 8 * 4
+
+    model = attached("gpt_neox", KAConfig(layers=(1,), window=4))
+    cache = KACache(model.config)
+    run(model, ids.split([6, 1, 2], 1), cache)
+    assert [layer.values.shape[2] for layer in cache.layers] == [9, 3, 9]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [9, 3, 9]
+    static = KAStaticCache(model.config, 20)
+    run(model, ids.split([6, 1, 2], 1), static)
+    assert [layer.values.shape[2] for layer in static.layers] == [20, 4, 20]
+
+    model = attached("gpt_neox", KAConfig(gate_init=0.0, window=4))  # softmax in a window: V of key heads, w − 1 tokens
+    cache = KACache(model.config)
+    run(model, [ids], cache)
+    assert cache_bytes(cache) == 2 * 3 * bytes_per_token(model.config, "kv", torch.float64)
+
+
+def test_refusals():
+    config = attached("llama", KAConfig()).config
+    for cache in (KACache, lambda c, **k: KAStaticCache(c, 8, **k)):
+        with pytest.raises(ValueError, match="offloaded"):
+            cache(config, offloading=True)
+    with pytest.raises(ValueError, match="'kv' or 'ka'"):
+        bytes_per_token(config, "x")
+    cache = KAStaticCache(config, 4)
+    with pytest.raises(IndexError):
+        run(attached("llama", KAConfig()), [tokens(1, 5), tokens(1, 1)], cache)
+
+
+# Tests of the tests: each mutant must be seen at the logits (equal tokens prove little).
+
+
+def no_commit(monkeypatch):
+    monkeypatch.setattr(KADynamicLayer, "commit", lambda self, u: setattr(self, "pending", None))
+
+
+def commit_a_step_late(monkeypatch):
+    right = KADynamicLayer.commit
+
+    def commit(self, u):
+        n = self.pending
+        right(self, u)
+        if self.values.shape[2] > n:
+            self.values[:, :, -n - 1] = u[:, :, 0]
+
+    monkeypatch.setattr(KADynamicLayer, "commit", commit)
+
+
+def no_reorder(monkeypatch):
+    monkeypatch.setattr(KADynamicLayer, "reorder_cache", lambda self, order: None)
+
+
+def reorder_keys_only(monkeypatch):
+    def reorder(self, order):
+        self.keys = self.keys.index_select(0, order)
+
+    monkeypatch.setattr(KADynamicLayer, "reorder_cache", reorder)
+
+
+def crop_from_the_wrong_end(monkeypatch):
+    for layer in (KADynamicLayer, KAWindowLayer):
+        right = layer.crop
+
+        def crop(self, tokens_to_remove, right=right):
+            before = self.values
+            right(self, tokens_to_remove)
+            if tokens_to_remove:
+                self.values = before[:, :, : self.values.shape[2]].roll(1, dims=2)
+
+        monkeypatch.setattr(layer, "crop", crop)
+
+
+MUTANTS = [
+    (check_decode, no_commit),
+    (check_decode, commit_a_step_late),
+    (check_reorder, no_reorder),
+    (check_reorder, reorder_keys_only),
+    (check_crop, crop_from_the_wrong_end),
+    (check_crop, no_commit),
+]
+
+
+@pytest.mark.parametrize(("check", "mutate"), MUTANTS, ids=lambda f: f.__name__)
+def test_mutants_are_seen(monkeypatch, check, mutate):
+    for ka in (KAConfig(), KAConfig(window=4)):
+        model = attached("llama", ka)
+        assert check(model) < TINY
+        with monkeypatch.context() as patch:
+            mutate(patch)
+            assert check(model) > 1e-3
