@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ka_attention.errors import UserError
 from ka_attention.studies.compare import COMPARISON
+from ka_attention.studies.dereference import DEREFERENCE
 from ka_attention.studies.hops import HOPS
 from ka_attention.studies.study import Study
 
-_ALL: tuple[Study, ...] = (COMPARISON, HOPS)
+_ALL: tuple[Study, ...] = (COMPARISON, HOPS, DEREFERENCE)
 STUDIES = {study.name: study for study in _ALL}
 
 
