@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name (`ka recipes`).")]
-Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, or hf:NAME[/CONFIG].")]
+Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, hf:NAME or hf:NAME/CONFIG.")]
 Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json file, or a Hub name.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")]

@@ -1,0 +1,134 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from ka_attention.studies import compare
+from ka_attention.studies.compare import COMPARISON
+from ka_attention.studies.study import open_store, publish, read
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.documents()))
+    return path
+
+
+def run(recipe, out, seeds=1):
+    store = open_store(COMPARISON, recipe, out)
+    publish(COMPARISON, recipe, store, seeds, COMPARISON.run(recipe, store, seeds))
+    return read(out, "results.json")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """All four arms of the default, two seeds."""
+    recipe = tiny.recipe(data=str(corpus), arms=("softmax", "ka", "softmax-w4", "ka-w4"), epochs=1)
+    out = tmp_path_factory.mktemp("run")
+    return recipe, out, run(recipe, out, seeds=2)
+
+
+def numbers(results):
+    """Every figure that does not depend on the clock."""
+    arms = {}
+    for name, arm in results["arms"].items():
+        for seed, answers in enumerate(arm["seeds"]):
+            rows = [(row["train_ppl"], row["val_ppl"], row["best"]) for row in answers["training"]["epochs"]]
+            arms[name, seed] = rows, {kind: cache["ppl"] for kind, cache in answers.get("caches", {}).items()}
+    return arms
+
+
+def test_the_results_hold_what_a_reader_needs(finished):
+    recipe, out, results = finished
+    assert results["schema_version"] == 1
+    assert results["recipe"]["arms"] == list(recipe.arms)
+    assert results["environment"]["torch"]
+    assert results["data"]["train_tokens"] == recipe.train_samples * recipe.sequence_length
+    for arm in results["arms"].values():
+        assert [sorted(answers) for answers in arm["seeds"]] == [
+            sorted(["training", *(evaluation.name for evaluation in compare.EVALUATIONS)])
+        ] * 2
+        assert arm["val_ppl"]["n"] == 2
+        assert arm["val_ppl"]["sd"] > 0
+    for file in ("report.md", "report.html", "figures/training.svg", "tokenizer/tokenizer.json"):
+        assert (out / file).stat().st_size > 0
+    for seed in (0, 1):
+        for name in recipe.arms:
+            assert sorted(path.name for path in (out / f"weights/seed{seed}/{name}").iterdir()) == ["model.safetensors"]
+
+
+def test_the_figures_agree_with_one_another(finished):
+    """The model that was trained is the one that is evaluated, in parallel and token by token."""
+    _, _, results = finished
+    for arm in results["arms"].values():
+        own = "kv" if arm["ka"] is None or arm["ka"]["gate_init"] == 0 else "ka"
+        for answers in arm["seeds"]:
+            best = answers["training"]["best_val_ppl"]
+            assert answers["perplexity"]["ppl"] == pytest.approx(best, rel=1e-5)
+            assert answers["caches"]["ka"]["ppl"] != answers["caches"]["kv"]["ppl"]
+            assert answers["caches"][own]["ppl"] == pytest.approx(best, rel=0.5)
+
+
+def test_the_report_says_the_main_numbers(finished):
+    _, out, results = finished
+    page = (out / "report.md").read_text()
+    assert page.index("In short") < page.index("Training") < page.index("Reversal")
+    for arm in results["arms"].values():
+        assert f"{arm['val_ppl']['mean']:,.1f}" in page
+        assert arm["label"] in page
+    assert "With the same small cache" in page
+    assert "2 seeds" in page
+
+
+def test_running_again_redoes_nothing(finished, monkeypatch):
+    recipe, out, results = finished
+    monkeypatch.setattr(compare, "train", None)
+    monkeypatch.setattr(compare, "build", None)
+    assert numbers(run(recipe, out, seeds=2)) == numbers(results)
+
+
+def test_a_run_without_evaluations_still_reports(corpus, tmp_path):
+    recipe = tiny.recipe(data=str(corpus), epochs=1)
+    store = open_store(COMPARISON, recipe, tmp_path)
+    assert COMPARISON.trained_seeds(recipe, store) == 0
+    publish(COMPARISON, recipe, store, 1, COMPARISON.train(recipe, store, 1))
+    assert COMPARISON.trained_seeds(recipe, store) == 1
+    assert "In short" in (tmp_path / "report.md").read_text()
+
+
+def test_a_killed_process_is_continued_to_the_numbers_of_an_unbroken_run(corpus, tmp_path):
+    recipe = tiny.recipe(data=str(corpus), epochs=4, patience=4, train_samples=128)
+    unbroken = run(recipe, tmp_path / "unbroken")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import tiny, pathlib, test_compare\n"
+        "recipe = tiny.recipe(data=sys.argv[2], epochs=4, patience=4, train_samples=128)\n"
+        "test_compare.run(recipe, pathlib.Path(sys.argv[3]))\n"
+    )
+    out = tmp_path / "killed"
+    here = os.path.dirname(__file__)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, here, str(corpus), str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        # Cut it off in the training of the second arm, as soon as that has a checkpoint.
+        while not list(out.glob("weights/seed0/ka/checkpoints/*/trainer_state.json")):
+            assert process.poll() is None, "the process ended before it could be killed"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "results.json").exists()
+    first = out / "parts" / "training" / "seed0" / "softmax.json"
+    finished_at = first.stat().st_mtime_ns
+    continued = run(recipe, out)
+    assert first.stat().st_mtime_ns == finished_at
+    assert numbers(continued) == numbers(unbroken)

@@ -1,0 +1,72 @@
+import json
+import os
+
+import pytest
+
+from ka_attention.errors import UserError
+from ka_attention.studies.store import Store, write_atomically
+
+
+def test_a_part_is_worked_once_and_read_from_then_on(tmp_path):
+    calls = []
+
+    def work():
+        calls.append(1)
+        return {"x": (1, 2), "y": 0.1}
+
+    first = Store(tmp_path / "run", {"recipe": {"a": 1}}).part("training/seed0/ka", work)
+    again = Store(tmp_path / "run", {"recipe": {"a": 1}}).part("training/seed0/ka", work)
+    assert first == again == {"x": [1, 2], "y": 0.1}
+    assert len(calls) == 1
+
+
+def test_a_part_that_fails_leaves_nothing_and_is_tried_again(tmp_path):
+    store = Store(tmp_path, {})
+    with pytest.raises(KeyboardInterrupt):
+        store.part("a", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not store.done("a")
+    assert store.part("a", lambda: 3) == 3
+    assert store.done("a")
+
+
+def test_nothing_is_written_before_the_first_part(tmp_path):
+    store = Store(tmp_path / "a" / "b", {"recipe": 1})
+    store.identify(data={"fingerprint": "f"})
+    assert list(tmp_path.iterdir()) == []
+    store.part("x", lambda: 1)
+    stored = json.loads((tmp_path / "a" / "b" / "parts" / "identity.json").read_text())
+    assert stored == {"recipe": 1, "data": {"fingerprint": "f"}}
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs(tmp_path):
+    store = Store(tmp_path, {"recipe": {"epochs": 3, "arms": ("ka",)}})
+    store.identify(data={"fingerprint": "f"})
+    store.part("x", lambda: 1)
+    with pytest.raises(UserError, match=r"another recipe\.epochs; name another folder"):
+        Store(tmp_path, {"recipe": {"epochs": 4, "arms": ("ka",)}})
+    same = Store(tmp_path, {"recipe": {"epochs": 3, "arms": ("ka",)}})
+    with pytest.raises(UserError, match=r"another data\.fingerprint"):
+        same.identify(data={"fingerprint": "g"})
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"--out: .* is a file"):
+            Store(out, {})
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_a_read_only_output_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="--out: cannot write"):
+        Store(tmp_path / "run", {})
+
+
+def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):  # noqa: PT011
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

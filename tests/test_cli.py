@@ -1,0 +1,139 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+import tiny
+
+from ka_attention.cli import app
+from ka_attention.studies import compare
+from ka_attention.studies.recipes import COMPARE
+
+COMMANDS = ["compare", "train", "evaluate", "report", "study", "recipes"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.documents()))
+    return str(path)
+
+
+def ka(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result, *parts):
+    """A user's mistake: one line on stderr that holds ``parts``, exit code 2, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("ka: ")
+    for part in parts:
+        assert part in result.stderr
+    return True
+
+
+def test_help_names_every_command_and_loads_no_heavy_library():
+    script = (
+        "import sys\n"
+        "sys.modules['transformers'] = sys.modules['datasets'] = sys.modules['matplotlib'] = None\n"
+        "sys.argv = ['ka', '--help']\n"
+        "from ka_attention.cli import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", run.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    assert ka(command, "--help").exit_code == 0
+
+
+def test_recipes_are_listed_with_their_settings():
+    result = ka("recipes")
+    assert result.exit_code == 0
+    for name, recipe in COMPARE.items():
+        assert name in result.output
+        assert recipe.summary.split()[0] in result.output
+    assert "train_samples=10000" in result.output
+
+
+def test_train_evaluate_and_report_are_the_parts_of_compare(corpus, tmp_path):
+    out = tmp_path / "run"
+    options = ["--data", corpus, *tiny.arguments(epochs=1)]
+    assert ka("train", *options, "--out", out).exit_code == 0
+    half = json.loads((out / "results.json").read_text())
+    assert [sorted(answers) for answers in half["arms"]["ka"]["seeds"]] == [["training"]]
+    assert ka("evaluate", out).exit_code == 0
+    whole = json.loads((out / "results.json").read_text())
+    assert len(whole["arms"]["ka"]["seeds"][0]) == 1 + len(compare.EVALUATIONS)
+    page = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert ka("report", out).exit_code == 0
+    assert (out / "report.html").read_text() == page
+    # `study compare` is the same run: nothing is left to do, and the same report comes.
+    again = ka("study", "compare", *options, "--out", out)
+    assert again.exit_code == 0
+    assert "Epoch" not in again.output
+
+
+def test_the_default_folder_is_named_after_the_recipe(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.Comparison, "run", lambda self, recipe, store, seeds: pytest.fail(str(store.out)))
+    with pytest.raises(pytest.fail.Exception, match="runs/pythia-70m-cache"):
+        CliRunner().invoke(app, ["compare", "pythia-70m-cache"], catch_exceptions=False)
+
+
+def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
+    out = tmp_path / "run"
+    good = [*tiny.arguments(), "--out", out]
+    assert refused(ka("compare", "quik", "--out", out), "RECIPE: no recipe 'quik'", "quick")
+    assert refused(ka("compare", *good, "--set", "epoch=1"), "--set: no setting 'epoch'")
+    assert refused(ka("compare", *good, "--data", tmp_path / "absent.txt"), "--data: no file or folder")
+    assert refused(ka("compare", *good, "--data", corpus, "--set", "train_samples=99999"), "--set train_samples=")
+    assert refused(ka("compare", *good, "--data", corpus, "--set", "arms=mamba"), "--set arms: no arm 'mamba'")
+    assert refused(ka("compare", *good, "--data", corpus, "--tokenizer", corpus), "--tokenizer")
+    assert refused(ka("compare", *good[:-1], corpus, "--data", corpus), "--out", "is a file")
+    assert refused(ka("study", "nothing"), "NAME: no study 'nothing'", "compare")
+    assert refused(ka("evaluate", out), "OUT:", "holds no identity.json")
+    assert refused(ka("report", out), "OUT:", "holds no results.json")
+    assert not out.exists()
+
+
+def test_wrong_usage_exits_with_2():
+    for arguments in (["compare", "--seeds", "0"], ["compare", "--sed", "1"], ["nothing"], ["evaluate"]):
+        assert ka(*arguments).exit_code == 2
+
+
+def test_another_setting_in_the_same_folder_is_refused(corpus, tmp_path):
+    out = tmp_path / "run"
+    options = ["--data", corpus, "--out", out]
+    assert ka("train", *options, *tiny.arguments(epochs=1, arms=("softmax",))).exit_code == 0
+    before = (out / "results.json").read_text()
+    assert refused(ka("train", *options, *tiny.arguments(epochs=2, arms=("softmax",))), "another recipe.epochs")
+    Path(corpus).write_text(Path(corpus).read_text().replace("return", "yield"))
+    assert refused(ka("train", *options, *tiny.arguments(epochs=1, arms=("softmax",))), "another data.fingerprint")
+    assert refused(ka("evaluate", out), "another data.fingerprint")
+    assert (out / "results.json").read_text() == before
+
+
+def test_a_report_of_another_schema_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"schema_version": 0}')
+    assert refused(ka("report", tmp_path), "has schema 0")
+
+
+def test_ctrl_c_says_that_the_same_command_continues(corpus, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "train", interrupted)
+    result = ka("compare", "--data", corpus, *tiny.arguments(), "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr == "ka: stopped; the same command continues where it was\n"
