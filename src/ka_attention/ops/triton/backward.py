@@ -36,21 +36,22 @@ def _slope(s, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _weights(k, Q, LSE, j, i, n, q_stride, MASK, row_stride, column_stride, P, window, scale, softcap, columns,
-             ROWS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
-             WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """q_i, W_ijᵀ and the slope of the soft cap, for rows i … of the new tokens and positions j … of which k holds the keys.
+def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, softcap,
+             Q_ROW: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+             GUARD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
+             SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """q_i, W_ijᵀ and the slope of the soft cap, for rows i … of the new tokens and positions j … of which k has the keys.
 
-    Rows outside the sequence weigh 0.
+    Rows outside the sequence weigh 0; without GUARD there must be none.
     """
-    q = load_tile(Q, i, q_stride, n, ROWS, D, BD, True)  # [ROWS, BD]
+    q = load_tile(Q, i, Q_ROW, n, ROWS, D, BD, GUARD)  # [ROWS, BD]
     rows = i + tl.arange(0, ROWS)
     lse = tl.load(LSE + rows, mask=rows < n, other=float("inf")) / LN2
     s = scores(k, q, scale, softcap, SOFTCAP, DOT)  # [BM, ROWS]
     p = tl.math.exp2(s - lse[None, :])
     if MASKED:
-        seen = visible((P + rows)[None, :], (j + tl.arange(0, BM))[:, None], P + n, columns, MASK, row_stride,
-                       column_stride, P, window, WINDOW, HAS_MASK)  # fmt: skip
+        seen = visible((P + rows)[None, :], (j + tl.arange(0, BM))[:, None], P + n, columns, MASK, mask_strides, P,
+                       window, WINDOW, HAS_MASK)  # fmt: skip
         p = tl.where(seen, p, 0.0)
     return q, p, _slope(s, softcap, SOFTCAP)
 
@@ -60,8 +61,9 @@ def columns_kernel(
     DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One column block of one head, last block first: all that flows back into its keys and values.
@@ -82,8 +84,8 @@ def columns_kernel(
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
     head = (b * H + h) * T + start
-    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * q_strides[2]
-    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * k_strides[2]
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     Y += head * D
     LSE += head
     DELTA += head
@@ -93,20 +95,20 @@ def columns_kernel(
     columns = P if MODE == "past" else P + n
     size = P if MODE == "past" else n
 
-    k = load_tile(K, c0, k_strides[2], size, BM, D, BD, True)
+    k = load_tile(K, c0, K_ROW, size, BM, D, BD, True)
     if MODE == "past":
         U_PAST += b * u_strides[0] + h * u_strides[1]
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
     else:
-        a = load_tile(A + head * D, c0, D, n, BM, D, BD, True)
-        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
-        v = load_tile(V, c0, v_strides[2], n, BM, D, BD, True)
-        u = a
+        A += head * D
+        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
+        u = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
         i = c0 + tl.arange(0, BM)
         g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
-        u = (v + g[:, None] * (a.to(tl.float32) - v)).to(a.dtype)
+        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
+        u = (v + g[:, None] * (u.to(tl.float32) - v)).to(u.dtype)
         store_tile(U + head * D, u, c0, n, BM, D, BD)
 
     du = tl.zeros([BM, BD], tl.float32)
@@ -120,10 +122,9 @@ def columns_kernel(
         stop = tl.minimum(wait(flag, t // R + 1) * R, end) if MODE == "chain" else end
         for tile in range(t, stop):
             r0 = blocks * BM - (tile + 1) * BN
-            q, p, slope = _weights(k, Q, LSE, j, r0, n, q_strides[2], MASK, mask_strides[2], mask_strides[3], P, window,
-                                   scale, softcap, columns, BN, BM, D, BD, MASKED, WINDOW, HAS_MASK, SOFTCAP,
-                                   DOT)  # fmt: skip
-            y = load_tile(Y, r0, D, n, BN, D, BD, True)
+            q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN,
+                                   BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
             rows = r0 + tl.arange(0, BN)
             delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
             du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
@@ -136,47 +137,50 @@ def columns_kernel(
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, P, BM, D, BD)
     else:
         i = tl.arange(0, BM)
-        q, p, slope = _weights(k, Q, LSE, j, c0, n, q_strides[2], MASK, mask_strides[2], mask_strides[3], P, window,
-                               scale, softcap, columns, BM, BM, D, BD, MASKED, WINDOW, HAS_MASK, SOFTCAP,
-                               DOT)  # fmt: skip
+        q, p, slope = _weights(k, Q, LSE, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM,
+                               D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         p = tl.where(i[:, None] <= i[None, :], p, 0.0)
         d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
         Lt = tl.where(i[:, None] < i[None, :], p, 0.0)
         if MODE != "solved":
-            S = inverse(Lt * g[:, None] if HAS_GATE else Lt, BM, True, PRECISION).to(a.dtype)
-            y = load_tile(DA + head * D, c0, D, n, BM, D, BD, True).to(tl.float32)
-            if MODE == "chain" and rank > 0:
-                q_next, p_next, slope_next = _weights(k, Q, LSE, j, c0 + BM, n, q_strides[2], MASK, mask_strides[2],
-                                                      mask_strides[3], P, window, scale, softcap, columns, BM, BM, D,
-                                                      BD, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            S = inverse(Lt * g[:, None] if HAS_GATE else Lt, BM, PRECISION).to(u.dtype)
+            if MODE == "chain":
+                # For the last block of a sequence the rows after it lie outside and weigh nothing.
+                q_next, p_next, slope_next = _weights(k, Q, LSE, j, c0 + BM, n, columns, MASK, mask_strides, P, window,
+                                                      scale, softcap, Q_ROW, BM, BM, D, BD, True, MASKED, WINDOW,
+                                                      HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+                p_next = p_next.to(u.dtype)
                 wait(flag, rank)
                 y_next = load_tile(Y, c0 + BM, D, n, BM, D, BD, True)
-                du = tl.dot(p_next.to(a.dtype), y_next, du, input_precision=DOT)
+                du = tl.dot(p_next, y_next, du, input_precision=DOT)
+            y = load_tile(DA + head * D, c0, D, n, BM, D, BD, RAGGED).to(tl.float32)
             y += g[:, None] * du if HAS_GATE else du
-            y = tl.dot(S, y.to(a.dtype), y, input_precision=DOT)
+            y = tl.dot(S, y.to(u.dtype), y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
-            y_own = y.to(a.dtype)
+            y_own = y.to(u.dtype)
+            a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
             delta = tl.sum(y_own.to(tl.float32) * a, 1)
             store_tile(Y, y_own, c0, n, BM, D, BD)
             tl.store(DELTA + c0 + i, delta, mask=c0 + i < n)
             if MODE == "chain":
                 publish(flag, rank + 1)
-            if MODE == "chain" and rank > 0:
                 delta_next = tl.load(DELTA + c0 + BM + i, mask=c0 + BM + i < n, other=0.0)
                 ds = tl.dot(u, tl.trans(y_next), input_precision=DOT) - delta_next[None, :]
-                dk = tl.dot((p_next * ds * slope_next).to(a.dtype), q_next, dk, input_precision=DOT)
+                dk = tl.dot((p_next * ds * slope_next).to(u.dtype), q_next, dk, input_precision=DOT)
         else:
-            y_own = load_tile(Y, c0, D, n, BM, D, BD, True)
+            y_own = load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
             y = y_own.to(tl.float32)
             delta = tl.load(DELTA + c0 + i, mask=c0 + i < n, other=0.0)
         ds = tl.dot(u, tl.trans(y_own), input_precision=DOT)
+        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
         own = tl.sum(y_own.to(tl.float32) * v, 1)
         ds = tl.where(i[:, None] == i[None, :], own[:, None], ds) - delta[None, :]
-        dk = tl.dot((p * ds * slope).to(a.dtype), q, dk, input_precision=DOT)
+        dk = tl.dot((p * ds * slope).to(u.dtype), q, dk, input_precision=DOT)
         dv = d[:, None] * y
         if HAS_GATE:
-            du = tl.dot(Lt.to(a.dtype), y_own, du, input_precision=DOT)
+            du = tl.dot(Lt.to(u.dtype), y_own, du, input_precision=DOT)
             dv += (1.0 - g)[:, None] * du
+            a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
             tl.store(DGATE + head + c0 + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=c0 + i < n)
         store_tile(DV + head * D, dv, c0, n, BM, D, BD)
         store_tile(DK + head * D, dk * scale, c0, n, BM, D, BD)
@@ -202,8 +206,9 @@ def dq_kernel(
     Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, U, LSE, Y, DELTA, DQ,
     q_strides, k_strides, v_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one row block of one head, longest rows first."""
@@ -217,15 +222,15 @@ def dq_kernel(
     r0 = (blocks - 1 - rank) * BM
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
-    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * q_strides[2]
-    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * k_strides[2]
-    V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
+    V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     i = tl.arange(0, BM)
     rows = r0 + i
-    q = load_tile(Q, r0, q_strides[2], n, BM, D, BD, True)
-    y = load_tile(Y + head * D, r0, D, n, BM, D, BD, True)
+    q = load_tile(Q, r0, Q_ROW, n, BM, D, BD, RAGGED)
+    y = load_tile(Y + head * D, r0, D, n, BM, D, BD, RAGGED)
     lse = tl.load(LSE + head + rows, mask=rows < n, other=float("inf")) / LN2
     delta = tl.load(DELTA + head + rows, mask=rows < n, other=0.0)
     dq = tl.zeros([BM, BD], tl.float32)
@@ -234,8 +239,7 @@ def dq_kernel(
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
         first = tl.maximum(P + r0 - window + 1, 0) // BN * BN if WINDOW else 0
         for j in range(first, P, BN):
-            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides[2],
-                           mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
             dq = _dq_step(q, y, lse, delta, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, dq, scale,
                           softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
     first = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else 0
@@ -243,17 +247,16 @@ def dq_kernel(
         seen = True
         if MASKED:
             seen = visible((P + rows)[:, None], (P + j + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
-                           mask_strides[2], mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
-        dq = _dq_step(q, y, lse, delta, K, U + head * D, j, n, k_strides[2], D, seen, dq, scale, softcap, BN, D, BD,
+                           mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
+        dq = _dq_step(q, y, lse, delta, K, U + head * D, j, n, K_ROW, D, seen, dq, scale, softcap, BN, D, BD,
                       False, MASKED, SOFTCAP, DOT)  # fmt: skip
-    k = load_tile(K, r0, k_strides[2], n, BM, D, BD, True)
-    u = load_tile(U + head * D, r0, D, n, BM, D, BD, True)
-    v = load_tile(V, r0, v_strides[2], n, BM, D, BD, True)
+    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
+    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
+    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
     s = scores(q, k, scale, softcap, SOFTCAP, DOT)
     seen = i[:, None] >= i[None, :]
     if MASKED:
-        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides[2],
-                              mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
     p = tl.where(seen, tl.math.exp2(s - lse[:, None]), 0.0)
     dw = tl.dot(y, tl.trans(u), input_precision=DOT)
     dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)

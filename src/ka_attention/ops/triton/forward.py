@@ -46,9 +46,10 @@ def forward_kernel(
     Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, CORNER, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row block of one head. MODE: "chain" waits for the blocks before; "single" has only one block a sequence;
     "corner", for windows up to BM + 1, stores X + S X without the block before and (I + S) P_b,b−1 G for `sweep_kernel`.
@@ -64,15 +65,15 @@ def forward_kernel(
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
     head = (b * H + h) * T + start  # first row of this sequence and head in contiguous [B, H, T, …]
-    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * q_strides[2]
-    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * k_strides[2]
-    V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
+    V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
     A += head * D
     U += head * D
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     rows = r0 + tl.arange(0, BM)
-    q = load_tile(Q, r0, q_strides[2], n, BM, D, BD, True)
+    q = load_tile(Q, r0, Q_ROW, n, BM, D, BD, RAGGED)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
@@ -82,8 +83,7 @@ def forward_kernel(
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
         first = tl.maximum(P + r0 - window + 1, 0) // BN * BN if WINDOW else 0
         for j in range(first, P, BN):
-            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides[2],
-                           mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
             acc, m, l = _absorb(q, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, acc, m, l, scale,
                                 softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
     if MODE == "chain":
@@ -94,29 +94,28 @@ def forward_kernel(
                 seen = True
                 if MASKED:
                     seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
-                                   mask_strides[2], mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
-                acc, m, l = _absorb(q, K, U, c, n, k_strides[2], D, seen, acc, m, l, scale, softcap, BN, D, BD, False,
+                                   mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
+                acc, m, l = _absorb(q, K, U, c, n, K_ROW, D, seen, acc, m, l, scale, softcap, BN, D, BD, False,
                                     MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
     # Weights of the block before (`last`) and of the diagonal block; with them the softmax is complete.
     i = tl.arange(0, BM)
-    k = load_tile(K, r0, k_strides[2], n, BM, D, BD, True)
+    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
     s = scores(q, k, scale, softcap, SOFTCAP, DOT)  # [BM, BM]
     s = tl.where(i[:, None] >= i[None, :], s, -float("inf"))
     if MASKED:
-        seen = visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides[2], mask_strides[3],
+        seen = visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides,
                        P, window, WINDOW, HAS_MASK)  # fmt: skip
         s = tl.where(seen, s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     last = tl.zeros([BM, BM], tl.float32)
     if MODE != "single":
         if r0 > 0:
-            k = load_tile(K, r0 - BM, k_strides[2], n, BM, D, BD, False)
+            k = load_tile(K, r0 - BM, K_ROW, n, BM, D, BD, False)
             last = scores(q, k, scale, softcap, SOFTCAP, DOT)
             if MASKED:
-                seen = visible((P + rows)[:, None], (P + rows)[None, :] - BM, P + n, P + n, MASK, mask_strides[2],
-                               mask_strides[3], P, window, WINDOW, HAS_MASK)  # fmt: skip
+                seen = visible((P + rows)[:, None], (P + rows)[None, :] - BM, P + n, P + n, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
                 last = tl.where(seen, last, -float("inf"))
             top = tl.maximum(top, tl.max(last, 1))
             last = tl.math.exp2(last - tl.where(top == -float("inf"), 0.0, top)[:, None])
@@ -127,9 +126,9 @@ def forward_kernel(
     r = tl.where(l == 0.0, 0.0, 1.0 / l)
     tl.store(LSE + head + rows, (shift + tl.math.log2(l)) * LN2, mask=rows < n)
 
-    v = load_tile(V, r0, v_strides[2], n, BM, D, BD, True)
+    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
     p = p * r[:, None]
-    last = last * r[:, None]
+    last = (last * r[:, None]).to(v.dtype)
     d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
     L = tl.where(i[:, None] > i[None, :], p, 0.0)
     x = acc * (alpha * r)[:, None] + d[:, None] * v
@@ -138,21 +137,21 @@ def forward_kernel(
         g = tl.load(GATE + tl.cast(rows, tl.int64) * gate_strides[2], mask=rows < n, other=0.0)
         x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
         L = L * g[None, :]
-    S = inverse(L, BM, False, PRECISION).to(v.dtype)
+    S = inverse(L, BM, PRECISION).to(v.dtype)
 
     if MODE == "chain":
         if r0 > 0:
             wait(flag, rank)
             u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
-            x = tl.dot(last.to(v.dtype), u, x, input_precision=DOT)
+            x = tl.dot(last, u, x, input_precision=DOT)
     if MODE == "corner":
         if r0 > 0:
             if HAS_GATE:
                 g_last = tl.load(GATE + tl.cast(rows - BM, tl.int64) * gate_strides[2])
-                v_last = load_tile(V, r0 - BM, v_strides[2], n, BM, D, BD, False)
+                v_last = load_tile(V, r0 - BM, V_ROW, n, BM, D, BD, False)
                 x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
-                last = last * g_last[None, :]
-            last = tl.dot(S, last.to(v.dtype), last, input_precision=DOT)
+                last = (last * g_last[None, :]).to(v.dtype)
+            last = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
             store_tile(CORNER + head * BM, last, r0, n, BM, BM, BM)
     a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     store_tile(A, a, r0, n, BM, D, BD)

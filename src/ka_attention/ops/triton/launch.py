@@ -27,8 +27,8 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
             corner, call.flags(mode),
             *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
-            WINDOW=window is not None, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
+            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
+            WINDOW=window is not None, **call.constants, **tiles.options,
         )  # fmt: skip
         if mode == "corner":
             call.sweep(a, corner, tiles, reverse=False)
@@ -54,8 +54,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
             dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
+            **tiles.options,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
@@ -64,7 +64,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             corner_kernel[call.grid(tiles)](
                 da, call.q, call.k, gate, mask, cu_seqlens, call.schedule(tiles), lse, y, corner,
                 *map(_strides, (call.q, call.k, gate, mask)), *call.numbers,
-                BM=tiles.BM, HAS_GATE=gate is not None, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
+                BM=tiles.BM, HAS_GATE=gate is not None, **call.constants, **tiles.options,
             )  # fmt: skip
             call.sweep(y, corner, tiles, reverse=True)
             rows = lse.numel()
@@ -80,8 +80,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
             dq,
             *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
+            **tiles.options,
         )  # fmt: skip
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
 
@@ -102,7 +102,8 @@ class _Call:
             precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.constants = {
             "GROUP": self.H // k.shape[1], "D": D, "BD": padded(D), "HAS_MASK": mask is not None,
-            "PACKED": cu_seqlens is not None, "SOFTCAP": softcap is not None, "PRECISION": precision,
+            "PACKED": cu_seqlens is not None, "Q_ROW": self.q.stride(2), "K_ROW": self.k.stride(2),
+            "SOFTCAP": softcap is not None, "PRECISION": precision,
         }  # fmt: skip
 
     def mode(self, tiles: Tiles) -> str:
@@ -116,6 +117,10 @@ class _Call:
         if self.cu_seqlens is not None:
             return ((self.T // tiles.BM + self.sequences) * self.H,)
         return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
+
+    def ragged(self, tiles: Tiles) -> bool:
+        """Whether a sequence may end within a row block."""
+        return self.cu_seqlens is not None or self.T % tiles.BM != 0
 
     def schedule(self, tiles: Tiles) -> Tensor | None:
         """(sequence, rank) of each slot of a packed grid, int32 [slots, 2], by rank; spare slots lie beyond the length.
@@ -161,10 +166,10 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    """Strides in elements, 0 along broadcast dimensions, without the head dimension's, which is 1; the mask's whole."""
+def _strides(x: Tensor | None) -> tuple[int, ...] | None:
+    """Strides in elements, 0 along broadcast dimensions."""
     if x is None:
-        return (0, 0, 0, 0)
+        return None
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 

@@ -63,17 +63,16 @@ def scores(x, y, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def visible(i, j, rows, columns, MASK, row_stride, column_stride, P, window,
-            WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def visible(i, j, rows, columns, MASK, mask_strides, P, window, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):
     """Whether position i < rows may attend position j < columns, apart from causality. i and j broadcast.
 
-    Positions count the P cached tokens; MASK has one row a new token and one column a position.
+    Positions count the P cached tokens; MASK, of this head, has one row a new token and one column a position.
     """
     seen = (i < rows) & (j < columns)
     if WINDOW:
         seen = seen & (i - j < window)
     if HAS_MASK:
-        mask = MASK + (tl.cast(i - P, tl.int64) * row_stride + tl.cast(j, tl.int64) * column_stride)
+        mask = MASK + (tl.cast(i - P, tl.int64) * mask_strides[2] + tl.cast(j, tl.int64) * mask_strides[3])
         seen = seen & (tl.load(mask, mask=seen, other=0) != 0)
     return seen
 
@@ -99,58 +98,18 @@ def publish(FLAG, blocks):
 
 
 @triton.jit
-def _halves(x, H: tl.constexpr):
-    """The four [H, H] quarters of x [2 H, 2 H]: upper left, upper right, lower left, lower right."""
-    left, right = tl.split(tl.permute(tl.reshape(x, (2, H, 2, H)), (1, 3, 0, 2)))
-    a, c = tl.split(left)
-    b, d = tl.split(right)
-    return a, b, c, d
+def inverse(N, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """S of (I − N)⁻¹ = I + S = (I + N)(I + N²)(I + N⁴)…, for strictly triangular, hence nilpotent, N [SIZE, SIZE].
 
-
-@triton.jit
-def _whole(a, b, c, d, H: tl.constexpr):
-    """The inverse of `_halves`."""
-    x = tl.join(tl.join(a, c), tl.join(b, d))  # [H, H, row half, column half]
-    return tl.reshape(tl.permute(x, (2, 0, 3, 1)), (2 * H, 2 * H))
-
-
-@triton.jit
-def _square_inverse(N, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """S of (I − N)⁻¹ = I + S = (I + N)(I + N²)(I + N⁴)…, for nilpotent N [SIZE, SIZE]."""
+    For gates in [0, 1] every entry of N, of its powers and of S is a probability (the walk visits a token at most
+    once), so float16, with the mantissa of tf32, cannot overflow: PRECISION "half" computes with float16 operands.
+    """
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     S = N
     power = N.to(tl.float16) if PRECISION == "half" else N
     for k in tl.static_range(1, 7):
         if (1 << k) < SIZE:
-            power32 = tl.dot(power, power, input_precision="ieee" if PRECISION == "half" else PRECISION)
-            power = power32.to(power.dtype)
-            S = tl.dot(S.to(power.dtype), power, S + power32,
-                       input_precision="ieee" if PRECISION == "half" else PRECISION)  # fmt: skip
+            square = tl.dot(power, power, input_precision=DOT)
+            power = square.to(power.dtype)
+            S = tl.dot(S.to(power.dtype), power, S + square, input_precision=DOT)
     return S
-
-
-@triton.jit
-def inverse(N, SIZE: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr):
-    """S of (I − N)⁻¹ = I + S for strictly triangular N [SIZE, SIZE] float32, from the inverses of its two diagonal halves.
-
-    Every entry of N, of its powers and of S is a probability (the walk visits a token at most once), so float16, with
-    the mantissa of tf32, cannot overflow; PRECISION "half" computes with float16 operands.
-    """
-    if SIZE <= 32:
-        return _square_inverse(N, SIZE, PRECISION)
-    else:
-        H: tl.constexpr = SIZE // 2
-        OPERAND: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
-        DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-        a, b, c, d = _halves(N, H)
-        a = inverse(a, H, UPPER, PRECISION)
-        d = inverse(d, H, UPPER, PRECISION)
-        ah = a.to(OPERAND)
-        dh = d.to(OPERAND)
-        # Off-diagonal quarter E: (I + S₂) E (I + S₁) below the diagonal, (I + S₁) E (I + S₂) above it.
-        if UPPER:
-            e = tl.dot(ah, b.to(OPERAND), b, input_precision=DOT)
-            b = tl.dot(e.to(OPERAND), dh, e, input_precision=DOT)
-        else:
-            e = tl.dot(c.to(OPERAND), ah, c, input_precision=DOT)
-            c = tl.dot(dh, e.to(OPERAND), e, input_precision=DOT)
-        return _whole(a, b, c, d, H)

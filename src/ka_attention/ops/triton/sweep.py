@@ -55,6 +55,7 @@ def corner_kernel(
     DA, Q, K, GATE, MASK, CU, SCHEDULE, LSE, Y, CORNER,
     q_strides, k_strides, gate_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,17 +68,17 @@ def corner_kernel(
             return
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
-    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * q_strides[2]
-    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * k_strides[2]
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     LSE += head
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     i = tl.arange(0, BM)
-    k = load_tile(K, r0, k_strides[2], n, BM, D, BD, True)
-    own = _transposed_weights(k, Q, LSE, r0, r0, n, q_strides[2], MASK, mask_strides[2], mask_strides[3], P, window,
+    k = load_tile(K, r0, K_ROW, n, BM, D, BD, True)
+    own = _transposed_weights(k, Q, LSE, r0, r0, n, Q_ROW, MASK, mask_strides, P, window,
                               scale, softcap, D, BD, BM, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
     own = tl.where(i[:, None] < i[None, :], own, 0.0)
-    corner = _transposed_weights(k, Q, LSE, r0, r0 + BM, n, q_strides[2], MASK, mask_strides[2], mask_strides[3], P,
+    corner = _transposed_weights(k, Q, LSE, r0, r0 + BM, n, Q_ROW, MASK, mask_strides, P,
                                  window, scale, softcap, D, BD, BM, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
@@ -85,22 +86,22 @@ def corner_kernel(
         own = own * g[:, None]
         corner = corner * g[:, None]
     da = load_tile(DA + head * D, r0, D, n, BM, D, BD, True)
-    S = inverse(own, BM, True, PRECISION).to(da.dtype)
+    S = inverse(own, BM, PRECISION).to(da.dtype)
     store_tile(Y + head * D, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), r0, n, BM, D, BD)
     corner = tl.dot(S, corner.to(da.dtype), corner, input_precision=DOT)
     store_tile(CORNER + head * BM, corner, r0, n, BM, BM, BM)
 
 
 @triton.jit
-def _transposed_weights(k, Q, LSE, j, i, n, q_stride, MASK, row_stride, column_stride, P, window, scale, softcap,
+def _transposed_weights(k, Q, LSE, j, i, n, Q_ROW: tl.constexpr, MASK, mask_strides, P, window, scale, softcap,
                         D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_MASK: tl.constexpr,
                         SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """W_ijᵀ [BM columns j …, BM rows i …]; 0 for rows outside the sequence."""
     rows = i + tl.arange(0, BM)
     columns = j + tl.arange(0, BM)
-    q = load_tile(Q, i, q_stride, n, BM, D, BD, True)
+    q = load_tile(Q, i, Q_ROW, n, BM, D, BD, True)
     lse = tl.load(LSE + rows, mask=rows < n, other=0.0) / LN2
-    seen = visible((P + rows)[None, :], (P + columns)[:, None], P + n, P + n, MASK, row_stride, column_stride, P, window,
+    seen = visible((P + rows)[None, :], (P + columns)[:, None], P + n, P + n, MASK, mask_strides, P, window,
                    True, HAS_MASK)  # fmt: skip
     return tl.where(seen, tl.math.exp2(scores(k, q, scale, softcap, SOFTCAP, DOT) - lse[None, :]), 0.0)
 

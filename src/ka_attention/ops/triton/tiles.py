@@ -10,12 +10,17 @@ INTERPRETED = torch.device("cpu")
 
 
 class Tiles(NamedTuple):
-    """Rows BM of a block, columns BN of a step, warps and pipeline stages of one kernel."""
+    """Rows BM of a block, columns BN of a step, warps, pipeline stages and registers a thread (None: no limit)."""
 
     BM: int
     BN: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 class Table(NamedTuple):
