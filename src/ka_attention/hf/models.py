@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -76,6 +77,10 @@ def ka_classes(base: Any) -> tuple[Any, Any]:
 
     for made, kind in ((Config, base.config_class), (Model, base)):
         made.__name__ = made.__qualname__ = f"KA{kind.__name__}"
+    for made_name, name in ((Config.model_type, base.config_class.model_type), (Model.__name__, base.__name__)):
+        # Some families name their weights differently in files (GPT-NeoX: embed_out for lm_head).
+        if (names := get_checkpoint_conversion_mapping(name)) is not None:
+            register_checkpoint_conversion_mapping(made_name, names, overwrite=True)
     AutoConfig.register(Config.model_type, Config, exist_ok=True)
     AutoModelForCausalLM.register(Config, Model, exist_ok=True)
     return Config, Model

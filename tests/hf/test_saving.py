@@ -1,0 +1,174 @@
+"""Saved KA models: they load as what they were or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from zoo import FAMILIES, make, tokens
+
+from ka_attention.hf import KAConfig, attach, attention_modules, is_attached, load_adapter, save_adapter
+from ka_attention.hf.adapters import ADAPTERS
+
+KA = KAConfig(layers=(0, 2), window=5, gate="token", gate_init=0.5)
+
+
+class Scale(nn.Module):
+    """The smallest adapter: one factor a head."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.spec = {"kind": "test_scale", "heads": heads}
+        self.weight = nn.Parameter(torch.rand(heads, 1, 1))
+
+    def forward(self, a):
+        return a * self.weight.to(a.dtype)
+
+
+@pytest.fixture(autouse=True)
+def known_kind(monkeypatch):
+    monkeypatch.setitem(ADAPTERS, "test_scale", Scale)
+
+
+def trained(family="llama", ka=KA, adapter=None):
+    model = attach(make(family).float(), ka, adapter)
+    for module in attention_modules(model):
+        if hasattr(module, "ka_gate"):
+            nn.init.normal_(module.ka_gate.bias)
+            nn.init.normal_(module.ka_gate.weight)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens(), use_cache=False).logits
+
+
+def test_an_adapter_directory_restores_gates_and_adapters(tmp_path):
+    model = trained(adapter={2: Scale(4)})
+    save_adapter(model, tmp_path / "new" / "folder")
+    again = load_adapter(make("llama").float(), tmp_path / "new" / "folder")
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.ka_config == model.config.ka_config
+    assert sorted(p.suffix for p in (tmp_path / "new" / "folder").iterdir()) == [".json", ".safetensors"]
+
+
+def test_fixed_gates_need_no_weights(tmp_path):
+    model = attach(make("gpt_neox"), KAConfig(window=4))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(make("gpt_neox"), tmp_path)), logits(model))
+
+
+def missing_key(folder):
+    weights = load_file(folder / "ka_adapter.safetensors")
+    weights.popitem()
+    save_file(weights, folder / "ka_adapter.safetensors")
+
+
+def wrong_shape(folder):
+    weights = load_file(folder / "ka_adapter.safetensors")
+    name = next(iter(weights))
+    weights[name] = torch.zeros(3, 3)
+    save_file(weights, folder / "ka_adapter.safetensors")
+
+
+def unknown_kind(folder):
+    description = json.loads((folder / "ka_config.json").read_text())
+    description["ka_config"]["adapters"] = {"0": {"kind": "nobody knows"}}
+    (folder / "ka_config.json").write_text(json.dumps(description))
+
+
+def no_weights(folder):
+    (folder / "ka_adapter.safetensors").unlink()
+
+
+def cut_weights(folder):
+    path = folder / "ka_adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def not_json(folder):
+    (folder / "ka_config.json").write_text("{")
+
+
+def unknown_field(folder):
+    description = json.loads((folder / "ka_config.json").read_text())
+    description["ka_config"]["windw"] = 4
+    (folder / "ka_config.json").write_text(json.dumps(description))
+
+
+DAMAGE = {
+    missing_key: "missing",
+    wrong_shape: "must be",
+    unknown_kind: "unknown kind",
+    no_weights: "no ka_adapter.safetensors",
+    cut_weights: "damaged",
+    not_json: "damaged",
+    unknown_field: "damaged.*windw",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+def test_damaged_directories_are_refused_and_change_nothing(tmp_path, damage):
+    save_adapter(trained(), tmp_path)
+    damage(tmp_path)
+    model = make("llama").float()
+    before, config, names = logits(model), model.config, list(model.state_dict())
+    with pytest.raises(ValueError, match=DAMAGE[damage]):
+        load_adapter(model, tmp_path)
+    assert model.config is config
+    assert not is_attached(model)
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model), before)
+
+
+def test_another_models_adapter_is_refused(tmp_path):
+    save_adapter(trained(), tmp_path)
+    with pytest.raises(ValueError, match=r"another model: model_type llama there and qwen3 here"):
+        load_adapter(make("qwen3"), tmp_path)
+    with pytest.raises(ValueError, match=r"hidden_size 32 there and 64 here"):
+        load_adapter(make("llama", hidden_size=64), tmp_path)
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_adapter(make("llama"), tmp_path)
+    with pytest.raises(ValueError, match="no `spec`"):
+        save_adapter(attach(make("llama"), adapter=lambda i: nn.Identity()), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_model_loads_as_a_ka_model_of_its_own_type(tmp_path, family):
+    model = trained(family)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"ka_{family}"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert type(again).__name__ == "KA" + type(model).__name__
+    again.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()), logits(model))
+
+
+def test_adapters_travel_in_a_model_of_its_own_type(tmp_path):
+    model = trained(adapter={0: Scale(4)})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+
+
+def test_a_ka_type_runs_nothing_but_ka_attention(tmp_path):
+    trained().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="runs KA-attention only"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+
+
+def test_a_ka_type_can_be_built_from_scratch_and_from_base_weights(tmp_path):
+    """Gates that a checkpoint does not hold start where the configuration says, not in uninitialised memory."""
+    settings = make("llama").config.to_dict() | {"model_type": "ka_llama", "ka_config": KA.to_dict()}
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config)
+    base = make("llama").float()
+    base.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, config=config)
+    for gates in ([m.ka_gate for m in attention_modules(x) if hasattr(m, "ka_gate")] for x in (model, loaded)):
+        assert len(gates) == 2
+        assert all((gate.bias == 0.5).all() and (gate.weight == 0).all() for gate in gates)
+    assert torch.equal(logits(loaded.eval()), logits(attach(base, KA)))
