@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 128  # rows of a block, the size of its triangular system
+ROWS = 128  # rows of a block, the size of its triangular system; half of it where there are few tokens
 LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 20  # scores held at once, few enough for a processor's cache
 
@@ -36,9 +36,9 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
         u[:, :P] = u_past.flatten(0, 1)
     a = u[:, P:] if g is None else torch.empty_like(v)
     lse = v.new_empty(v.shape[:2])
-    for n, b, c, w, d, lse_b, _ in blocks:
+    for n, b, c, w, d, lse_b, _ in blocks.in_order():
         L, v_b = w[:, :, c.stop - c.start :], v[n, b]
-        x = (d * v_b).baddbmm_(w[:, :, : c.stop - c.start], u[n, c])
+        x = torch.bmm(w[:, :, : c.stop - c.start], u[n, c]).addcmul_(d, v_b)
         if g is None:
             a[n, b] = _solve(L, x)
         else:
@@ -66,23 +66,22 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
         u = torch.cat([blocks.flat(u_past), u], dim=1)
     dq, dk, du = torch.empty_like(v_), torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
     dgate = v_.new_empty(v_.shape[:2])
-    for n, b, c, w, d, _, slope in reversed(blocks):
+    for n, b, c, w, d, _, slope in blocks.in_order(backwards=True):
         seen = slice(c.start, P + b.stop)
         v_b, a_b, du_b, L = v_[n, b], a[n, b], du[n, c.stop : seen.stop], w[:, :, c.stop - c.start :]
         if g is None:
             y = _solve(L.mT, da[n, b] + du_b, upper=True)
         else:
             y = _solve(g[n, b] * L.mT, da[n, b] + g[n, b] * du_b, upper=True)
-        du[n, seen].baddbmm_(w.mT, y)
+        du[n, seen] += w.mT @ y
         delta = (y * a_b).sum(-1, keepdim=True)
         ds = torch.bmm(y, u[n, seen].mT, out=blocks.buffer(1, w.shape)).sub_(delta).mul_(w)
         ds_ii = d * ((y * v_b).sum(-1, keepdim=True) - delta)
         ds[:, :, c.stop - c.start :].diagonal(dim1=1, dim2=2).copy_(ds_ii[..., 0])
         if slope is not None:
             ds *= slope
-        dq_b = dq[n, b]
-        torch.baddbmm(dq_b, ds, blocks.k[n, seen], beta=0, alpha=scale, out=dq_b)
-        dk[n, seen].baddbmm_(ds.mT, blocks.q[n, b], alpha=scale)
+        torch.mul(ds @ blocks.k[n, seen], scale, out=dq[n, b])
+        dk[n, seen].add_(ds.mT @ blocks.q[n, b], alpha=scale)
         # Nobody reads this block's dU again: its place becomes dV.
         if g is None:
             torch.mul(d, y, out=du_b)
@@ -105,7 +104,7 @@ class _Block(NamedTuple):
 
 
 class _Blocks:
-    """The blocks of W, in the order of the forward pass or reversed. Heads are flattened: [B · Hq, T, D]."""
+    """The blocks of W. Heads are flattened: [B · Hq, T, D]."""
 
     def __init__(self, q, k, k_past, mask, scale, window, softcap):
         self.dtype = torch.promote_types(q.dtype, torch.float32)
@@ -114,9 +113,10 @@ class _Blocks:
         self.q, self.scale = self.flat(q), scale
         self.k = self.flat(k if k_past is None else torch.cat([k_past, k], dim=2))
         self.mask, self.window, self.softcap = mask, window, softcap
-        self.rows = min(ROWS, self.T)
-        self.heads = max(1, min(len(self.q), SCORES // (self.rows * (self.P + self.T))))
-        self.buffers = q.new_empty(2, self.heads * self.rows * (self.P + self.T), dtype=self.dtype)
+        self.rows = min(self.T, ROWS if self.T > 2 * ROWS else ROWS // 2)
+        size = self.rows * min(self.P + self.T, self.P + self.T if window is None else self.rows + window - 1)
+        self.heads = max(1, min(len(self.q), SCORES // size))
+        self.buffers = q.new_empty(2, self.heads * size, dtype=self.dtype)
         self.ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=self.dtype, device=q.device).triu(1)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -127,15 +127,11 @@ class _Blocks:
     def buffer(self, which: int, shape: torch.Size) -> Tensor:
         return self.buffers[which, : shape.numel()].view(shape)
 
-    def __iter__(self) -> Iterator[_Block]:
-        return map(self._block, *self._order(range(0, self.T, self.rows)))
-
-    def __reversed__(self) -> Iterator[_Block]:
-        return map(self._block, *self._order(range(0, self.T, self.rows)[::-1]))
-
-    def _order(self, rows: range):
-        starts = [(n, r) for n in range(0, len(self.q), self.heads) for r in rows]
-        return zip(*starts, strict=True)
+    def in_order(self, backwards: bool = False) -> Iterator[_Block]:
+        starts = range(0, self.T, self.rows)
+        for n in range(0, len(self.q), self.heads):
+            for start in reversed(starts) if backwards else starts:
+                yield self._block(n, start)
 
     def _block(self, n0: int, r0: int) -> _Block:
         n, b = slice(n0, min(n0 + self.heads, len(self.q))), slice(r0, min(r0 + self.rows, self.T))
@@ -197,9 +193,8 @@ def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
         inverse = torch.baddbmm(inverse, inverse, power)
     inverse = inverse.unflatten(0, (len(leaves), -1))
     for i in reversed(range(len(leaves))) if upper else range(len(leaves)):
-        leaf, rest = leaves[i], slice(0, i * LEAF) if upper else slice((i + 1) * LEAF, rows)
-        x[:, leaf] = inverse[i] @ x[:, leaf]
-        x[:, rest].baddbmm_(N[:, rest, leaf], x[:, leaf])
+        leaf, solved = leaves[i], slice((i + 1) * LEAF, rows) if upper else slice(0, i * LEAF)
+        x[:, leaf] = inverse[i] @ (x[:, leaf] + N[:, leaf, solved] @ x[:, solved])
     return x
 
 
