@@ -1,16 +1,22 @@
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ka_attention.studies import compare
+from ka_attention.hf import register
+from ka_attention.studies import compare, data
 from ka_attention.studies.compare import COMPARISON
 from ka_attention.studies.study import open_store, publish, read
+from ka_attention.studies.training import mean_loss
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +62,24 @@ def test_the_results_hold_what_a_reader_needs(finished):
         ] * 2
         assert arm["val_ppl"]["n"] == 2
         assert arm["val_ppl"]["sd"] > 0
-    for file in ("report.md", "report.html", "figures/training.svg", "tokenizer/tokenizer.json"):
+    for file in ("report.md", "report.html", "figures/training.svg"):
         assert (out / file).stat().st_size > 0
+
+
+def test_the_weights_load_as_the_models_that_were_trained(finished):
+    """From the folder alone, through the Auto classes, with the perplexity that was reported."""
+    recipe, out, results = finished
+    register()
     for seed in (0, 1):
-        for name in recipe.arms:
-            assert sorted(path.name for path in (out / f"weights/seed{seed}/{name}").iterdir()) == ["model.safetensors"]
+        for name, arm in results["arms"].items():
+            folder = out / f"weights/seed{seed}/{name}"
+            assert not (folder / "checkpoints").exists()
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            text = data.prepare(replace(recipe, tokenizer=str(folder)), recipe.vocab_size)
+            assert text.description == results["data"]
+            loss = mean_loss(model, data.Sequences(text.validation), 8, torch.device("cpu"))
+            assert math.exp(loss) == pytest.approx(arm["seeds"][seed]["training"]["best_val_ppl"], rel=1e-6)
+            assert tokenizer.decode(model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=3)[0])
 
 
 def test_the_figures_agree_with_one_another(finished):

@@ -7,14 +7,13 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from ka_attention.errors import UserError
 from ka_attention.studies import training
 from ka_attention.studies.arms import arm, build
 from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import TrainingSettings
-from ka_attention.studies.training import mean_loss, train
+from ka_attention.studies.training import load_weights, mean_loss, train
 
 SETTINGS = TrainingSettings(batch_size=4, learning_rate=3e-3, epochs=3, patience=3)
 
@@ -74,9 +73,16 @@ def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_c
     assert [row["best"] for row in result["epochs"]] == [True, True, False, False]
     assert (result["best_epoch"], result["best_val_ppl"]) == (2, math.exp(2.0))
     assert torch.equal(trained.gpt_neox.embed_in.weight, weights[1])
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["gpt_neox.embed_in.weight"], weights[1])
     assert not torch.equal(weights[1], weights[3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+    loaded = model(seed=1)
+    load_weights(loaded, tmp_path)
+    assert torch.equal(loaded.gpt_neox.embed_in.weight, weights[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert trained.config.use_cache, "the Trainer switches it off, and a saved model would generate slowly"
 
 
 @pytest.mark.parametrize("name", ["ka", "ka-head-w4"])
@@ -101,7 +107,7 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, mon
     settings, folder = replace(SETTINGS, schedule="cosine"), tmp_path / "cut"
     with monkeypatch.context() as patch:
         if moment == "after_the_last_epoch":
-            patch.setattr(training, "load_weights", lambda *_: (_ for _ in ()).throw(_Kill))
+            patch.setattr(training, "load_model", lambda *_, **__: (_ for _ in ()).throw(_Kill))
         else:
             calls = []
 

@@ -100,7 +100,6 @@ class Comparison:
         with console.status("reading the text, training the tokenizer"):
             text = prepare(recipe, recipe.vocab_size)
         store.identify(data=text.description)
-        store.part("text", lambda: _save_tokenizer(text, store))
         console.print(_announcement(recipe, text))
         results: dict[str, Json] = {"data": text.description, "arms": {}}
         for each in arms:
@@ -122,29 +121,20 @@ def _part(kind: str, name: str, seed: int) -> str:
     return f"{kind}/seed{seed}/{name}"
 
 
-def _save_tokenizer(text: Text, store: Store) -> Json:
-    if main_process():
-        text.tokenizer.save_pretrained(store.folder("tokenizer"))
-    return text.description
-
-
 def _weights(arm: Arm, store: Store, seed: int) -> Path:
     return store.folder(f"weights/seed{seed}/{arm.name}")
 
 
 def _train(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int) -> dict[str, Json]:
-    return store.part(
-        _part("training", arm.name, seed),
-        lambda: train(
-            build(arm, recipe, seed),
-            Sequences(text.train),
-            Sequences(text.validation),
-            recipe,
-            _weights(arm, store, seed),
-            seed=seed,
-            label=arm.label,
-        ),
-    )
+    def work() -> dict[str, Json]:
+        model, folder = build(arm, recipe, seed), _weights(arm, store, seed)
+        sets = Sequences(text.train), Sequences(text.validation)
+        result = train(model, *sets, recipe, folder, seed=seed, label=arm.label)
+        if main_process():
+            text.tokenizer.save_pretrained(folder)  # beside the weights, so that the folder is a model to generate with
+        return result
+
+    return store.part(_part("training", arm.name, seed), work)
 
 
 def _evaluate(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int) -> dict[str, Json]:

@@ -54,7 +54,6 @@ class ModelSettings:
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
             use_parallel_residual=True,
             tie_word_embeddings=False,
-            use_cache=False,
         )
 
 

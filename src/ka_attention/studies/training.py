@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_model, save_model
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
+from ka_attention.hf import register
 from ka_attention.studies import progress
 from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import TrainingSettings
@@ -26,6 +26,7 @@ from ka_attention.studies.store import main_process
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
+BEST = "best"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -43,28 +44,32 @@ def train(
     """Train ``model`` on ``train_set`` until ``eval_set``'s loss stops falling; it holds the best weights at return.
 
     The data sets yield ``{"input_ids", "labels"}``; the loss is the mean over labels that are not −100. ``seed`` orders
-    the batches; the same seed gives the same order to every model. ``folder`` holds the best weights as
-    ``model.safetensors`` and, until the end, a checkpoint an epoch: calling again with the same arguments after a kill
-    continues from the last.
+    the batches; the same seed gives the same order to every model. ``folder`` is what ``from_pretrained`` loads,
+    with the best weights as ``model.safetensors``; until the end it holds a checkpoint an epoch: calling again with the
+    same arguments after a kill continues from the last.
 
     Returns ``epochs`` (rows of epoch, train_ppl = exp of the epoch's mean training loss, val_ppl, seconds of the
     training steps alone, best: whether it improved), ``best_epoch``, ``best_val_ppl``, ``seconds_per_epoch`` and
     ``parameters``.
     Raises UserError where the loss is not finite, or the batch cannot be shared out among the processes.
     """
+    use_cache = model.config.use_cache
     checkpoints = folder / "checkpoints"
     arguments = _arguments(settings, checkpoints, seed)
     steps = len(train_set) // settings.batch_size
     with progress.bar(label, settings.epochs * steps, console=console) as advance:
-        trainer = _EpochTrainer(model, train_set, eval_set, settings, folder, console, _Steps(advance), arguments)
+        trainer = _EpochTrainer(model, train_set, eval_set, settings, console, _Steps(advance), arguments)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         console.print(f"\n[bold]{label}[/bold]: {parameters:,} parameters, seed {seed}")
         console.print("| Epoch | Train PPL |  Val PPL |    Time |   |")
         rows = trainer.run(_last_checkpoint(checkpoints))
     trainer.accelerator.wait_for_everyone()
-    load_weights(model, folder)
+    load_model(model, checkpoints / BEST / WEIGHTS, device=str(model.device))
+    trainer.accelerator.wait_for_everyone()
+    model.config.use_cache = use_cache  # which the Trainer switches off
     if main_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        model.save_pretrained(folder)
+        shutil.rmtree(checkpoints)
     best = min(rows, key=lambda row: row["val_ppl"])
     return {
         "epochs": rows,
@@ -75,9 +80,10 @@ def train(
     }
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Load the weights that ``train`` saved in ``folder``; every name must match."""
-    load_model(model, folder / WEIGHTS, device=str(next(model.parameters()).device))
+    register()
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
 @torch.no_grad()
@@ -87,7 +93,10 @@ def mean_loss(model: Callable[..., Any], dataset: Dataset, batch_size: int, devi
     for batch in DataLoader(dataset, batch_size=batch_size):
         labels = int((batch["labels"][:, 1:] != -100).sum())
         if labels:
-            total += model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.item() * labels
+            total += (
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss.item()
+                * labels
+            )
             count += labels
     return total / count if count else math.nan
 
@@ -142,7 +151,6 @@ class _EpochTrainer(Trainer):
         train_set: Sequences,
         eval_set: Sequences,
         settings: TrainingSettings,
-        folder: Path,
         console: Console,
         steps: _Steps,
         arguments: TrainingArguments,
@@ -150,7 +158,12 @@ class _EpochTrainer(Trainer):
         super().__init__(network, arguments, train_dataset=train_set, eval_dataset=eval_set, callbacks=[steps])
         self.remove_callback(PrinterCallback)
         self.network, self.eval_set, self.steps_an_epoch = network, eval_set, len(train_set) // settings.batch_size
-        self.settings, self.folder, self.console, self.steps = settings, folder, console, steps
+        self.settings, self.checkpoints, self.console, self.steps = (
+            settings,
+            Path(str(arguments.output_dir)),
+            console,
+            steps,
+        )
 
     def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
         """Train, continuing from ``checkpoint``, and return the table's rows."""
@@ -190,7 +203,7 @@ class _EpochTrainer(Trainer):
         history.append(row)
         self._print(row)
         if row["best"]:
-            self.save_model(str(self.folder))
+            self.save_model(str(self.checkpoints / BEST))
         self.control.should_training_stop |= self._finished([*earlier, row])
         return {"eval_loss": val_loss}
 
@@ -201,7 +214,7 @@ class _EpochTrainer(Trainer):
         back when it resumes from a checkpoint: the model would go on with that part as it was initialised.
         """
         if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / WEIGHTS
+            path = Path(output_dir or self.checkpoints) / WEIGHTS
             path.parent.mkdir(parents=True, exist_ok=True)
             save_model(self.network, str(path.with_name(f".{WEIGHTS}")))
             path.with_name(f".{WEIGHTS}").replace(path)
