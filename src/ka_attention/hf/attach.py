@@ -64,7 +64,7 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     new_text._attn_implementation = NAME
     new_text.ka_config = ka.to_dict()
     if text is model.config:
-        new_text.__class__ = ka_classes(type(model))[0]
+        new_text.__class__ = ka_classes(model.__class__)[0]
     else:
         model.save_pretrained = _refuse_to_save
     _swap_configs(model, (config, new_text))

@@ -50,7 +50,7 @@ def attention_forward(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer of a transformers model, KA-attention where ``module.config.ka_config`` says so.
 
     Layers that are not KA layers, those with the fixed gate 0 and modules that are not causal (vision towers) run
@@ -108,12 +108,12 @@ def attention_forward(
         adapter = getattr(module, "ka_adapter", None)
         if query.shape[2] > 1 and adapter is not None:
             mask = _band(mask, query.shape[2], key.shape[2], window, query.device)
-            out, u = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
+            out, read = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
         else:
             out = _ka(query, key, value, v, mask, gate, scale, window, softcap, packed)
-            u = None if state is None else cache_values(v, out if adapter is None else adapter(out), gate)
+            read = out if adapter is None or state is None else adapter(out)
         if state is not None:
-            state.commit(u)
+            state.commit(cache_values(v, read, gate))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -255,22 +255,21 @@ def _token_by_token(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(A, U) of the new tokens where an adapter makes U, one token after another."""
+    """(A, adapter(A)) of the new tokens, one after another, as each reads what the adapter made of those before."""
     n = q.shape[2]
     past = k.shape[2] - n
     weights = _weights(q, k, mask, scale, softcap)
     of_past = weights[..., :past] @ _repeat(values[:, :, :past], q).to(weights.dtype)
     v = _repeat(v, q)
     outputs: list[Tensor] = []
+    adapted: list[Tensor] = []
     read: list[Tensor] = []
     for t in range(n):
         v_t = v[:, :, t : t + 1]
         seen = torch.cat([*read, v_t], dim=2).to(weights.dtype)  # U of the earlier tokens, V of this one
         a = (of_past[:, :, t : t + 1] + weights[:, :, t : t + 1, past : past + t + 1] @ seen).to(q.dtype)
         outputs.append(a)
-        read.append(cache_values(v_t, adapter(a), gate[..., t : t + 1] if _per_token(gate) else gate))
-    return torch.cat(outputs, dim=2), torch.cat(read, dim=2)
-
-
-def _per_token(gate: float | Tensor) -> bool:
-    return isinstance(gate, Tensor) and gate.ndim == 3
+        adapted.append(adapter(a))
+        g = gate[..., t : t + 1] if isinstance(gate, Tensor) and gate.ndim == 3 else gate
+        read.append(cache_values(v_t, adapted[-1], g))
+    return torch.cat(outputs, dim=2), torch.cat(adapted, dim=2)

@@ -51,6 +51,9 @@ class KAState:
 class _KALayer:
     """What both kinds of KA cache layers share. ``groups``: query heads that share a key head, 1 where V is stored."""
 
+    keys: Any  # None before the first tokens
+    values: Any
+
     def __init__(self, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.groups = groups
@@ -208,7 +211,8 @@ class KACache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for the layer that sees most: layers may differ in their windows, a model makes one mask for all."""
-        return max(layer.get_mask_sizes(query_length) for layer in self.layers)
+        layers: list[Any] = self.layers
+        return max(layer.get_mask_sizes(query_length) for layer in layers)
 
 
 class KAStaticCache(StaticCache):
@@ -226,7 +230,8 @@ def _refuse_offloading(offloading: bool) -> None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds now, measured from its tensors."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    layers: list[Any] = cache.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
