@@ -6,9 +6,10 @@ from ka_attention.errors import UserError
 from ka_attention.studies.compare import COMPARISON
 from ka_attention.studies.dereference import DEREFERENCE
 from ka_attention.studies.hops import HOPS
+from ka_attention.studies.reversal_curse import REVERSAL
 from ka_attention.studies.study import Study
 
-_ALL: tuple[Study, ...] = (COMPARISON, HOPS, DEREFERENCE)
+_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, DEREFERENCE)
 STUDIES = {study.name: study for study in _ALL}
 
 
