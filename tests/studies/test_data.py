@@ -117,6 +117,8 @@ def test_the_order_does_not_depend_on_where_documents_lie(tmp_path):
         ("binary.txt", b"\x00\x01\x02", "is binary"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8"),
         ("broken.txt.gz", b"not gzip", "cannot read"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot read"),
+        ("damaged.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 20, "cannot read"),
         ("broken.jsonl", b'{"text": 1}', "line 1"),
         ("broken2.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("broken.parquet", b"PAR1", "is not a parquet file"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -186,7 +187,7 @@ def _read(path: Path) -> list[str]:
         return read(path)
     except UnicodeDecodeError:
         raise UserError(f"--data: {path} is not UTF-8 text") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--data: cannot read {path}: {error}") from None
 
 

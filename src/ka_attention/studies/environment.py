@@ -20,7 +20,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "n
 def describe() -> dict[str, Any]:
     """What a reader needs to repeat a run, as JSON; ``commit`` is None outside a git checkout."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["ka", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ka-attention": metadata.version("ka-attention"),
         "commit": _commit(),
