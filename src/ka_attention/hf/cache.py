@@ -94,8 +94,19 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             self.values[:, :, -n:] = u
 
 
+    def reset(self) -> None:
+        self.is_initialized = False  # dropped, not zeroed: transformers before 5.23 keeps the length of window layers
+        super().reset()
+
+
 class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
-    """Keeps the last ``window - 1`` tokens."""
+    """Keeps the last ``window - 1`` tokens; more of them, out of sight, while decoding may take tokens back."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        keys, state = super().update(key_states, value_states, *args, **kwargs)
+        sight = self.sliding_window - 1 + key_states.shape[2]
+        state.keys, state.values = state.keys[:, :, -sight:], state.values[:, :, -sight:]
+        return keys, state
 
 
 class KAStaticLayer(_KALayer, StaticLayer):
