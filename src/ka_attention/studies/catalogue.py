@@ -6,10 +6,11 @@ from ka_attention.errors import UserError
 from ka_attention.studies.compare import COMPARISON
 from ka_attention.studies.dereference import DEREFERENCE
 from ka_attention.studies.hops import HOPS
+from ka_attention.studies.position import POSITION
 from ka_attention.studies.reversal_curse import REVERSAL
 from ka_attention.studies.study import Study
 
-_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, DEREFERENCE)
+_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE)
 STUDIES = {study.name: study for study in _ALL}
 
 
