@@ -127,8 +127,8 @@ def columns_kernel(
             y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
             rows = r0 + tl.arange(0, BN)
             delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
-            du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
             ds = p * (tl.dot(u, tl.trans(y), input_precision=DOT) - delta[None, :]) * slope
+            du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT)
         t = stop
 

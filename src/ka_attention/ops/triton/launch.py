@@ -5,21 +5,29 @@ import triton
 from torch import Tensor
 
 from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
+from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import corner_kernel, delta_kernel, sweep_kernel
 from ka_attention.ops.triton.tiles import Tiles, choose, padded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
+DECODE_STEP = 64  # cached positions a step
+DECODE_PROGRAMS = 1024  # several a multiprocessor
+MAX_PARTS = 64
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
     """A [B, Hq, T, D] and the log-sum-exp [B, Hq, T], both contiguous. Same input, same bits."""
     call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
-    tiles = choose(q).forward
-    mode = call.mode(tiles)
     a = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if call.T == 1 and call.P > 0 and window != 1:
+        with torch.cuda.device_of(q):
+            call.decode(a, lse, mask)
+        return a, lse
+    tiles = choose(q).forward
+    mode = call.mode(tiles)
     u = a if gate is None or mode != "chain" else torch.empty_like(a)
     corner = call.corner(tiles) if mode == "corner" else None
     with torch.cuda.device_of(q):
@@ -150,6 +158,32 @@ class _Call:
         sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
             x, corner, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM,
             PACKED=self.cu_seqlens is not None, REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
+        )  # fmt: skip
+
+    def decode(self, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:
+        """One new token: parts of the cache side by side, then their sum. The gate of the token itself has no effect."""
+        k, u, P, heads = self.k_past, self.u_past, self.P, self.sequences * self.H
+        if self.window is not None and P >= self.window:
+            unseen = P - self.window + 1
+            k, u, P = k[:, :, unseen:], u[:, :, unseen:], P - unseen
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., unseen:]
+        D, BD, BN = self.q.shape[-1], self.constants["BD"], DECODE_STEP
+        steps = triton.cdiv(P, BN)
+        parts = min(steps, MAX_PARTS, max(1, DECODE_PROGRAMS // heads))
+        split = triton.cdiv(steps, parts) * BN
+        parts = triton.cdiv(P, split)
+        part = self.q.new_empty(heads, parts, BD, dtype=torch.float32)
+        top, total = self.q.new_empty(2, heads, parts, dtype=torch.float32)
+        scale, softcap, *_ = self.numbers
+        constants = {name: self.constants[name] for name in ("GROUP", "D", "BD", "HAS_MASK", "SOFTCAP")}
+        split_kernel[heads, parts](
+            self.q, k, u, mask, part, top, total, *map(_strides, (self.q, k, u, mask)),
+            scale, softcap, self.H, P, split, BN=BN, **constants,
+        )  # fmt: skip
+        join_kernel[(heads,)](
+            self.q, self.k, self.v, mask, part, top, total, a, lse,
+            *map(_strides, (self.q, self.k, self.v, mask)),
+            scale, softcap, self.H, P, parts, PARTS=triton.next_power_of_2(parts), **constants,
         )  # fmt: skip
 
 

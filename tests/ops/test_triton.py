@@ -1,0 +1,204 @@
+"""The Triton kernels against float64, within an error budget, on the GPU or, small, in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so without a GPU a process of its own runs this file.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import Problem
+
+from ka_attention.ops import reference
+from ka_attention.ops.api import normalise
+
+CUDA = torch.cuda.is_available()
+KERNELS = CUDA or os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter multiplies bfloat16 wrongly.
+HALVES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
+
+pytest.importorskip("triton")
+
+if not KERNELS:
+
+    def test_kernels_in_the_interpreter():
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+
+    def test_cpu_tensors_are_refused():
+        from ka_attention import ka_attention
+
+        with pytest.raises(RuntimeError, match="'triton' needs a CUDA device, got q on cpu"):
+            ka_attention(*torch.randn(3, 1, 1, 4, 16), backend="triton")
+
+
+kernels = pytest.mark.skipif(not KERNELS, reason="needs a CUDA device or Triton's interpreter")
+
+SMALL = {"B": 1, "Hq": 2, "Hkv": 1, "T": 70, "D": 16}
+CASES = {
+    "one block": {"T": 20},
+    "one token": {"T": 1},
+    "three blocks": {},
+    "whole blocks": {"T": 64},
+    "head dimension 24": {"D": 24, "T": 40},
+    "multi-head": {"Hkv": 2, "B": 2, "T": 40},
+    "gate per token": {"gate": "token"},
+    "gate per head": {"gate": "head", "T": 40},
+    "past": {"P": 37, "T": 40},
+    "long window": {"window": 40, "gate": "token", "T": 100},
+    "short window": {"window": 9},
+    "short window, gate, past": {"window": 33, "gate": "token", "P": 20},
+    "softcap": {"softcap": 1.5, "T": 40},
+    "padding": {"mask": "left", "B": 2, "T": 40, "P": 10},
+    "rows that attend nothing": {"mask": "any", "B": 2, "T": 40},
+    "everything": {"mask": "full", "P": 20, "gate": "token", "window": 45, "softcap": 2.0},
+    "everything, short window": {"mask": "full", "P": 20, "gate": "token", "window": 12, "softcap": 2.0},
+    "packed": {"lengths": (33, 0, 1, 40), "gate": "token"},
+    "packed, short window": {"lengths": (33, 0, 1, 40), "window": 7},
+    "decode": {"T": 1, "P": 150, "gate": "token"},
+    "decode, window, mask": {"T": 1, "P": 150, "window": 70, "mask": "full", "softcap": 2.0, "B": 2},
+}
+
+
+def on_device(problem: Problem):
+    """The tensors and options a backend takes."""
+    o = {"scale": None, "past": None, "attn_mask": None, "cu_seqlens": None} | problem.options
+    order = ("gate", "scale", "window", "past", "attn_mask", "cu_seqlens", "softcap")
+    call = normalise(problem.q, problem.k, problem.v, *(o[name] for name in order))
+    return [None if x is None else x.detach().to(DEVICE) for x in call.tensors], call.options
+
+
+def triton_pass(tensors, options, da):
+    from ka_attention.ops.triton import backward, forward
+
+    a, lse = forward(*tensors, **options)
+    grads = backward(da, *tensors, a, lse, **options)
+    return [a, *(grad for grad in grads if grad is not None)]
+
+
+def differentiate(function, tensors, options, da, dtype):
+    """Output and gradients of a differentiable function of the arguments of a backend."""
+    *floats, mask, cu = tensors
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in floats]
+    out = function(*leaves, mask, cu, **options)
+    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], da.to(out.dtype), materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+def plain(q, k, v, gate, k_past, u_past, mask, cu, **options):
+    """The obvious implementation in q's own dtype: scores and softmax, then one token after the other."""
+    dtype = q.dtype
+    parts = reference._parts(q, k, v, gate, k_past, u_past, mask, cu, *(options[x] for x in ("scale", "window", "softcap")))
+    past, L, d, u_past, v, g = (x.to(dtype) for x in parts)
+    x = past @ u_past + d * v
+    a = []
+    for i in range(q.shape[2]):
+        row = x[:, :, i]
+        if i:
+            u = torch.stack(a, 2)
+            u = v[:, :, :i] + g[:, :, :i, None] * (u - v[:, :, :i])
+            row = row + (L[:, :, i, None, :i] @ u)[:, :, 0]
+        a.append(row)
+    return torch.stack(a, 2)
+
+
+def assert_within_budget(problem: Problem):
+    """At most twice the error of the plain implementation, plus one rounding; both against float64."""
+    tensors, options = on_device(problem)
+    da = torch.randn_like(tensors[0])
+    truth = differentiate(reference.dense, tensors, options, da, torch.float64)
+    rough = differentiate(plain, tensors, options, da, problem.dtype)
+    for name, x, y, z in zip("a dq dk dv 1 2 3".split(), triton_pass(tensors, options, da), rough, truth, strict=False):
+        scale = z.norm()
+        error, allowed = (x - z).norm(), 2 * (y - z).norm() + torch.finfo(problem.dtype).eps * scale
+        assert error <= allowed + 1e-12, f"{name}: {error / scale:.1e} > {allowed / scale:.1e}"
+
+
+@kernels
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name):
+    assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["three blocks", "short window", "everything", "decode"])
+def test_half_precision(name, dtype):
+    assert_within_budget(Problem(**SMALL | CASES[name], dtype=dtype))
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["near one-hot", "copies its predecessor", "sink", "constant"])
+def test_hard_rows(kind):
+    problem = Problem(**SMALL, dtype=torch.float16)
+    with torch.no_grad():
+        match kind:
+            case "near one-hot":
+                problem.q *= 10
+            case "copies its predecessor":
+                position = torch.nn.functional.normalize(torch.randn(1, 1, 71, 16), dim=-1)
+                problem.q.copy_(200 * position[:, :, :-1])
+                problem.k.copy_(position[:, :, 1:])
+            case "sink":
+                problem.k[:, :, 0] = 3 * problem.q.mean(2)[:, :1]
+            case "constant":
+                problem.q.zero_()
+    assert_within_budget(problem)
+
+
+@kernels
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_same_bits_every_time(window):
+    tensors, options = on_device(Problem(**SMALL | {"T": 100, "window": window, "dtype": torch.float16}))
+    da = torch.randn_like(tensors[0])
+    first, second = triton_pass(tensors, options, da), triton_pass(tensors, options, da)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@kernels
+def test_layouts_of_models_give_the_same_bits():
+    tensors, options = on_device(Problem(**SMALL, dtype=torch.float32))
+    da = torch.randn_like(tensors[0])
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]] + tensors[3:]
+    for x, y in zip(triton_pass(tensors, options, da), triton_pass(swapped, options, da), strict=True):
+        assert torch.equal(x, y)
+
+
+@kernels
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (0, 64, 0, 1, 33), (97,), (1,) * 40])
+def test_packed_schedule_covers_every_block_in_order(lengths):
+    from ka_attention.ops.triton.launch import _Call
+    from ka_attention.ops.triton.tiles import Tiles
+
+    cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
+    q = torch.zeros(1, 1, sum(lengths), 16, device=DEVICE)
+    tiles = Tiles(32, 32, 4, 1)
+    call = _Call(q, q, q, None, None, None, None, cu, 1.0, None, None)
+    schedule = call.schedule(tiles).tolist()
+    assert len(schedule) == call.grid(tiles)[0]
+    real = [(n, rank) for n, rank in schedule if rank * 32 < lengths[n]]
+    assert sorted(real) == [(n, rank) for n, length in enumerate(lengths) for rank in range(-(-length // 32))]
+    assert [rank for _, rank in schedule] == sorted(rank for _, rank in schedule)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [((1, 1, 4, 16), torch.float64, "float16 or float32, got torch.float64"), ((1, 1, 4, 264), torch.float32, "up to 256")],
+)
+def test_what_it_cannot_do_is_refused(shape, dtype, message):
+    from ka_attention import ka_attention
+
+    x = torch.randn(shape, dtype=dtype, device=DEVICE)
+    with pytest.raises(RuntimeError, match=message):
+        ka_attention(x, x, x, backend="triton")
