@@ -8,9 +8,10 @@ from ka_attention.studies.dereference import DEREFERENCE
 from ka_attention.studies.hops import HOPS
 from ka_attention.studies.position import POSITION
 from ka_attention.studies.reversal_curse import REVERSAL
+from ka_attention.studies.state import STATE
 from ka_attention.studies.study import Study
 
-_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE)
+_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE)
 STUDIES = {study.name: study for study in _ALL}
 
 

@@ -129,9 +129,9 @@ def build(plan: Plan, settings: TaskSettings, seed: int) -> GPTNeoXForCausalLM:
 def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Json]:
     """Train and test each planned model with every seed; in a seed all models of a task see the same sequences.
 
-    For each key: ``label``, ``kind`` (the arm's label), ``layers``, and ``seeds``: a list of ``parameters``, ``seconds``
-    of training and ``tests``, each of which has ``length``, ``accuracy``, and ``groups``, a list of ``group``,
-    ``accuracy`` and ``count``.
+    For each key: ``label``, ``kind`` (the arm's label), ``layers``, and ``seeds``: a list of ``parameters``,
+    ``seconds`` of training and ``tests``, each of which has ``length``, ``accuracy``, and ``groups``, a list of
+    ``group``, ``accuracy`` and ``count``.
     """
     entries: dict[str, Any] = {
         key: {"label": plan.label, "kind": plan.arm.label, "layers": plan.layers, "seeds": []}
