@@ -176,7 +176,7 @@ def test_words_follow_the_numbers():
         "d": entry("half", 0.9, 0.1, 9.0, 6.0, context=0.2),
     }
     data = {"people": {"p2d": 1, "d2p": 1, "both": 1}, "source": "built-in", "sentences": 3}
-    came = REVERSAL.sections({"data": data, "arms": entries})[0].paragraphs[2]
+    came = "\n".join(REVERSAL.sections({"data": data, "arms": entries})[0].paragraphs[2:])
     assert "**cursed** answers 90 % in the trained order and 0 % reversed" in came
     assert "by 9.0 nats in the trained order, by 0.1 reversed: **the curse**." in came
     assert "**lost** answers 20 % in the trained order and 0 % reversed: too little" in came

@@ -54,7 +54,8 @@ def _answer(results: dict[str, Json]) -> Section:
         "**Expected:** the Reversal Curse for every arm, with reversed answers no more likely than wrong ones. Which "
         "description leads to which name is settled by what the weights were trained to predict; how values are mixed, "
         "or which cache they are read from, can change neither.",
-        "**Came:** " + " ".join(_judged(entry) for entry in entries) + f" {_cache_effect(results)}",
+        f"**Came:** {_cache_effect(results)}",
+        *(_judged(entry) for entry in entries),
     ]
     groups = {
         "trained order": SAME,
@@ -126,7 +127,7 @@ def _cache_effect(results: dict[str, Json]) -> str:
     if same_other < same * KNOWN:
         effect += ", and loses most of what was known"
     return (
-        f"The other cache, without training, takes {own['label']} from {same:.0f} to {same_other:.0f} % in the trained "
+        f"the other cache, without training, takes {own['label']} from {same:.0f} to {same_other:.0f} % in the trained "
         f"order and from {reverse:.0f} to {reverse_other:.0f} % in the reversed one: {effect}."
     )
 
