@@ -1,0 +1,110 @@
+"""How few tokens turn a softmax-trained model into a KA model: PPL against conversion tokens, gates and windows."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ka_attention.hf import KAConfig, attention_modules, use
+from ka_attention.hf.convert import Conversion, convert
+from ka_attention.studies import perplexity, progress
+from ka_attention.studies.data import Sequences
+from ka_attention.studies.store import Json
+
+SHARES = (0.01, 0.02, 0.05, 0.10)  # of the tokens that the softmax model was trained on
+BATCH = 8
+WINDOW = 16
+
+
+def steps_for(share: float, original_tokens: int, length: int) -> int:
+    """Steps of 8 sequences that read ``share`` of the original training tokens."""
+    return max(1, round(share * original_tokens / (BATCH * length)))
+
+
+def evaluate(
+    model: Any,
+    train: Tensor,
+    sequences: Tensor,
+    *,
+    original_tokens: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int = 0,
+) -> dict[str, Json]:
+    """Conversions of copies of a softmax ``model``, each from the start with a budget of its own, and their controls.
+
+    The controls are the same training without KA-attention, on the text alone (nothing to follow) and with the window.
+    """
+
+    def ppl(of: Any) -> float:
+        return perplexity.evaluate(of, sequences, batch_size=batch_size)["ppl"]
+
+    largest = steps_for(SHARES[-1], original_tokens, train.shape[1])
+    plain = Conversion(steps=largest, batch_size=BATCH, learning_rate=learning_rate)
+    plans = {f"{share:g}": replace(plain, steps=steps_for(share, original_tokens, train.shape[1])) for share in SHARES}
+    plans["control"] = replace(plain, target="softmax", stage_one=0.0)
+    plans["learned"] = replace(plain, target="learned", stage_one=0.0)
+    plans["window"] = replace(plain, window=WINDOW)
+    plans["window-control"] = replace(plain, window=WINDOW, target="softmax")
+    untrained = {"control": ppl(model)}
+    for name, ka in {
+        "swap": KAConfig(),
+        "window": KAConfig(window=WINDOW),
+        "window-control": KAConfig(window=WINDOW, gate_init=0.0),
+    }.items():
+        with use(model, ka):
+            untrained[name] = ppl(model)
+    runs = {}
+    for name, plan in plans.items():
+        converted = copy.deepcopy(model)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            convert(converted, Sequences(train), plan, Path(folder), seed=seed)
+        runs[name] = {
+            "steps": plan.steps,
+            "tokens": plan.steps * BATCH * train.shape[1],
+            "seconds": time.perf_counter() - start,
+            "ppl": ppl(converted),
+            "gates": [m.ka_gate(None).tolist() for m in attention_modules(converted) if hasattr(m, "ka_gate")],
+        }
+    return {
+        "original_tokens": original_tokens,
+        "shares": list(SHARES),
+        "window": WINDOW,
+        "untrained": untrained,
+        "runs": runs,
+    }
+
+
+def convert_checkpoint(
+    model: Any, tokenizer: Any, train: Tensor, sequences: Tensor, plan: Conversion, *, seed: int, out: Path
+) -> list[dict[str, Json]]:
+    """Convert ``model``, save it in ``out``; rows of tokens, gate and PPL at 0, 10, … 100 % of the steps.
+
+    ``out`` keeps checkpoints until the end, from which the same call goes on after a stop.
+    """
+
+    def ppl(of: Any) -> float:
+        return perplexity.evaluate(of, sequences, batch_size=16)["ppl"]
+
+    first = {"step": 0, "gate": 0.0, "ppl": ppl(model)}
+    with progress.bar("converting", plan.steps) as advance:
+        rows = convert(
+            model,
+            Sequences(train),
+            plan,
+            out / "checkpoints",
+            seed=seed,
+            evaluations=10,
+            perplexity=ppl,
+            on_step=lambda: advance(1),
+        )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return [first, *rows]

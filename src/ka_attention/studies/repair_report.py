@@ -1,0 +1,192 @@
+"""What a KA cache costs a softmax-trained model and what repairs it, in words: swap, adapters, heads, conversion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.conversion import SHARES
+from ka_attention.studies.statistics import (
+    cell,
+    changes,
+    deviation,
+    mean,
+    mean_sd,
+    percent,
+    percent_cell,
+    values,
+    verdict,
+)
+from ka_attention.studies.store import Json
+
+AIM = 1.0  # percent above the softmax model
+
+
+def sections(results: dict[str, Json]) -> list[Section]:
+    """A section for each attempt, for the first arm that was asked: the model trained with plain softmax attention."""
+    arm = next((a for a in results["arms"].values() if a["seeds"] and all(s.get("adapters") for s in a["seeds"])), None)
+    if arm is None:
+        return []
+    count = len(arm["seeds"])
+    seeds = "one seed" if count == 1 else f"mean ± sd over {count} seeds"
+    return [_adapters(arm, seeds), _heads(arm, seeds), _conversion(arm, seeds)]
+
+
+def _adapters(arm: dict[str, Json], seeds: str) -> Section:
+    base, swap = values(arm, "adapters", "base"), values(arm, "adapters", "swap")
+    methods = arm["seeds"][0]["adapters"]["methods"]
+    ppl = {name: values(arm, "adapters", "methods", name, "ppl") for name in methods}
+    best = min(ppl, key=lambda name: mean(ppl[name]))
+    helped = [methods[name]["label"] for name in methods if mean(ppl[name]) < mean(swap)]
+    against_swap = changes(ppl[best], swap)
+    words = [
+        "Expected: a learned map A → V̂ repairs part of the damage, at most as far as an output still contains its own "
+        "token's value: A_j = Σ W_jk V_k holds V_j with the weight W_jj only.",
+        f"What came: the swap alone stands at {percent(changes(swap, base))} PPL against softmax attention. "
+        + (f"Better than the swap: {'; '.join(helped)}. " if helped else "No adapter is better than the swap. ")
+        + f"The best is **{methods[best]['label']}** with {percent(changes(ppl[best], base))} against softmax, "
+        f"{percent(against_swap)} against the swap ({verdict(against_swap)}).",
+        "A map that regresses V best in the mean is not the one that decodes best: its errors feed back through every "
+        "later output. Only training end to end sees that.",
+    ]
+    gates = arm["seeds"][0]["adapters"]["gates"]
+    by_gate = {
+        row["gate"]: [seed["adapters"]["gates"][i]["ppl"] for seed in arm["seeds"]] for i, row in enumerate(gates)
+    }
+    rows = [["softmax, own KV cache", cell(base), "–", "–", "–"], ["swap", cell(swap), _change(swap, base), "0", "0"]]
+    for name, method in methods.items():
+        seconds = values(arm, "adapters", "methods", name, "seconds")
+        change = _change(ppl[name], base)
+        rows.append([method["label"], cell(ppl[name]), change, f"{method['tokens']:,}", f"{mean(seconds):,.1f}"])
+    tables = [
+        Table(f"Adapters, base frozen ({seeds})", ["method", "PPL", "against softmax", "tokens", "seconds"], rows),
+        Table(
+            f"Without training, every gate at g ({seeds})",
+            ["g", "PPL", "against softmax"],
+            [[f"{gate:g}", cell(numbers), _change(numbers, base)] for gate, numbers in by_gate.items()],
+        ),
+    ]
+    named = {"softmax": base, "swap": swap, **{methods[name]["label"]: numbers for name, numbers in ppl.items()}}
+    if "conversion" in arm["seeds"][0]:
+        last = f"{SHARES[-1]:g}"
+        named[f"conversion, {100 * SHARES[-1]:.0f} % of the tokens"] = values(arm, "conversion", "runs", last, "ppl")
+
+    def draw(axes: Any) -> None:
+        labels = list(named)
+        means = [mean(named[label]) for label in labels]
+        bars = axes.barh(labels, means, xerr=[deviation(named[label]) for label in labels] if len(base) > 1 else None)
+        axes.bar_label(bars, fmt="{:,.1f}", padding=2, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel("validation PPL")
+        axes.grid(axis="y", visible=False)
+
+    figure = Figure("ppl_by_method", f"PPL of the softmax-trained model by method, lower is better ({seeds})", draw)
+    return Section("Adapters", words, tables, [figure])
+
+
+def _heads(arm: dict[str, Json], seeds: str) -> Section:
+    curve = arm["seeds"][0]["heads"]["curve"]
+    ppl = [[seed["heads"]["curve"][i]["ppl"] for seed in arm["seeds"]] for i in range(len(curve))]
+    within = max(row["share"] for row, numbers in zip(curve, ppl, strict=True) if mean(changes(numbers, ppl[0])) <= AIM)
+    words = [
+        "Each head's cost is what it adds to the loss on training text when it alone reads attention outputs. The "
+        "cheapest heads move to the KA cache first; the others keep reading values. Nothing is trained.",
+        f"Within {AIM:.0f} % of the softmax PPL up to {100 * within:.0f} % of the heads; all of them cost "
+        f"{percent(changes(ppl[-1], ppl[0]))}.",
+    ]
+    cost = [[mean([seed["heads"]["cost"][i][j] for seed in arm["seeds"]]) for j in range(len(row))]
+            for i, row in enumerate(arm["seeds"][0]["heads"]["cost"])]  # fmt: skip
+    tables = [
+        Table(
+            f"PPL against the share of heads on KA ({seeds})",
+            ["heads", "share", "PPL", "against softmax"],
+            [
+                [str(row["heads"]), f"{100 * row['share']:.0f} %", cell(numbers), _change(numbers, ppl[0])]
+                for row, numbers in zip(curve, ppl, strict=True)
+            ],
+        ),
+        Table(
+            f"Added loss of one head on KA, nats a token ({seeds}; head numbers above)",
+            ["layer", *(str(j) for j in range(len(cost[0])))],
+            [[str(i), *(f"{value:+.3f}" for value in row)] for i, row in enumerate(cost)],
+        ),
+    ]
+
+    def draw(axes: Any) -> None:
+        spread = [deviation(numbers) for numbers in ppl]
+        axes.errorbar(
+            [100 * row["share"] for row in curve],
+            [mean(n) for n in ppl],
+            yerr=spread if any(spread) else None,
+            fmt="o-",
+        )
+        axes.set_xlabel("heads on the KA cache (%)")
+        axes.set_ylabel("validation PPL")
+
+    figure = Figure("ppl_by_heads", f"PPL against the share of heads on KA, cheapest first ({seeds})", draw)
+    return Section("Which heads", words, tables, [figure])
+
+
+def _conversion(arm: dict[str, Json], seeds: str) -> Section:
+    first = arm["seeds"][0]["conversion"]
+    base, swap = (values(arm, "conversion", "untrained", name) for name in ("control", "swap"))
+    shares = [f"{share:g}" for share in first["shares"]]
+    ppl = {name: values(arm, "conversion", "runs", name, "ppl") for name in first["runs"]}
+    reached = next((share for share in shares if mean(changes(ppl[share], base)) <= AIM), None)
+    gates = [gate for seed in arm["seeds"] for row in seed["conversion"]["runs"]["learned"]["gates"] for gate in row]
+    window = first["window"]
+    outcome = (
+        f"reached with {100 * float(reached):.0f} % of the tokens"
+        if reached
+        else f"**not reached**: {percent(changes(ppl[shares[-1]], base))} after {100 * float(shares[-1]):.0f} %"
+    )
+    words = [
+        "The gates rise from 0, where the model is its softmax self, to 1 while it trains: first following the frozen "
+        "softmax model, then on the text. Every budget is a conversion of its own, from the start.",
+        f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most 10 % of its "
+        f"{first['original_tokens']:,} training tokens, is {outcome}. Without training the swap costs {percent(changes(swap, base))}.",
+        "Control: the softmax model trained on for the same tokens as the largest budget moves to "
+        f"{mean_sd(ppl['control'])} ({percent(changes(ppl['control'], base))}).",
+        f"Gates left free, one a head from 0, end at {mean(gates):.2f} on average (lowest {min(gates):.2f}, highest "
+        f"{max(gates):.2f}): "
+        + ("the model pulls towards KA-attention." if mean(gates) > 0.5 else "the model does not ask for much of it.")
+        + f" PPL {mean_sd(ppl['learned'])}.",
+        f"Window {window}, where the cache really shrinks: {mean_sd(ppl['window'])} with KA and "
+        f"{mean_sd(ppl['window-control'])} with softmax, both converted with the largest budget "
+        f"({percent(changes(ppl['window'], ppl['window-control']))} for KA; "
+        f"{verdict(changes(ppl['window'], ppl['window-control']))}).",
+    ]  # fmt: skip
+    labels = {
+        "control": "softmax, trained on",
+        "learned": "free gates",
+        "window": f"KA, window {window}",
+        "window-control": f"softmax, window {window}",
+    }
+    rows = [["KA (swap)", "0", cell(swap), _change(swap, base), "0"]]
+    for name, run in first["runs"].items():
+        seconds = mean(values(arm, "conversion", "runs", name, "seconds"))
+        label = labels.get(name) or f"KA, {100 * float(name):.0f} %"
+        rows.append([label, f"{run['tokens']:,}", cell(ppl[name]), _change(ppl[name], base), f"{seconds:,.1f}"])
+    table = Table(
+        f"Conversion of the softmax model ({seeds}); its own PPL is {mean_sd(base)}",
+        ["converted to", "tokens", "PPL", "against softmax", "seconds"],
+        rows,
+    )
+    untrained = {name: values(arm, "conversion", "untrained", name) for name in ("window", "window-control")}
+
+    def draw(axes: Any) -> None:
+        percents = [100 * share for share in first["shares"]]
+        axes.plot([0, *percents], [mean(swap), *(mean(ppl[share]) for share in shares)], "o-", label="KA")
+        for name, start in (("control", base), *untrained.items()):
+            axes.plot([0, percents[-1]], [mean(start), mean(ppl[name])], "o--", label=labels[name])
+        axes.set_xlabel("conversion tokens (% of the training tokens)")
+        axes.set_ylabel("validation PPL")
+        axes.legend()
+
+    figure = Figure("ppl_by_conversion", f"PPL against conversion tokens, lower is better ({seeds})", draw)
+    return Section("Conversion", words, [table], [figure])
+
+
+def _change(numbers: list[float], base: list[float]) -> str:
+    return percent_cell(changes(numbers, base))
