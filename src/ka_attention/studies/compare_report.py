@@ -10,8 +10,6 @@ from ka_attention.studies.statistics import (
     cell,
     changes,
     mean,
-    mean_sd,
-    percent,
     percent_cell,
     values,
     verdict,
@@ -32,19 +30,24 @@ def _seconds(entry: dict[str, Json]) -> float:
     return mean(values(entry, "training", "seconds_per_epoch"))
 
 
+def _judged(change: list[float]) -> str:
+    """A change in percent; over several seeds also whether it counts. One seed is judged at the end."""
+    return percent_cell(change) + (f" ({verdict(change)})" if len(change) > 1 else "")
+
+
 def _summary(results: dict[str, Json]) -> Section:
     recipe, data, seeds = results["recipe"], results["data"], results["seeds"]
     base = next(iter(results["arms"].values()))
     arms = [(entry["label"], entry) for entry in results["arms"].values()]
-    sentences = [f"**{base['label']}** reaches a validation PPL of {mean_sd(_ppl(base))}."]
+    sentences = [f"**{base['label']}** reaches a validation PPL of {cell(_ppl(base))}."]
     rows = []
     for entry in results["arms"].values():
         change = changes(_ppl(entry), _ppl(base))
         time = _seconds(entry) / _seconds(base)
         if entry is not base:
             sentences.append(
-                f"**{entry['label']}** reaches {mean_sd(_ppl(entry))}: {percent(change)} against {base['label']} "
-                f"({verdict(change)}), in {time:.2f} × the training time an epoch."
+                f"**{entry['label']}** reaches {cell(_ppl(entry))}, {_judged(change)} against {base['label']}, in "
+                f"{time:.2f} × the training time an epoch."
             )
         rows.append(
             [
@@ -79,8 +82,7 @@ def _swaps(results: dict[str, Json]) -> list[str]:
             before, after = (values(entry, "caches", kind, "ppl") for kind in (own, other))
             sentences.append(
                 f"Decoding the {entry['label']}-trained model with a **{other.upper()} cache**, without any further "
-                f"training, takes its PPL from {mean_sd(before)} to {mean_sd(after)} "
-                f"({percent(changes(after, before))})."
+                f"training, takes its PPL from {cell(before)} to {cell(after)}: {_judged(changes(after, before))}."
             )
     return [" ".join(sentences)] if sentences else []
 
@@ -93,8 +95,8 @@ def _at_equal_cache(results: dict[str, Json]) -> list[str]:
         if name.startswith("ka-w") and softmax:
             change = changes(_ppl(entry), _ppl(softmax))
             sentences.append(
-                f"With the same small cache, **{entry['label']}** stands at {percent(change)} PPL against "
-                f"{softmax['label']} ({verdict(change)})."
+                f"With the same small cache, the PPL of **{entry['label']}** stands at {_judged(change)} against that "
+                f"of {softmax['label']}."
             )
     return [" ".join(sentences)] if sentences else []
 
