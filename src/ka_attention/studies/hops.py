@@ -112,8 +112,7 @@ class Hops:
                 model = build(arm("ka"), recipe, seed)  # noqa: B023
                 data = Sequences(text.train), Sequences(text.validation)
                 done = train(model, *data, recipe, folder, seed=seed, label="KA")  # noqa: B023
-                if main_process():  # what other commands need besides the weights
-                    model.config.save_pretrained(folder)  # noqa: B023
+                if main_process():  # beside the weights, so that other commands can load the folder
                     text.tokenizer.save_pretrained(folder)  # noqa: B023
                 return done
 
