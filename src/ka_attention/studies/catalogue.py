@@ -10,8 +10,9 @@ from ka_attention.studies.position import POSITION
 from ka_attention.studies.reversal_curse import REVERSAL
 from ka_attention.studies.state import STATE
 from ka_attention.studies.study import Study
+from ka_attention.studies.window import WINDOW
 
-_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE)
+_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE, WINDOW)
 STUDIES = {study.name: study for study in _ALL}
 
 

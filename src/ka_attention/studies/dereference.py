@@ -17,7 +17,7 @@ from ka_attention.studies.statistics import mean, mean_sd
 from ka_attention.studies.store import Json, Store
 from ka_attention.studies.synthetic import Examples, Plan, TaskSettings, by_group, learn, percents
 
-SOLVED = 0.95  # accuracy from which a depth counts as reached
+SOLVED = 0.9  # accuracy from which a depth counts as reached
 LINES = (":", "--", "-.", "-")  # fewest layers first
 
 
@@ -96,20 +96,18 @@ RECIPES = {
             layers=(1, 2, 4),
             length=32,
             test_lengths=(32, 96),
-            train_samples=64 * 250,
+            train_samples=32 * 320,
+            batch_size=32,
             test_samples=256,
         ),
         DereferenceRecipe(
             name="h100",
-            summary="1 to 4 layers, a wider model and twenty times the training, three seeds: minutes on a GPU",
+            summary="1 to 4 layers with seven times the training, three seeds: minutes on a GPU",
             length=32,
             test_lengths=(32, 96),
-            train_samples=256 * 1250,
+            train_samples=256 * 350,
             test_samples=2048,
             batch_size=256,
-            hidden_size=128,
-            learning_rate=3e-3,
-            warmup_steps=100,
         ),
     )
 }

@@ -117,7 +117,7 @@ class StateRecipe(TaskSettings):
     name: str
     summary: str
     tasks: tuple[str, ...] = tuple(TASKS)
-    arms: tuple[str, ...] = ("softmax", "ka", "ka-signed", "softmax-w", "ka-w", "ka-token-w", "ka-signed-w")
+    arms: tuple[str, ...] = ("softmax-w", "ka", "ka-w", "ka-signed-w")
     layers: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
@@ -146,10 +146,9 @@ RECIPES = {
             summary="all tasks, one and two layers, three seeds: minutes on a GPU",
             length=30,
             test_lengths=(30, 90),
-            train_samples=128 * 600,
+            train_samples=256 * 120,
             test_samples=1024,
-            batch_size=128,
-            learning_rate=5e-3,
+            batch_size=256,
         ),
     )
 }

@@ -1,0 +1,115 @@
+"""The window study: recall against a plain evaluator and a hand-made solver, cache bytes, a tiny run, the report."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from ka_attention.errors import UserError
+from ka_attention.ops import ka_attention
+from ka_attention.studies.recipes import override
+from ka_attention.studies.store import Store
+from ka_attention.studies.synthetic import NOT_ASKED
+from ka_attention.studies.window import RECIPES, WINDOW, Recall, window_arm
+
+TASK = Recall(keys=20, values=6, pairs=4)
+
+
+def examples(count=64, length=32):
+    return TASK.examples(count, length, np.random.default_rng(0))
+
+
+def test_answers_are_what_a_plain_evaluator_finds():
+    for statements, answers, groups in zip(*(x.tolist() for x in examples()), strict=True):
+        defined = {}
+        for t, (statement, answer, group) in enumerate(zip(statements, answers, groups, strict=True)):
+            left, right = divmod(statement, TASK.symbols)
+            if right == TASK.symbols - 1:
+                value, where = defined.pop(left)
+                assert answer == value
+                assert group <= t - where < 2 * group
+            else:
+                assert answer == NOT_ASKED
+                if left < TASK.keys:
+                    assert t < 16
+                    defined[left] = right, t
+                assert TASK.keys <= right < TASK.keys + TASK.values
+        assert not defined
+
+
+def test_softmax_made_by_hand_recalls_all_and_a_window_only_what_it_holds():
+    found = examples()
+    left, right = found.statements // TASK.symbols, found.statements % TASK.symbols
+    asks = right == TASK.symbols - 1
+    q = 50.0 * F.one_hot(left, TASK.symbols).double()[:, None]
+    k = (F.one_hot(left, TASK.symbols) * ~asks[..., None]).double()[:, None]
+    v = F.one_hot(right, TASK.symbols).double()[:, None]
+    for window in (None, 12):
+        a = ka_attention(q, k, v, gate=0.0, scale=1.0, window=window)[:, 0]
+        right_here = (a.argmax(-1) == found.answers)[asks]
+        groups = found.groups[asks]
+        if window is None:
+            assert right_here.all()
+        else:
+            assert right_here[groups <= 4].all()
+            assert right_here[groups >= 16].double().mean() < 0.5  # fillers carry six values at random
+
+
+def test_a_mix_has_windows_in_every_other_layer():
+    mix = window_arm("mix-ka-w8", 5).ka
+    assert (mix.layers, mix.window, mix.gate_init) == ((0, 2, 4), 8, 1.0)
+    assert window_arm("mix-softmax-w8", 2).ka.gate_init == 0.0
+    assert window_arm("ka-w8", 2).ka.layers is None
+    with pytest.raises(UserError, match="mix-w8"):
+        window_arm("mix-w8", 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("window")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog again and again\n" * 200)
+    settings = (
+        f"data={text} lengths=16,32 "
+        "sequence_length=16 train_samples=32 validation_samples=8 batch_size=8 vocab_size=300 "
+        "hidden_size=16 heads=2 intermediate_size=32 arms=softmax,ka-w4,softmax-w4,mix-ka-w4 task_arms=ka-w4 "
+        "task_length=16 task_samples=32"
+    )
+    recipe = override(RECIPES["quick"], settings.split())
+    return json.loads(json.dumps({"recipe": recipe.__dict__, **WINDOW.run(recipe, Store(folder / "out", {}), 1)}))
+
+
+def test_caches_of_windows_are_constant_and_full_ones_grow(results):
+    short, long = ({name: arm["cache_bytes"] for name, arm in run["arms"].items()} for run in results["lengths"])
+    token = 2 * 2 * 16 * 4  # two layers, a key and a value, 16 float32
+    assert short == {"softmax": 16 * token, "ka-w4": 3 * token, "softmax-w4": 3 * token, "mix-ka-w4": 9.5 * token}
+    assert (long["softmax"], long["ka-w4"]) == (2 * short["softmax"], short["ka-w4"])
+
+
+def test_the_report_compares_at_the_same_window_and_at_fewer_bytes(results):
+    sections = WINDOW.sections(results)
+    came = sections[0].paragraphs[-1]
+    assert "KA, window 4 " in came
+    assert "Best with a smaller cache than softmax is" in came
+    assert [row[0] for row in sections[1].tables[0].rows][-1] == "softmax"
+    assert sections[-1].tables[0].columns == ["arm", "dereference", "recall of 8 pairs", "recall of 1 pair (passkey)"]
+    for figure in (figure for section in sections for figure in section.figures):
+        figure.draw(Figure().subplots())
+
+
+def test_windows_do_not_read_beyond_themselves_in_one_softmax_layer_and_do_in_one_ka_layer():
+    q, k, v = torch.randn(3, 1, 1, 12, 8, generator=torch.Generator().manual_seed(0))
+    changed = v.clone()
+    changed[:, :, 0] += 1
+    for gate, reaches in ((0.0, False), (1.0, True)):
+        before, after = (ka_attention(q, k, x, gate=gate, window=4)[0, 0, -1] for x in (v, changed))
+        assert (not torch.equal(before, after)) is reaches
+
+
+@pytest.mark.parametrize("setting", ["lengths=512,128", "task_length=3"])
+def test_settings_that_make_no_sense_are_refused(setting):
+    with pytest.raises(UserError, match=f"--set {setting.partition('=')[0]}"):
+        override(RECIPES["quick"], [setting])
