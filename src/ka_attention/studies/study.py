@@ -79,7 +79,7 @@ def publish(study: Study, recipe: Any, store: Store, seeds: int, answer: dict[st
 def report(study: Study, results: dict[str, Json], out: Path) -> None:
     """Render ``results`` into ``out``."""
     render(study.question, study.sections(results), results["environment"], out)
-    console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)")
+    console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True)
 
 
 def read(out: Path, name: str) -> dict[str, Json]:
