@@ -42,6 +42,14 @@ def test_greedy_in_every_family(family, ka):
     check(model, ids, want, use_cache=False)
 
 
+def test_a_model_built_with_the_implementation_takes_the_cache_by_hand():
+    model, ids = make("llama", attention="ka", ka_config={"window": 5}), tokens()
+    want = expected(attach(make("llama"), KAConfig(window=5)), ids)
+    check(model, ids, want, past_key_values=KACache(model.config))
+    with pytest.raises(RuntimeError, match="plain cache"):
+        model.generate(ids, max_new_tokens=3)
+
+
 def test_a_conversation_goes_on_with_the_same_cache():
     model, ids = attach(make("llama"), KAConfig(window=6)), tokens(1)
     first = check(model, ids, expected(model, ids), past_key_values=KACache(model.config))

@@ -236,11 +236,13 @@ def _attend_one(
         return (weights @ values.to(weights.dtype)).to(q.dtype)
     B, Hq, _, D = q.shape
     Hkv, S = k.shape[1:3]
-    if Hkv < Hq:  # key heads become batch entries, so that query heads share a key head through a stride of 0
-        groups = Hq // Hkv
-        q, values = q.reshape(B * Hkv, groups, 1, D), values.reshape(B * Hkv, groups, S, D)
-        k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
-        mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
+    if Hkv == Hq:
+        return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale)
+    # Key heads become batch entries, so that query heads share a key head through a stride of 0.
+    groups = Hq // Hkv
+    q, values = q.reshape(B * Hkv, groups, 1, D), values.reshape(B * Hkv, groups, S, D)
+    k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
+    mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
     return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
 
 

@@ -87,11 +87,13 @@ class KADynamicLayer(_KALayer, DynamicLayer):
         n, self.pending = min(self.pending, self.values.shape[2]), None
         if u is None or n == 0:
             return
-        u = u[:, :, -n:].to(self.values.dtype)
+        if n < u.shape[2]:
+            u = u[:, :, -n:]
         if torch.is_grad_enabled() and (u.requires_grad or self.values.requires_grad):
+            u = u.to(self.values.dtype)
             self.values = torch.cat([self.values[:, :, :-n], u], dim=2)  # autograd still needs the tensor that holds V
         else:
-            self.values[:, :, -n:] = u
+            self.values[:, :, -n:].copy_(u)
 
 
     def reset(self) -> None:
