@@ -113,15 +113,15 @@ def plain(q, k, v, gate, k_past, u_past, mask, cu, **options):
 
 
 def assert_within_budget(problem: Problem):
-    """At most twice the error of the plain implementation, plus one rounding; both against float64."""
+    """At most twice the error of the plain implementation, plus one rounding of the inputs, which are of order one."""
     tensors, options = on_device(problem)
     da = torch.randn_like(tensors[0])
     truth = differentiate(reference.dense, tensors, options, da, torch.float64)
     rough = differentiate(plain, tensors, options, da, problem.dtype)
     for name, x, y, z in zip("a dq dk dv 1 2 3".split(), triton_pass(tensors, options, da), rough, truth, strict=False):
-        scale = z.norm()
-        error, allowed = (x - z).norm(), 2 * (y - z).norm() + torch.finfo(problem.dtype).eps * scale
-        assert error <= allowed + 1e-12, f"{name}: {error / scale:.1e} > {allowed / scale:.1e}"
+        rounding = torch.finfo(problem.dtype).eps * max(z.norm(), z.numel() ** 0.5)
+        error, allowed = (x - z).norm(), 2 * (y - z).norm() + rounding
+        assert error <= allowed, f"{name}: {error:.1e} > {allowed:.1e}"
 
 
 @kernels
@@ -167,9 +167,10 @@ def test_same_bits_every_time(window):
 
 @kernels
 def test_layouts_of_models_give_the_same_bits():
-    tensors, options = on_device(Problem(**SMALL, dtype=torch.float32))
+    tensors, options = on_device(Problem(**SMALL | {"P": 20, "B": 2}, dtype=torch.float32))
     da = torch.randn_like(tensors[0])
-    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]] + tensors[3:]
+    swapped = [x if i in (1, 3, 5) or x is None else x.transpose(1, 2).contiguous().transpose(1, 2)
+               for i, x in enumerate(tensors)]  # fmt: skip
     for x, y in zip(triton_pass(tensors, options, da), triton_pass(swapped, options, da), strict=True):
         assert torch.equal(x, y)
 

@@ -151,8 +151,8 @@ def forward_kernel(
                 v_last = load_tile(V, r0 - BM, V_ROW, n, BM, D, BD, False)
                 x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
                 last = (last * g_last[None, :]).to(v.dtype)
-            last = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
-            store_tile(CORNER + head * BM, last, r0, n, BM, BM, BM)
+            corner = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
+            store_tile(CORNER + head * BM, corner, r0, n, BM, BM, BM)
     a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     store_tile(A, a, r0, n, BM, D, BD)
     if HAS_GATE and MODE == "chain":

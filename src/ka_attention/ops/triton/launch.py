@@ -35,7 +35,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
             corner, call.flags(mode),
             *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
+            BM=tiles.BM, BN=tiles.BN, K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
             WINDOW=window is not None, **call.constants, **tiles.options,
         )  # fmt: skip
         if mode == "corner":
@@ -62,7 +62,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
             dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
+            BM=tiles.BM, BN=tiles.BN, K_ROW=k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
             **tiles.options,
         )  # fmt: skip
 
@@ -72,7 +72,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             corner_kernel[call.grid(tiles)](
                 da, call.q, call.k, gate, mask, cu_seqlens, call.schedule(tiles), lse, y, corner,
                 *map(_strides, (call.q, call.k, gate, mask)), *call.numbers,
-                BM=tiles.BM, HAS_GATE=gate is not None, **call.constants, **tiles.options,
+                BM=tiles.BM, K_ROW=call.k.stride(2), HAS_GATE=gate is not None, **call.constants, **tiles.options,
             )  # fmt: skip
             call.sweep(y, corner, tiles, reverse=True)
             rows = lse.numel()
@@ -88,7 +88,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
             dq,
             *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
+            BM=tiles.BM, BN=tiles.BN, K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
             **tiles.options,
         )  # fmt: skip
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
@@ -106,11 +106,11 @@ class _Call:
         self.sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
         self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
         precision = "half"
-        if q.dtype == torch.float32:
-            precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        if q.dtype == torch.float32:  # three tf32 products are as exact as one of float32
+            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.constants = {
             "GROUP": self.H // k.shape[1], "D": D, "BD": padded(D), "HAS_MASK": mask is not None,
-            "PACKED": cu_seqlens is not None, "Q_ROW": self.q.stride(2), "K_ROW": self.k.stride(2),
+            "PACKED": cu_seqlens is not None, "Q_ROW": self.q.stride(2),
             "SOFTCAP": softcap is not None, "PRECISION": precision,
         }  # fmt: skip
 

@@ -4,6 +4,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 INTERPRETED = torch.device("cpu")
@@ -34,7 +35,7 @@ class Table(NamedTuple):
 # Keyed by the padded head dimension, for half precision.
 HOPPER = {
     64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
-    128: Table(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(128, 128, 8, 2)),
     256: Table(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
@@ -52,17 +53,17 @@ FLOAT32 = {
 
 def choose(q: Tensor) -> Table:
     """The tiles for queries like `q`."""
-    size = max(64, padded(q.shape[-1]))
     if q.device == INTERPRETED:
         return Table(Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1))
+    size = padded(q.shape[-1])
     if q.dtype == torch.float32:
         return FLOAT32[size]
     return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
 
 
-def padded(D: int) -> int:
-    """The head dimension as the kernels see it: a power of two that a matrix instruction takes."""
-    return max(16, 1 << (D - 1).bit_length())
+def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
+    """The head dimension as the kernels see it: a power of two of at least 64."""
+    return max(16 if interpreted else 64, 1 << (D - 1).bit_length())
 
 
 @functools.cache
