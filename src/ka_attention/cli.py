@@ -43,6 +43,8 @@ Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json fil
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub name of a softmax model.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")]
 
 
@@ -137,6 +139,65 @@ def inspect(
     quiet_libraries()
     write(walks.inspect(*walks.load_model(model), text, Path(model).name), out)
     typer.echo(f"Page: {out}")
+
+
+@app.command()
+def adapt(
+    checkpoint: Checkpoint,
+    method: Annotated[str, typer.Option(help="How the map from outputs to values is fitted.")] = "linear-output",
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens to fit on.")] = 100_000,
+    data: Annotated[str, typer.Option(help="As in compare.")] = "stdlib",
+    length: Length = 128,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/adapt"),
+) -> None:
+    """Fit an adapter, with which a softmax model CHECKPOINT decodes with a KA cache; the model itself stays frozen."""
+    from ka_attention.studies.adapters import command
+
+    found = command(checkpoint, data=data, tokens=tokens, length=length, method=method, out=out)
+    typer.echo(f"PPL {found['base']:,.1f} softmax, {found['swap']:,.1f} swapped, {found['adapted']:,.1f} adapted")
+    typer.echo(f"Adapter: {out} (ka_attention.hf.load_adapter)")
+
+
+@app.command()
+def convert(
+    checkpoint: Checkpoint,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens of the conversion.")],
+    data: Annotated[str, typer.Option(help="As in compare.")] = "stdlib",
+    length: Length = 128,
+    window: Annotated[int | None, typer.Option(min=1, help="Attend to the last W tokens only.")] = None,
+    learned: Annotated[bool, typer.Option("--learned", help="Leave the gates free instead of raising them.")] = False,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the KA model.")] = Path("runs/convert"),
+) -> None:
+    """Turn a softmax model CHECKPOINT into a KA model by raising its gates from 0 to 1 in training."""
+    from ka_attention.hf.convert import Conversion
+    from ka_attention.studies.conversion import command
+
+    plan = Conversion(
+        steps=1,
+        learning_rate=learning_rate,
+        target="learned" if learned else "ka",
+        window=window,
+        stage_one=0.0 if learned else Conversion.stage_one,
+    )
+    for row in command(checkpoint, data=data, tokens=tokens, length=length, plan=plan, seed=seed, out=out):
+        typer.echo(f"{row['tokens']:>12,} tokens   gate {row['gate']:.2f}   PPL {row['ppl']:,.1f}")
+    typer.echo(f"Model: {out}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    cache: Annotated[str | None, typer.Option(help="kv or ka; default: the model's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 50,
+    compare: Annotated[bool, typer.Option("--compare", help="Both caches side by side.")] = False,
+) -> None:
+    """Continue PROMPT greedily, and show the text as it comes."""
+    from ka_attention.studies import generation
+
+    generation.command(model, prompt, cache=cache, max_new_tokens=max_new_tokens, compare=compare)
 
 
 @app.command()

@@ -25,8 +25,8 @@ class LinearAdapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, a: Tensor) -> Tensor:
-        x = a.to(self.weight.dtype)
-        return (x @ self.weight.mT + self.bias[:, None]).to(a.dtype)
+        dtype = torch.promote_types(a.dtype, self.weight.dtype)
+        return (a.to(dtype) @ self.weight.mT.to(dtype) + self.bias[:, None]).to(a.dtype)
 
 
 class MLPAdapter(nn.Module):
@@ -41,9 +41,9 @@ class MLPAdapter(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, a: Tensor) -> Tensor:
-        x = a.to(self.up.dtype)
-        hidden = F.gelu(x @ self.down.mT + self.down_bias[:, None])
-        return (x + hidden @ self.up.mT + self.up_bias[:, None]).to(a.dtype)
+        dtype = torch.promote_types(a.dtype, self.up.dtype)
+        hidden = F.gelu(a.to(dtype) @ self.down.mT.to(dtype) + self.down_bias[:, None])
+        return (a.to(dtype) + hidden @ self.up.mT.to(dtype) + self.up_bias[:, None]).to(a.dtype)
 
 
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"linear": LinearAdapter, "mlp": MLPAdapter}

@@ -13,6 +13,7 @@ from ka_attention.errors import UserError
 from ka_attention.hf import save_adapter, use
 from ka_attention.hf.fit import fit_gradient, fit_ridge, new_adapters
 from ka_attention.studies import perplexity
+from ka_attention.studies.checkpoint import open_run, open_softmax
 from ka_attention.studies.store import Json
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -20,20 +21,18 @@ GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 METHODS = {
     "ridge-value": ("linear, ridge regression on V", "linear", "value", True),
     "ridge-output": ("linear, ridge regression on outputs", "linear", "output", True),
-    "linear-value": ("linear, trained on V", "linear", "value", False),
     "linear-output": ("linear, trained on outputs", "linear", "output", False),
     "mlp-output": ("bottleneck MLP, trained on outputs", "mlp", "output", False),
     "linear-lm": ("linear, trained end to end", "linear", "lm", False),
 }
 BATCH = 8
+SHARE = 0.05  # of the model's training tokens
 END_TO_END = 3  # a step through the token loop is slow, so end-to-end training gets a third of the steps
 LEARNING_RATE = 1e-2
 
 
 def fit(model: Any, sequences: Tensor, method: str, steps: int, seed: int = 0) -> tuple[dict[int, nn.Module], int]:
     """Adapters for a frozen softmax ``model`` and the tokens they were fitted on; ``steps`` batches of 8 sequences."""
-    if method not in METHODS:
-        raise UserError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
     _, kind, loss, closed = METHODS[method]
     if closed:
         used = sequences[: steps * BATCH]
@@ -80,17 +79,23 @@ def evaluate(model: Any, train: Tensor, sequences: Tensor, *, steps: int, batch_
     return {"base": gates[0]["ppl"], "swap": gates[-1]["ppl"], "gates": gates, "methods": methods}
 
 
-def adapt(model: Any, train: Tensor, sequences: Tensor, method: str, *, steps: int, out: Path) -> dict[str, Json]:
-    """Fit one adapter, save it in ``out``, and return the PPL of the model, of the plain swap and with the adapter."""
+def command(checkpoint: str, *, data: str, tokens: int, length: int, method: str, out: Path) -> dict[str, Json]:
+    """Fit one adapter to a saved softmax model and save it in ``out``; PPL of the model, the swap and the adapter."""
+    if method not in METHODS:
+        raise UserError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    model, text = open_softmax(checkpoint, data, tokens, length)
+    settings = {"checkpoint": checkpoint, "tokens": tokens, "length": length, "method": method}
 
     def ppl() -> float:
-        return perplexity.evaluate(model, sequences, batch_size=16)["ppl"]
+        return perplexity.evaluate(model, text.validation, batch_size=16)["ppl"]
 
-    found = {"base": ppl()}
-    with use(model):
-        found["swap"] = ppl()
-    adapters, found["tokens"] = fit(model, train, method, steps)
-    with use(model, adapter=adapters):
-        found["adapted"] = ppl()
-        save_adapter(model, out)
-    return found
+    def work() -> dict[str, Json]:
+        found = {"base": ppl()}
+        with use(model):
+            found["swap"] = ppl()
+        adapters, used = fit(model, text.train, method, max(1, len(text.train) // BATCH))
+        with use(model, adapter=adapters):
+            save_adapter(model, out)
+            return {**found, "adapted": ppl(), "tokens": used}
+
+    return open_run("adapt", settings, text, out).part("adapter", work)

@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from ka_attention.report.document import Section
-from ka_attention.studies import caches, compare_report, memory, perplexity, reversal
+from ka_attention.studies import (
+    adapters,
+    caches,
+    compare_report,
+    conversion,
+    decoding,
+    heads,
+    memory,
+    perplexity,
+    repair_report,
+    reversal,
+)
 from ka_attention.studies.arms import Arm, arm, build
 from ka_attention.studies.data import Sequences, Text, prepare
 from ka_attention.studies.progress import console
@@ -32,6 +44,23 @@ class Trained:
     arm: Arm
     recipe: CompareRecipe
     text: Text
+    seed: int
+    training: dict[str, Json]
+
+    @property
+    def repairable(self) -> bool:
+        """Whether it was trained with plain softmax attention, so that a KA cache is a swap that could be repaired."""
+        return self.arm.ka is None
+
+    @property
+    def tokens(self) -> int:
+        """What the best weights were trained on, repeats counted."""
+        return self.text.train.numel() * self.training["best_epoch"]
+
+    @property
+    def sample(self) -> Tensor:
+        """Validation sequences for evaluations that ask many times, spread over all of them."""
+        return self.text.validation[:: len(self.text.validation) // self.recipe.cache_samples]
 
 
 class Evaluation(NamedTuple):
@@ -58,10 +87,46 @@ def _reversal(of: Trained) -> dict[str, Json]:
     return reversal.evaluate(of.model, of.text.tokenizer, max_length=of.recipe.sequence_length)
 
 
+def _adapters(of: Trained) -> dict[str, Json]:
+    if not of.repairable:
+        return {}
+    steps = conversion.steps_for(adapters.SHARE, of.tokens, of.recipe.sequence_length)
+    return adapters.evaluate(of.model, of.text.train, of.sample, steps=steps, batch_size=BATCH)
+
+
+def _heads(of: Trained) -> dict[str, Json]:
+    if not of.repairable:
+        return {}
+    return heads.evaluate(of.model, of.text.train[: of.recipe.cache_samples], of.sample, batch_size=BATCH)
+
+
+def _conversion(of: Trained) -> dict[str, Json]:
+    if not of.repairable:
+        return {}
+    rate = of.recipe.learning_rate
+    return conversion.evaluate(
+        of.model,
+        of.text.train,
+        of.sample,
+        original_tokens=of.tokens,
+        learning_rate=rate,
+        batch_size=BATCH,
+        seed=of.seed,
+    )
+
+
+def _decoding(of: Trained) -> dict[str, Json]:
+    return decoding.evaluate(of.model) if of.repairable else {}
+
+
 EVALUATIONS = (
     Evaluation("caches", _caches, caches.sections),
     Evaluation("perplexity", _perplexity, perplexity.sections),
     Evaluation("memory", _memory, memory.sections),
+    Evaluation("adapters", _adapters, repair_report.adapters),
+    Evaluation("heads", _heads, repair_report.heads),
+    Evaluation("conversion", _conversion, repair_report.conversion),
+    Evaluation("decoding", _decoding, decoding.sections),
     Evaluation("reversal", _reversal, reversal.sections),
 )
 
@@ -100,7 +165,7 @@ class Comparison:
         with console.status("reading the text, training the tokenizer"):
             text = prepare(recipe, recipe.vocab_size)
         store.identify(data=text.description)
-        console.print(_announcement(recipe, text))
+        console.print(_announcement(recipe, text), soft_wrap=True)
         results: dict[str, Json] = {"data": text.description, "arms": {}}
         for each in arms:
             settings = None if each.ka is None else each.ka.to_dict()
@@ -109,7 +174,7 @@ class Comparison:
             for each in arms:
                 answers = {"training": _train(each, recipe, text, store, seed)}
                 if evaluate:
-                    answers |= _evaluate(each, recipe, text, store, seed)
+                    answers |= _evaluate(each, recipe, text, store, seed, answers["training"])
                 results["arms"][each.name]["seeds"].append(answers)
         for entry in results["arms"].values():
             ppl = values(entry, "training", "best_val_ppl")
@@ -137,13 +202,15 @@ def _train(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int)
     return store.part(_part("training", arm.name, seed), work)
 
 
-def _evaluate(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int) -> dict[str, Json]:
+def _evaluate(
+    arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int, training: dict[str, Json]
+) -> dict[str, Json]:
     @cache
     def trained() -> Trained:
         model = build(arm, recipe, seed)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # mistyped in transformers
         load_weights(model, _weights(arm, store, seed))
-        return Trained(model.eval(), arm, recipe, text)
+        return Trained(model.eval(), arm, recipe, text, seed, training)
 
     answers = {}
     for evaluation in EVALUATIONS:

@@ -35,13 +35,15 @@ def grouped(config: Any) -> Any:
 
 
 @torch.inference_mode()
-def evaluate(model: Any, *, contexts: tuple[int, ...], batch_size: int = 1) -> dict[str, Json]:
+def evaluate(model: Any, *, contexts: tuple[int, ...] = (), batch_size: int = 1) -> dict[str, Json]:
     """For a softmax model and its grouped-query sibling: tokens/s and bytes at every context, both kinds of cache.
 
+    ``contexts`` are 128 to 8,192 tokens on CUDA and 32 to 1,024 elsewhere unless given.
     A cache is filled by one parallel pass over ``context`` random tokens; then single tokens are timed, the two kinds
-    in turns, and the median over turns counts. ``bytes_a_token`` is measured from the cache after the fill, on CUDA also
-    as what the allocator holds more (``allocated_a_token``), beside what the configuration says (``computed``).
+    in turns, and the median over turns counts. ``bytes_a_token`` is measured from the cache after the fill, on CUDA
+    also as what the allocator holds more (``allocated_a_token``), beside what the configuration says (``computed``).
     """
+    contexts = contexts or ((128, 512, 2048, 8192) if model.device.type == "cuda" else (32, 128, 512, 1024))
     sibling = grouped(model.config).to(model.device, model.dtype)
     return {name: _times(each, contexts, batch_size) for name, each in (("MHA", model), ("GQA", sibling))}
 
@@ -116,8 +118,8 @@ def sections(results: dict[str, Json]) -> list[Section]:
     words = [
         "Single-token steps after a cache of so many tokens, KV and KA in turns on the same machine; ratios compare, "
         f"absolute figures belong to that machine. KA over KV: {min(ratios['MHA']):.2f} to {max(ratios['MHA']):.2f} "
-        f"with a key head for every query head (MHA), {min(ratios['GQA']):.2f} to {max(ratios['GQA']):.2f} with shared key "
-        "heads (GQA).",
+        f"with a key head for every query head (MHA), {min(ratios['GQA']):.2f} to {max(ratios['GQA']):.2f} with shared "
+        "key heads (GQA).",
         "A KA cache does not save memory: MHA takes "
         f"{last['MHA']['ka']['bytes_a_token'] / last['MHA']['kv']['bytes_a_token']:.2f} × the bytes of a KV cache, "
         f"GQA {last['GQA']['ka']['bytes_a_token'] / last['GQA']['kv']['bytes_a_token']:.2f} ×, since outputs belong to "

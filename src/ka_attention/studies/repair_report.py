@@ -22,14 +22,31 @@ from ka_attention.studies.store import Json
 AIM = 1.0  # percent above the softmax model
 
 
-def sections(results: dict[str, Json]) -> list[Section]:
-    """A section for each attempt, for the first arm that was asked: the model trained with plain softmax attention."""
-    arm = next((a for a in results["arms"].values() if a["seeds"] and all(s.get("adapters") for s in a["seeds"])), None)
-    if arm is None:
-        return []
-    count = len(arm["seeds"])
-    seeds = "one seed" if count == 1 else f"mean ± sd over {count} seeds"
-    return [_adapters(arm, seeds), _heads(arm, seeds), _conversion(arm, seeds)]
+def _asked(results: dict[str, Json], evaluation: str) -> tuple[dict[str, Json], str] | None:
+    """The arm that was asked (trained with plain softmax attention) and the seeds in words; None without one."""
+    for arm in results["arms"].values():
+        if arm["seeds"] and all(seed.get(evaluation) for seed in arm["seeds"]):
+            count = len(arm["seeds"])
+            return arm, "one seed" if count == 1 else f"mean ± sd over {count} seeds"
+    return None
+
+
+def adapters(results: dict[str, Json]) -> list[Section]:
+    """The swap, every gate without training, and each adapter."""
+    asked = _asked(results, "adapters")
+    return [_adapters(*asked)] if asked else []
+
+
+def heads(results: dict[str, Json]) -> list[Section]:
+    """What each head costs, and PPL against the share of heads on the KA cache."""
+    asked = _asked(results, "heads")
+    return [_heads(*asked)] if asked else []
+
+
+def conversion(results: dict[str, Json]) -> list[Section]:
+    """PPL against conversion tokens, with controls, free gates and a window."""
+    asked = _asked(results, "conversion")
+    return [_conversion(*asked)] if asked else []
 
 
 def _adapters(arm: dict[str, Json], seeds: str) -> Section:
@@ -145,7 +162,8 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         "The gates rise from 0, where the model is its softmax self, to 1 while it trains: first following the frozen "
         "softmax model, then on the text. Every budget is a conversion of its own, from the start.",
         f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most 10 % of its "
-        f"{first['original_tokens']:,} training tokens, is {outcome}. Without training the swap costs {percent(changes(swap, base))}.",
+        f"{first['original_tokens']:,} training tokens, is {outcome}. "
+        f"Without training the swap costs {percent(changes(swap, base))}.",
         "Control: the softmax model trained on for the same tokens as the largest budget moves to "
         f"{mean_sd(ppl['control'])} ({percent(changes(ppl['control'], base))}).",
         f"Gates left free, one a head from 0, end at {mean(gates):.2f} on average (lowest {min(gates):.2f}, highest "
