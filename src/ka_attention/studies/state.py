@@ -138,7 +138,7 @@ RECIPES = {
             arms=("softmax", "softmax-w", "ka", "ka-w", "ka-signed-w"),
             length=30,
             test_lengths=(30, 90),
-            train_samples=64 * 120,
+            train_samples=64 * 150,
             test_samples=256,
         ),
         StateRecipe(
