@@ -95,7 +95,6 @@ class KADynamicLayer(_KALayer, DynamicLayer):
         else:
             self.values[:, :, -n:].copy_(u)
 
-
     def reset(self) -> None:
         self.is_initialized = False  # dropped, not zeroed: transformers before 5.23 keeps the length of window layers
         super().reset()
