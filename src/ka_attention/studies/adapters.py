@@ -28,7 +28,7 @@ METHODS = {
 BATCH = 8
 SHARE = 0.05  # of the model's training tokens
 END_TO_END = 3  # a step through the token loop is slow, so end-to-end training gets a third of the steps
-LEARNING_RATE = 1e-2
+LEARNING_RATE = {"linear": 1e-2, "mlp": 3e-3}
 
 
 def fit(model: Any, sequences: Tensor, method: str, steps: int, seed: int = 0) -> tuple[dict[int, nn.Module], int]:
@@ -47,7 +47,7 @@ def fit(model: Any, sequences: Tensor, method: str, steps: int, seed: int = 0) -
         loss=loss,  # type: ignore[arg-type]
         steps=steps,
         batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
+        learning_rate=LEARNING_RATE[kind],
         seed=seed,
     )
     return adapters, steps * BATCH * sequences.shape[1]

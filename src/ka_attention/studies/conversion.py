@@ -21,6 +21,7 @@ from ka_attention.studies.data import Sequences
 from ka_attention.studies.store import Json
 
 SHARES = (0.01, 0.02, 0.05, 0.10)  # of the tokens that the softmax model was trained on
+SIDE = 0.05  # the share for the side questions: free gates and a window
 BATCH = 8
 WINDOW = 16
 
@@ -52,9 +53,10 @@ def evaluate(
     plain = Conversion(steps=largest, batch_size=BATCH, learning_rate=learning_rate)
     plans = {f"{share:g}": replace(plain, steps=steps_for(share, original_tokens, train.shape[1])) for share in SHARES}
     plans["control"] = replace(plain, target="softmax", stage_one=0.0)
-    plans["learned"] = replace(plain, target="learned", stage_one=0.0)
-    plans["window"] = replace(plain, window=WINDOW)
-    plans["window-control"] = replace(plain, window=WINDOW, target="softmax")
+    side = replace(plain, steps=plans[f"{SIDE:g}"].steps)
+    plans["learned"] = replace(side, target="learned", stage_one=0.0)
+    plans["window"] = replace(side, window=WINDOW)
+    plans["window-control"] = replace(side, window=WINDOW, target="softmax")
     untrained = {"control": ppl(model)}
     for name, ka in {
         "swap": KAConfig(),

@@ -171,7 +171,7 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         + ("the model pulls towards KA-attention." if mean(gates) > 0.5 else "the model does not ask for much of it.")
         + f" PPL {mean_sd(ppl['learned'])}.",
         f"Window {window}, where the cache really shrinks: {mean_sd(ppl['window'])} with KA and "
-        f"{mean_sd(ppl['window-control'])} with softmax, both converted with the largest budget "
+        f"{mean_sd(ppl['window-control'])} with softmax, both after {first['runs']['window']['tokens']:,} tokens "
         f"({percent(changes(ppl['window'], ppl['window-control']))} for KA; "
         f"{verdict(changes(ppl['window'], ppl['window-control']))}).",
     ]  # fmt: skip
@@ -197,7 +197,8 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         percents = [100 * share for share in first["shares"]]
         axes.plot([0, *percents], [mean(swap), *(mean(ppl[share]) for share in shares)], "o-", label="KA")
         for name, start in (("control", base), *untrained.items()):
-            axes.plot([0, percents[-1]], [mean(start), mean(ppl[name])], "o--", label=labels[name])
+            end = 100 * first["runs"][name]["tokens"] / first["original_tokens"]
+            axes.plot([0, end], [mean(start), mean(ppl[name])], "o--", label=labels[name])
         axes.set_xlabel("conversion tokens (% of the training tokens)")
         axes.set_ylabel("validation PPL")
         axes.legend()
