@@ -28,6 +28,7 @@ from ka_attention.studies.synthetic import NOT_ASKED, Examples, Plan, Task, Task
 from ka_attention.studies.training import train
 
 BATCH_TOKENS = 4096  # read at once by an evaluation
+SOLVED = 95  # percent of right answers from which a task counts as solved
 MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
 MIX_LABELS = {"softmax": "softmax, every other layer window {}", "ka": "softmax, every other layer KA with window {}"}
 
@@ -352,11 +353,16 @@ def _tasks(results: dict[str, Json]) -> Section:
         by_arm.setdefault(entry["kind"], {})[key.split("/")[1]] = entry
     rows = [[kind, *(mean_sd(percents(found[name], 0)) for name in names)] for kind, found in by_arm.items()]
     headings = [next(found[name]["label"] for found in by_arm.values()).rpartition(":")[0] for name in names]
+    came = []
+    for name, heading in zip(names, headings, strict=True):
+        solved = [kind for kind, found in by_arm.items() if mean(percents(found[name], 0)) >= SOLVED]
+        came.append(f"{heading} is solved by {', '.join(solved) or 'none'}.")
     words = [
         f"Made-up tasks of {length} statements, one a token, for models of {results['recipe']['task_layers']} layers. "
         "*Dereference*: chains of assignments; the variable copied from may stand further back than the window. "
         "*Recall*: name the value that a key was given in the first half, past fillers that carry values too. Of one "
-        "pair this is the passkey test, of 8 multi-query recall."
+        "pair this is the passkey test, of 8 multi-query recall.",
+        f"**Came** (solved: at least {SOLVED} % right): " + " ".join(came),
     ]
     figures = [
         Figure(f"window_{name}", f"Right answers by {unit}: {heading}", partial(_draw_groups, by_arm, name, unit))
