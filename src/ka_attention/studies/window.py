@@ -356,7 +356,7 @@ def _tasks(results: dict[str, Json]) -> Section:
     came = []
     for name, heading in zip(names, headings, strict=True):
         solved = [kind for kind, found in by_arm.items() if mean(percents(found[name], 0)) >= SOLVED]
-        came.append(f"{heading} is solved by {', '.join(solved) or 'none'}.")
+        came.append(f"{heading} is solved by {'; '.join(solved) or 'none'}.")
     words = [
         f"Made-up tasks of {length} statements, one a token, for models of {results['recipe']['task_layers']} layers. "
         "*Dereference*: chains of assignments; the variable copied from may stand further back than the window. "
