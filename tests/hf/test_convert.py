@@ -117,9 +117,7 @@ def test_a_stopped_conversion_goes_on_exactly(model, data, tmp_path):
             if len(steps) == stop:
                 raise KeyboardInterrupt
 
-        rows = convert(
-            converted, data, plan, folder, evaluations=4, perplexity=lambda m: float(len(steps)) * 0, on_step=on_step
-        )
+        rows = convert(converted, data, plan, folder, evaluations=4, perplexity=lambda m: 0.0, on_step=on_step)
         return converted, rows, len(steps)
 
     whole, rows, _ = run(tmp_path / "whole")
@@ -128,6 +126,7 @@ def test_a_stopped_conversion_goes_on_exactly(model, data, tmp_path):
     resumed, resumed_rows, steps = run(tmp_path / "parts")
     assert steps == 4  # from the checkpoint of step 4
     assert resumed_rows == rows
+    assert [row["gate"] for row in rows] == pytest.approx([plan.gate(step) for step in (2, 4, 6, 8)])
     for name, tensor in whole.state_dict().items():
         assert resumed.state_dict()[name].equal(tensor), name
 
