@@ -98,8 +98,10 @@ def _others() -> str:
     from torch.nn.attention.varlen import varlen_attn
 
     def packed_peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = [x[0].transpose(0, 1) for x in (q, k, v)]
-        return varlen_attn(*x, cu, cu, max(SEQUENCES), max(SEQUENCES), window_size=(-1, 0)).transpose(0, 1)[None]
+        longest = max(SEQUENCES)
+        q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)
+        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        return out.transpose(0, 1)[None]
 
     peers = {"FA2": packed_peer, "KA": partial(ka_attention, backend="triton", cu_seqlens=cu)}
     rows += _rows("packed ragged", (1, 16, T, 64), sum(2 * 16 * n * n * 64 for n in SEQUENCES), peers, (q, k, v), grad)
@@ -112,7 +114,11 @@ def _windows() -> str:
     flex = torch.compile(flex_attention)
     rows = []
     for B, H, T, D, w in WINDOWS:
-        mask = create_block_mask(lambda b, h, i, j, w=w: (j <= i) & (i - j < w), None, None, T, T, device="cuda")
+
+        def in_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor, w: int = w) -> Tensor:
+            return (j <= i) & (i - j < w)
+
+        mask = create_block_mask(in_window, None, None, T, T, device="cuda")
         peers: dict[str, Callable] = {
             "Flex": partial(flex, block_mask=mask),
             "KA": partial(ka_attention, backend="triton", window=w),
@@ -196,10 +202,10 @@ def _inputs(B: int, H: int, T: int, D: int) -> list[Tensor]:
     return [*(x.requires_grad_() for x in x[:3]), x[3]]
 
 
-def _sdpa(backend: SDPBackend, **options: bool) -> Callable:
+def _sdpa(backend: SDPBackend, enable_gqa: bool = False) -> Callable:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
     return attend
 

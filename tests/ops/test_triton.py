@@ -70,6 +70,9 @@ CASES = {
 }
 
 
+NAMES = ["a", "dq", "dk", "dv", "then dgate", "dk_past", "du_past"]
+
+
 def on_device(problem: Problem):
     """The tensors and options a backend takes."""
     o = {"scale": None, "past": None, "attn_mask": None, "cu_seqlens": None} | problem.options
@@ -98,7 +101,9 @@ def differentiate(function, tensors, options, da, dtype):
 def plain(q, k, v, gate, k_past, u_past, mask, cu, **options):
     """The obvious implementation in q's own dtype: scores and softmax, then one token after the other."""
     dtype = q.dtype
-    parts = reference._parts(q, k, v, gate, k_past, u_past, mask, cu, *(options[x] for x in ("scale", "window", "softcap")))
+    parts = reference._parts(
+        q, k, v, gate, k_past, u_past, mask, cu, *(options[x] for x in ("scale", "window", "softcap"))
+    )
     past, L, d, u_past, v, g = (x.to(dtype) for x in parts)
     x = past @ u_past + d * v
     a = []
@@ -118,7 +123,7 @@ def assert_within_budget(problem: Problem):
     da = torch.randn_like(tensors[0])
     truth = differentiate(reference.dense, tensors, options, da, torch.float64)
     rough = differentiate(plain, tensors, options, da, problem.dtype)
-    for name, x, y, z in zip("a dq dk dv 1 2 3".split(), triton_pass(tensors, options, da), rough, truth, strict=False):
+    for name, x, y, z in zip(NAMES, triton_pass(tensors, options, da), rough, truth, strict=False):
         rounding = torch.finfo(problem.dtype).eps * max(z.norm(), z.numel() ** 0.5)
         error, allowed = (x - z).norm(), 2 * (y - z).norm() + rounding
         assert error <= allowed, f"{name}: {error:.1e} > {allowed:.1e}"
@@ -195,7 +200,10 @@ def test_packed_schedule_covers_every_block_in_order(lengths):
 @kernels
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
-    [((1, 1, 4, 16), torch.float64, "float16 or float32, got torch.float64"), ((1, 1, 4, 264), torch.float32, "up to 256")],
+    [
+        ((1, 1, 4, 16), torch.float64, "float16 or float32, got torch.float64"),
+        ((1, 1, 4, 264), torch.float32, "up to 256"),
+    ],
 )
 def test_what_it_cannot_do_is_refused(shape, dtype, message):
     from ka_attention import ka_attention

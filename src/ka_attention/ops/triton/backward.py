@@ -40,7 +40,7 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
              Q_ROW: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
              GUARD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
              SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """q_i, W_ijᵀ and the slope of the soft cap, for rows i … of the new tokens and positions j … of which k has the keys.
+    """q_i, W_ijᵀ and the slope of the soft cap: rows i … of the new tokens, positions j …, whose keys k holds.
 
     Rows outside the sequence weigh 0; without GUARD there must be none.
     """
@@ -77,9 +77,8 @@ def columns_kernel(
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
     blocks = tl.cdiv(n, BM)
-    if PACKED:
-        if rank >= blocks:
-            return
+    if PACKED and rank >= blocks:
+        return
     c0 = rank * BM if MODE == "past" else (blocks - 1 - rank) * BM
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
@@ -122,8 +121,8 @@ def columns_kernel(
         stop = tl.minimum(wait(flag, t // R + 1) * R, end) if MODE == "chain" else end
         for tile in range(t, stop):
             r0 = blocks * BM - (tile + 1) * BN
-            q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN,
-                                   BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW,
+                                   BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
             y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
             rows = r0 + tl.arange(0, BN)
             delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
@@ -137,8 +136,8 @@ def columns_kernel(
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, P, BM, D, BD)
     else:
         i = tl.arange(0, BM)
-        q, p, slope = _weights(k, Q, LSE, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM,
-                               D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        q, p, slope = _weights(k, Q, LSE, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
+                               BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         p = tl.where(i[:, None] <= i[None, :], p, 0.0)
         d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
         Lt = tl.where(i[:, None] < i[None, :], p, 0.0)
@@ -216,9 +215,8 @@ def dq_kernel(
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
     blocks = tl.cdiv(n, BM)
-    if PACKED:
-        if rank >= blocks:
-            return
+    if PACKED and rank >= blocks:
+        return
     r0 = (blocks - 1 - rank) * BM
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
@@ -239,7 +237,8 @@ def dq_kernel(
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
         first = tl.maximum(P + r0 - window + 1, 0) // BN * BN if WINDOW else 0
         for j in range(first, P, BN):
-            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
+            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P,
+                           window, WINDOW, HAS_MASK)  # fmt: skip
             dq = _dq_step(q, y, lse, delta, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, dq, scale,
                           softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
     first = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else 0
@@ -256,7 +255,8 @@ def dq_kernel(
     s = scores(q, k, scale, softcap, SOFTCAP, DOT)
     seen = i[:, None] >= i[None, :]
     if MASKED:
-        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
+        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window,
+                              WINDOW, HAS_MASK)  # fmt: skip
     p = tl.where(seen, tl.math.exp2(s - lse[:, None]), 0.0)
     dw = tl.dot(y, tl.trans(u), input_precision=DOT)
     dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)

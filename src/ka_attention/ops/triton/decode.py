@@ -23,8 +23,8 @@ def _score(products, scale, softcap, SOFTCAP: tl.constexpr):
 def split_kernel(
     Q, K_PAST, U_PAST, MASK, PART, TOP, TOTAL, q_strides, k_strides, u_strides, mask_strides,
     scale, softcap, H, P, SPLIT,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over SPLIT cached positions of one head: weighted sum, maximum and sum of the exponentials."""
     b = tl.cast(tl.program_id(0) // H, tl.int64)
@@ -40,7 +40,7 @@ def split_kernel(
     top = tl.full([1], -float("inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BD], tl.float32)
-    for j0 in range(first, tl.minimum(first + SPLIT, P), BN):
+    for j0 in tl.range(first, tl.minimum(first + SPLIT, P), BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         inside = (j < P)[:, None] & (d < D)[None, :]
         at = tl.cast(j, tl.int64)[:, None]

@@ -1,4 +1,4 @@
-"""The forward kernel: FlashAttention's loop over finished column blocks, then the triangular solve of the diagonal block.
+"""The forward kernel: FlashAttention's loop over finished column blocks, then the solve of the diagonal block.
 
     X   = Σ_{c<b} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
     A_b = (I − L_bb G)⁻¹ X = X + S X
@@ -24,7 +24,7 @@ from ka_attention.ops.triton.primitives import (
 
 
 @triton.jit
-def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, l, scale, softcap,
+def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, total, scale, softcap,
             BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GUARD: tl.constexpr, MASKED: tl.constexpr,
             SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One step of online softmax over columns j … j + BN of K and U."""
@@ -38,7 +38,7 @@ def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, l, scale, softcap,
     alpha = tl.math.exp2(m - shift)
     u = load_tile(U, j, u_stride, n, BN, D, BD, GUARD)
     acc = tl.dot(p.to(u.dtype), u, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, top, l * alpha + tl.sum(p, 1)
+    return acc, top, total * alpha + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
@@ -52,16 +52,15 @@ def forward_kernel(
     RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row block of one head. MODE: "chain" waits for the blocks before; "single" has only one block a sequence;
-    "corner", for windows up to BM + 1, stores X + S X without the block before and (I + S) P_b,b−1 G for `sweep_kernel`.
+    "corner", for windows up to BM + 1, leaves the block before to `sweep_kernel`: it stores (I + S) P_b,b−1 G for it.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
     r0 = rank * BM
-    if PACKED:
-        if r0 >= n:
-            return
+    if PACKED and r0 >= n:
+        return
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
     head = (b * H + h) * T + start  # first row of this sequence and head in contiguous [B, H, T, …]
@@ -75,7 +74,7 @@ def forward_kernel(
     rows = r0 + tl.arange(0, BM)
     q = load_tile(Q, r0, Q_ROW, n, BM, D, BD, RAGGED)
     m = tl.full([BM], -float("inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
 
     if HAS_PAST:
@@ -83,9 +82,10 @@ def forward_kernel(
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
         first = tl.maximum(P + r0 - window + 1, 0) // BN * BN if WINDOW else 0
         for j in range(first, P, BN):
-            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-            acc, m, l = _absorb(q, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, acc, m, l, scale,
-                                softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
+            seen = visible((P + rows)[:, None], (j + tl.arange(0, BN))[None, :], P + n, P, MASK, mask_strides, P,
+                           window, WINDOW, HAS_MASK)  # fmt: skip
+            acc, m, total = _absorb(q, K_PAST, U_PAST, j, P, k_past_strides[2], u_past_strides[2], seen, acc, m, total,
+                                    scale, softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
     if MODE == "chain":
         j = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else r0 * 0
         while j < r0 - BM:
@@ -95,7 +95,7 @@ def forward_kernel(
                 if MASKED:
                     seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
                                    mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-                acc, m, l = _absorb(q, K, U, c, n, K_ROW, D, seen, acc, m, l, scale, softcap, BN, D, BD, False,
+                acc, m, total = _absorb(q, K, U, c, n, K_ROW, D, seen, acc, m, total, scale, softcap, BN, D, BD, False,
                                     MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
@@ -110,21 +110,21 @@ def forward_kernel(
         s = tl.where(seen, s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     last = tl.zeros([BM, BM], tl.float32)
-    if MODE != "single":
-        if r0 > 0:
-            k = load_tile(K, r0 - BM, K_ROW, n, BM, D, BD, False)
-            last = scores(q, k, scale, softcap, SOFTCAP, DOT)
-            if MASKED:
-                seen = visible((P + rows)[:, None], (P + rows)[None, :] - BM, P + n, P + n, MASK, mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-                last = tl.where(seen, last, -float("inf"))
-            top = tl.maximum(top, tl.max(last, 1))
-            last = tl.math.exp2(last - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    if MODE != "single" and r0 > 0:
+        k = load_tile(K, r0 - BM, K_ROW, n, BM, D, BD, False)
+        last = scores(q, k, scale, softcap, SOFTCAP, DOT)
+        if MASKED:
+            seen = visible((P + rows)[:, None], (P + rows)[None, :] - BM, P + n, P + n, MASK, mask_strides, P,
+                           window, WINDOW, HAS_MASK)  # fmt: skip
+            last = tl.where(seen, last, -float("inf"))
+        top = tl.maximum(top, tl.max(last, 1))
+        last = tl.math.exp2(last - tl.where(top == -float("inf"), 0.0, top)[:, None])
     shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
     p = tl.math.exp2(s - shift[:, None])
     alpha = tl.math.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1) + tl.sum(last, 1)
-    r = tl.where(l == 0.0, 0.0, 1.0 / l)
-    tl.store(LSE + head + rows, (shift + tl.math.log2(l)) * LN2, mask=rows < n)
+    total = total * alpha + tl.sum(p, 1) + tl.sum(last, 1)
+    r = tl.where(total == 0.0, 0.0, 1.0 / total)
+    tl.store(LSE + head + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < n)
 
     v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
     p = p * r[:, None]
@@ -139,20 +139,18 @@ def forward_kernel(
         L = L * g[None, :]
     S = inverse(L, BM, PRECISION).to(v.dtype)
 
-    if MODE == "chain":
-        if r0 > 0:
-            wait(flag, rank)
-            u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
-            x = tl.dot(last, u, x, input_precision=DOT)
-    if MODE == "corner":
-        if r0 > 0:
-            if HAS_GATE:
-                g_last = tl.load(GATE + tl.cast(rows - BM, tl.int64) * gate_strides[2])
-                v_last = load_tile(V, r0 - BM, V_ROW, n, BM, D, BD, False)
-                x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
-                last = (last * g_last[None, :]).to(v.dtype)
-            corner = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
-            store_tile(CORNER + head * BM, corner, r0, n, BM, BM, BM)
+    if MODE == "chain" and r0 > 0:
+        wait(flag, rank)
+        u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
+        x = tl.dot(last, u, x, input_precision=DOT)
+    if MODE == "corner" and r0 > 0:
+        if HAS_GATE:
+            g_last = tl.load(GATE + tl.cast(rows - BM, tl.int64) * gate_strides[2])
+            v_last = load_tile(V, r0 - BM, V_ROW, n, BM, D, BD, False)
+            x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
+            last = (last * g_last[None, :]).to(v.dtype)
+        corner = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
+        store_tile(CORNER + head * BM, corner, r0, n, BM, BM, BM)
     a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     store_tile(A, a, r0, n, BM, D, BD)
     if HAS_GATE and MODE == "chain":

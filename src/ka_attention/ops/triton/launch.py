@@ -22,9 +22,9 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
     call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
     a = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if call.T == 1 and call.P > 0 and window != 1:
+    if call.k_past is not None and call.u_past is not None and call.T == 1 and window != 1:
         with torch.cuda.device_of(q):
-            call.decode(a, lse, mask)
+            call.decode(call.k_past, call.u_past, a, lse, mask)
         return a, lse
     tiles = choose(q).forward
     mode = call.mode(tiles)
@@ -35,10 +35,11 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
             corner, call.flags(mode),
             *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
+            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
+            MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
             WINDOW=window is not None, **call.constants, **tiles.options,
         )  # fmt: skip
-        if mode == "corner":
+        if corner is not None:
             call.sweep(a, corner, tiles, reverse=False)
     return a, lse
 
@@ -62,7 +63,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
             dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, K_ROW=k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
+            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=k.stride(2), V_ROW=call.v.stride(2),
+            MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
             **tiles.options,
         )  # fmt: skip
 
@@ -88,7 +90,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
             dq,
             *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), RAGGED=call.ragged(tiles), HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
+            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
+            HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
             **tiles.options,
         )  # fmt: skip
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
@@ -99,7 +102,9 @@ class _Call:
 
     def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
         _check(q)
-        self.q, self.k, self.v, self.k_past, self.u_past = map(_unit_stride, (q, k, v, k_past, u_past))
+        self.q, self.k, self.v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+        self.k_past = None if k_past is None else _unit_stride(k_past)
+        self.u_past = None if u_past is None else _unit_stride(u_past)
         self.cu_seqlens, self.window = cu_seqlens, window
         B, self.H, self.T, D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
@@ -149,9 +154,11 @@ class _Call:
         return self.q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
 
     def corner(self, tiles: Tiles) -> Tensor:
+        """Room for what joins each row block to its neighbour, BM numbers a row."""
         return self.q.new_empty(*self.q.shape[:3], tiles.BM)
 
     def sweep(self, x: Tensor, corner: Tensor, tiles: Tiles, reverse: bool) -> None:
+        """The sequential part of a short window, over slices of the head dimension side by side."""
         D = self.q.shape[-1]
         width = min(32, padded(D))
         precision = self.constants["PRECISION"]
@@ -160,14 +167,14 @@ class _Call:
             PACKED=self.cu_seqlens is not None, REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
         )  # fmt: skip
 
-    def decode(self, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:
-        """One new token: parts of the cache side by side, then their sum. The gate of the token itself has no effect."""
-        k, u, P, heads = self.k_past, self.u_past, self.P, self.sequences * self.H
-        if self.window is not None and P >= self.window:
+    def decode(self, k: Tensor, u: Tensor, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:
+        """One new token: parts of the cache (k, u) side by side, then their sum. The token's own gate has no effect."""
+        P, heads = self.P, self.sequences * self.H
+        if self.window is not None and self.window <= P:
             unseen = P - self.window + 1
             k, u, P = k[:, :, unseen:], u[:, :, unseen:], P - unseen
             mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., unseen:]
-        D, BD, BN = self.q.shape[-1], self.constants["BD"], DECODE_STEP
+        BD, BN = self.constants["BD"], DECODE_STEP
         steps = triton.cdiv(P, BN)
         parts = min(steps, MAX_PARTS, max(1, DECODE_PROGRAMS // heads))
         split = triton.cdiv(steps, parts) * BN
@@ -178,7 +185,7 @@ class _Call:
         constants = {name: self.constants[name] for name in ("GROUP", "D", "BD", "HAS_MASK", "SOFTCAP")}
         split_kernel[heads, parts](
             self.q, k, u, mask, part, top, total, *map(_strides, (self.q, k, u, mask)),
-            scale, softcap, self.H, P, split, BN=BN, **constants,
+            scale, softcap, self.H, P, split, BN=BN, STAGES=3 if split > 2 * BN else 1, **constants,
         )  # fmt: skip
         join_kernel[(heads,)](
             self.q, self.k, self.v, mask, part, top, total, a, lse,
@@ -196,8 +203,8 @@ def _check(q: Tensor) -> None:
         raise RuntimeError(f"backend 'triton' takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}")
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:

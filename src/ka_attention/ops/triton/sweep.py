@@ -40,7 +40,8 @@ def sweep_kernel(
     inside = d0 + d < D
     b = blocks - 1 if REVERSE else 0
     state = tl.load(X + tl.cast(b * BM, tl.int64) * D + tile, mask=(b * BM + r[:, None] < n) & inside, other=0.0)
-    for step in range(1, blocks):
+    # Loads run stages ahead of the recurrence: no step loads what another stores.
+    for step in tl.range(1, blocks, num_stages=4):
         b = blocks - 1 - step if REVERSE else step
         rows = b * BM + r[:, None]
         at = X + tl.cast(b * BM, tl.int64) * D + tile
@@ -63,9 +64,8 @@ def corner_kernel(
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
     r0 = rank * BM
-    if PACKED:
-        if r0 >= n:
-            return
+    if PACKED and r0 >= n:
+        return
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW

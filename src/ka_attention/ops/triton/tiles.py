@@ -68,4 +68,4 @@ def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
