@@ -151,9 +151,12 @@ def test_a_record_without_text_is_refused_with_the_columns(tmp_path):
 
 def test_sequences_are_the_cut_stream_of_documents_with_ends_between():
     tokenizer = tokenizers.train(DOCUMENTS, 300)
-    found = data.sequences("train", DOCUMENTS, tokenizer, 16, 20)
     stream = [token for text in DOCUMENTS for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    assert found.tolist() == torch.tensor(stream[: 16 * 20]).view(20, 16).tolist()
+    held = len(stream) // 16
+    whole = data.sequences("train", DOCUMENTS, tokenizer, 16, held)
+    assert whole.flatten().tolist() == stream[: 16 * held]
+    few = data.sequences("train", DOCUMENTS, tokenizer, 16, 4)
+    assert few.tolist() == whole[[0, held // 4, held // 2, held * 3 // 4]].tolist(), "spread over all documents"
     with pytest.raises(UserError, match=r"--data: the train split holds (\d+) .*--set train_samples=\1"):
         data.sequences("train", DOCUMENTS, tokenizer, 16, 100_000)
 

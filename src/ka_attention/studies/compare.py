@@ -59,8 +59,9 @@ class Trained:
 
     @property
     def sample(self) -> Tensor:
-        """Validation sequences for evaluations that ask many times, spread over all of them."""
-        return self.text.validation[:: len(self.text.validation) // self.recipe.cache_samples]
+        """The ``cache_samples`` validation sequences of evaluations that ask many times, spread over all of them."""
+        count, held = self.recipe.cache_samples, len(self.text.validation)
+        return self.text.validation[torch.arange(count) * held // count]
 
 
 class Evaluation(NamedTuple):
@@ -72,7 +73,7 @@ class Evaluation(NamedTuple):
 
 
 def _caches(of: Trained) -> dict[str, Json]:
-    return caches.evaluate(of.model, of.text.validation[: of.recipe.cache_samples], batch_size=BATCH)
+    return caches.evaluate(of.model, of.sample, batch_size=BATCH)
 
 
 def _perplexity(of: Trained) -> dict[str, Json]:

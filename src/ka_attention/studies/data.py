@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 VALIDATION_SHARE = 0.1
 FEW_DOCUMENTS = 20
+SPREAD = 8
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $(?=\n \n)", re.MULTILINE)
 TRAIN_NAME = re.compile(r"^train", re.IGNORECASE)
@@ -92,21 +93,25 @@ def prepare(settings: TextSettings, vocab_size: int) -> Text:
 
 
 def sequences(split: str, documents: Sequence[str], tokenizer: Any, length: int, count: int) -> Tensor:
-    """The first ``count`` sequences ``[count, length]`` of the documents' token stream.
+    """``count`` sequences ``[count, length]``, evenly spread over the documents' token stream.
 
     Each document is followed by the end-of-text token; the stream is cut every ``length`` tokens, so that a sequence
-    may begin within a document and reach into the next. Documents come shuffled, so the first are a fair sample.
+    may begin within a document and reach into the next. Documents are read until they hold ``SPREAD`` times what is
+    asked for: a few long ones would be a poor sample, and all of a large corpus takes long to tokenise.
     """
     stream: list[int] = []
     for start in range(0, len(documents), 64):
         for ids in tokenizer(list(documents[start : start + 64]), add_special_tokens=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
-        if len(stream) >= count * length:
-            return torch.tensor(stream[: count * length]).view(count, length)
-    raise UserError(
-        f"--data: the {split} split holds {len(stream) // length} sequences of {length} tokens, the recipe takes "
-        f"{count}; give more text or --set {split}_samples={max(1, len(stream) // length)}"
-    )
+        if len(stream) >= SPREAD * count * length:
+            break
+    held = len(stream) // length
+    if held < count:
+        raise UserError(
+            f"--data: the {split} split holds {held} sequences of {length} tokens, the recipe takes "
+            f"{count}; give more text or --set {split}_samples={max(1, held)}"
+        )
+    return torch.tensor(stream[: held * length]).view(held, length)[torch.arange(count) * held // count]
 
 
 def corpus(source: str) -> Corpus:
