@@ -1,0 +1,104 @@
+"""The Triton kernels where only a GPU shows the fault: many combinations, other work on the device, graphs, length."""
+
+import random
+
+import pytest
+import torch
+
+from ka_attention.ops import blocked
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+OPTIONS = {"scale": 0.125, "window": None, "softcap": None}
+
+
+def random_call(seed: int):
+    """The tensors and options of a backend, on the GPU, in head-first or in a model's layout."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = r.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
+    B, Hkv, group, D = r.choice([1, 2, 3]), r.choice([1, 2]), r.choice([1, 1, 4]), r.choice([32, 64, 80, 96, 128, 256])
+    T, P = r.choice([1, 2, 7, 63, 64, 65, 127, 128, 129, 300, 1000]), r.choice([0, 0, 1, 33, 200])
+    mask, cu, H = r.choice([None, None, "padding", "full"]), None, Hkv * group
+    if r.random() < 0.25:
+        lengths = [r.choice([1, 64, 200])] + [r.choice([0, 1, 5, 64, 65, 200, 513]) for _ in range(r.randint(0, 6))]
+        B, P, mask, T = 1, 0, None, sum(lengths)
+        cu = torch.tensor((0, *lengths)).cumsum(0).int().cuda()
+
+    def tensor(heads: int, length: int) -> torch.Tensor:
+        if r.random() < 0.5:
+            return torch.randn(B, length, heads, D, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(B, heads, length, D, device="cuda", dtype=dtype)
+
+    q, k, v = tensor(H, T), tensor(Hkv, T), tensor(Hkv, T)
+    k_past, u_past = (tensor(Hkv, P), tensor(H, P)) if P else (None, None)
+    gate = r.choice([None, None, torch.rand(1, H, 1).expand(B, H, T).cuda(), torch.rand(B, H, T).cuda()])
+    if mask == "padding":
+        mask = (torch.arange(P + T) >= torch.arange(B)[:, None] * (P + T) // (2 * B))[:, None, None].cuda()
+    elif mask == "full":
+        mask = (torch.rand(B, 1, T, P + T) < 0.7).cuda()
+    window, softcap = r.choice([None, None, 1, 2, 16, 64, 65, 66, 200]), r.choice([None, None, 3.0])
+    return (q, k, v, gate, k_past, u_past, mask, cu), {"scale": D**-0.5, "window": window, "softcap": softcap}
+
+
+def run(backend, tensors, options, da):
+    a, lse = backend.forward(*tensors, **options)
+    return [a, *(grad for grad in backend.backward(da, *tensors, a, lse, **options) if grad is not None)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls_agree_with_blocked_and_repeat_bit_by_bit(seed):
+    from ka_attention.ops import triton
+
+    tensors, options = random_call(seed)
+    da = torch.randn_like(tensors[0])
+    ours, again = run(triton, tensors, options, da), run(triton, tensors, options, da)
+    exact = [None if x is None else x.double() for x in tensors[:6]]
+    for x, y, z in zip(ours, again, run(blocked, (*exact, *tensors[6:]), options, da.double()), strict=True):
+        assert torch.equal(x, y)
+        assert (x - z).norm() <= TOLERANCE[da.dtype] * max(z.norm(), 1e-3 * z.numel() ** 0.5)
+
+
+def plain_call(T: int, H: int = 4):
+    q, k, v, da = (torch.randn(1, H, T, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    return (q, k, v, *[None] * 5), da
+
+
+def test_another_kernel_on_the_device_changes_nothing():
+    from ka_attention.ops import triton
+
+    tensors, da = plain_call(4096, H=8)
+    alone = run(triton, tensors, OPTIONS, da)
+    x, side = torch.randn(8192, 8192, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            x @ x
+    beside = run(triton, tensors, OPTIONS, da)
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(alone, beside, strict=True))
+
+
+def test_a_captured_graph_replays_on_new_inputs():
+    from ka_attention.ops import triton
+
+    tensors, da = plain_call(300)
+    run(triton, tensors, OPTIONS, da)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(triton, tensors, OPTIONS, da)
+    tensors[0].normal_()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, run(triton, tensors, OPTIONS, da), strict=True))
+
+
+def test_a_million_tokens():
+    from ka_attention.ops import triton
+
+    tensors, _ = plain_call(1_000_000, H=1)
+    a, lse = triton.forward(*tensors, **OPTIONS | {"window": 512})
+    part = [x[:, :, :2048] if x is not None else None for x in tensors]
+    head, _ = triton.forward(*part, **OPTIONS | {"window": 512})
+    assert torch.equal(a[:, :, :2048], head)
+    assert torch.isfinite(a).all()
+    assert torch.isfinite(lse).all()
