@@ -26,9 +26,9 @@ def corpus(tmp_path_factory):
     return path
 
 
-def run(recipe, out, seeds=1):
+def run(recipe, out, seeds=1, work=COMPARISON.run):
     store = open_store(COMPARISON, recipe, out)
-    publish(COMPARISON, recipe, store, seeds, COMPARISON.run(recipe, store, seeds))
+    publish(COMPARISON, recipe, store, seeds, work(recipe, store, seeds))
     return read(out, "results.json")
 
 
@@ -123,12 +123,12 @@ def test_a_run_without_evaluations_still_reports(corpus, tmp_path):
 
 def test_a_killed_process_is_continued_to_the_numbers_of_an_unbroken_run(corpus, tmp_path):
     recipe = tiny.recipe(data=str(corpus), epochs=4, patience=4, train_samples=128)
-    unbroken = run(recipe, tmp_path / "unbroken")
+    unbroken = run(recipe, tmp_path / "unbroken", work=COMPARISON.train)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import tiny, pathlib, test_compare\n"
         "recipe = tiny.recipe(data=sys.argv[2], epochs=4, patience=4, train_samples=128)\n"
-        "test_compare.run(recipe, pathlib.Path(sys.argv[3]))\n"
+        "test_compare.run(recipe, pathlib.Path(sys.argv[3]), work=test_compare.COMPARISON.train)\n"
     )
     out = tmp_path / "killed"
     here = os.path.dirname(__file__)
@@ -148,6 +148,6 @@ def test_a_killed_process_is_continued_to_the_numbers_of_an_unbroken_run(corpus,
     assert not (out / "results.json").exists()
     first = out / "parts" / "training" / "seed0" / "softmax.json"
     finished_at = first.stat().st_mtime_ns
-    continued = run(recipe, out)
+    continued = run(recipe, out, work=COMPARISON.train)
     assert first.stat().st_mtime_ns == finished_at
     assert numbers(continued) == numbers(unbroken)
