@@ -1,4 +1,4 @@
-"""The one error type for mistakes of a user of the command: the command line prints its single line and exits with 2."""
+"""The error type for mistakes of a user of the command: it prints the single line and exits with 2."""
 
 
 class UserError(ValueError):
