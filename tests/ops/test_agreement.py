@@ -53,6 +53,13 @@ def test_options_combine(shape, rows, scores):
         assert_agree(Problem(**shape))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": "token", "P": 150}, {"window": 200}, {"mask": "left", "softcap": 2.0}]
+)
+def test_long_sequences_with_the_block_sizes_in_use(options):
+    assert_agree(Problem(B=1, Hq=2, T=600, **options))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradcheck(name):
     problem = Problem(**{"T": 5, "D": 2, "B": 1, "Hq": 2, "Hkv": 1} | OPTIONS[name] | {"Hkv": 1})

@@ -1,24 +1,26 @@
-"""Blocked forward substitution and its adjoint in plain PyTorch: any device, O(T · block) memory.
+"""Recursive forward substitution and its adjoint in plain PyTorch: any device, O(T · block) memory.
 
-For a block b of rows, c being the columns before it (docs/maths.md):
+To solve for some rows: solve for their first half, let the second half attend to it, solve for the second half. So W
+falls apart into rectangles, which are ordinary attention with the values U, and the rows of what is left, each a strip
+that ends in a triangle on the diagonal:
 
-    forward     X = W_c U_c + (L_b (I − G) + diag(d)) V_b          (I − L_b G) A_b = X
-    backward    Y_b = dA_b + G (dU_b + L_bᵀ Y_b)                    dU_c += W_cᵀ Y_b       dS = W ∘ (Y Uᵀ − Y·A)
+    forward     X_b += W_bc U_c                     A_b = (I − L G)⁻¹ (X_b + (L (I − G) + diag(d)) V_b)
+    backward    Y_b = (I − G Lᵀ)⁻¹ (dA_b + G dU_b)  dU_c += W_bcᵀ Y_b        dS = W ∘ (Y Uᵀ − Y·A)
 
-A block holds its rows of W whole, so the softmax is one call, in either direction, and nothing is rescaled later.
+What a row has gathered is kept normalised beside its log-sum-exp, as FlashAttention does between blocks. On a CPU
+rectangles without mask, window and soft cap are calls of PyTorch's fused attention, forward and backward.
 """
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 128  # rows of a block, the size of its triangular system; half of it where there are few tokens
+ROWS = 128  # rows of a strip, the size of its triangle; half of it where there are few tokens
 LEAF = 16  # rows of the systems inverted on its diagonal
-SCORES = 1 << 20  # scores held at once, few enough for a processor's cache
+SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
@@ -31,21 +33,44 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
         return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
     P, v, g = blocks.P, blocks.flat(v), None if gate is None else gate.flatten(0, 1)[..., None]
-    u = torch.empty_like(blocks.k)
+    u = torch.zeros_like(blocks.k)
     if u_past is not None:
         u[:, :P] = u_past.flatten(0, 1)
-    a = u[:, P:] if g is None else torch.empty_like(v)
-    lse = v.new_empty(v.shape[:2])
-    for n, b, c, w, d, lse_b, _ in blocks.in_order():
-        L, v_b = w[:, :, c.stop - c.start :], v[n, b]
-        x = torch.bmm(w[:, :, : c.stop - c.start], u[n, c]).addcmul_(d, v_b)
-        if g is None:
-            a[n, b] = _solve(L, x)
-        else:
-            x.baddbmm_(L, v_b - g[n, b] * v_b)
-            a[n, b] = a_b = _solve(L * g[n, b].mT, x)
-            torch.add(v_b, g[n, b] * (a_b - v_b), out=u[n, c.stop : P + b.stop])
-        lse[n, b] = lse_b
+    a = u[:, P:] if g is None else torch.zeros_like(v)
+    lse = torch.full_like(v[..., 0], blocks.nothing)
+    for b, c in blocks.order():
+        if c.stop <= P + b.start:
+            for n, r, x, lse_x in blocks.attend(b, c, u):
+                both = torch.logaddexp(lse[n, r], lse_x)
+                a[n, r] *= (lse[n, r] - both).exp_()[..., None]
+                a[n, r] += x.mul_((lse_x - both).exp_()[..., None])
+                lse[n, r] = both
+            continue
+        before = slice(c.start, P + b.start)
+        for n in blocks.heads(b, c):
+            s, hidden, _ = blocks.scores(n, b, c)
+            top = torch.maximum(s.amax(-1), lse[n, b])
+            w = s.sub_(top[..., None]).exp_()
+            gathered = (lse[n, b] - top).exp_()
+            total = w.sum(-1).add_(gathered)
+            w *= total.reciprocal()[..., None]
+            x = a[n, b] * (gathered / total)[..., None]
+            lse[n, b] = top.add_(total.log_())
+            if hidden is not None:
+                w.masked_fill_(hidden, 0)
+                idle = lse[n, b] <= blocks.nothing / 2
+                x.masked_fill_(idle[..., None], 0)
+                lse[n, b] = lse[n, b].masked_fill(idle, -torch.inf)
+            v_b, L = v[n, b], w[:, :, before.stop - c.start :]
+            x.addcmul_(_take_diagonal(L), v_b)
+            if before.start < before.stop:
+                x.baddbmm_(w[:, :, : before.stop - c.start], u[n, before])
+            if g is not None:
+                x.baddbmm_(L, v_b - g[n, b] * v_b)
+                L = L * g[n, b].mT
+            a[n, b] = a_b = _solve(L, x)
+            if g is not None:
+                torch.add(v_b, g[n, b] * (a_b - v_b), out=u[n, before.stop : c.stop])
     return a.reshape(q.shape).to(q.dtype), lse.view(q.shape[:3])
 
 
@@ -59,64 +84,69 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
         ]  # fmt: skip
         return tuple(None if part[0] is None else torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
-    P, da, a, v_ = blocks.P, blocks.flat(da), blocks.flat(a), blocks.flat(v)
+    P, da, a, values = blocks.P, blocks.flat(da), blocks.flat(a), blocks.flat(v)
+    lse = lse.flatten(0, 1)
+    if mask is not None:
+        lse = lse.masked_fill(lse == -torch.inf, 0)  # rows that attend nothing: exp(score − lse) is 0 then
     g = None if gate is None else gate.flatten(0, 1)[..., None]
-    u = a if g is None else v_ + g * (a - v_)
+    u = a if g is None else values + g * (a - values)
     if u_past is not None:
         u = torch.cat([blocks.flat(u_past), u], dim=1)
-    dq, dk, du = torch.empty_like(v_), torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
-    dgate = v_.new_empty(v_.shape[:2])
-    for n, b, c, w, d, _, slope in blocks.in_order(backwards=True):
-        seen = slice(c.start, P + b.stop)
-        v_b, a_b, du_b, L = v_[n, b], a[n, b], du[n, c.stop : seen.stop], w[:, :, c.stop - c.start :]
-        if g is None:
-            y = _solve(L.mT, da[n, b] + du_b, upper=True)
-        else:
-            y = _solve(g[n, b] * L.mT, da[n, b] + g[n, b] * du_b, upper=True)
-        du[n, seen] += w.mT @ y
-        delta = (y * a_b).sum(-1, keepdim=True)
-        ds = torch.bmm(y, u[n, seen].mT, out=blocks.buffer(1, w.shape)).sub_(delta).mul_(w)
-        ds_ii = d * ((y * v_b).sum(-1, keepdim=True) - delta)
-        ds[:, :, c.stop - c.start :].diagonal(dim1=1, dim2=2).copy_(ds_ii[..., 0])
-        if slope is not None:
-            ds *= slope
-        torch.mul(ds @ blocks.k[n, seen], scale, out=dq[n, b])
-        dk[n, seen].add_(ds.mT @ blocks.q[n, b], alpha=scale)
-        # Nobody reads this block's dU again: its place becomes dV.
-        if g is None:
-            torch.mul(d, y, out=du_b)
-        else:
-            dgate[n, b] = (du_b * (a_b - v_b)).sum(-1)
-            du_b.mul_(1 - g[n, b]).addcmul_(d, y)
+    y, dq = torch.empty_like(a), torch.empty_like(a)
+    dk, du = torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
+    delta, dgate = torch.empty_like(lse), torch.empty_like(lse)
+    for b, c in reversed(list(blocks.order())):
+        if c.stop <= P + b.start:
+            blocks.attend_backward(b, c, y, u, a, lse, delta, dq, dk, du)
+            continue
+        before, own = slice(c.start, P + b.start), slice(P + b.start, c.stop)
+        for n in blocks.heads(b, c):
+            s, hidden, slope = blocks.scores(n, b, c)
+            w = s.sub_(lse[n, b, None]).exp_()
+            if hidden is not None:
+                w.masked_fill_(hidden, 0)
+            L = w[:, :, own.start - c.start :]
+            v_b, a_b, du_b, d = values[n, b], a[n, b], du[n, own], _take_diagonal(L)
+            # Nobody reads this block's dU again: its place becomes dV.
+            if g is None:
+                y[n, b] = y_b = _solve(L.mT, da[n, b] + du_b, upper=True)
+                torch.mul(d, y_b, out=du_b)
+            else:
+                g_b = g[n, b]
+                y[n, b] = y_b = _solve(g_b * L.mT, da[n, b] + g_b * du_b, upper=True)
+                du_b += L.mT @ y_b
+                dgate[n, b] = (du_b * (a_b - v_b)).sum(-1)
+                du_b.mul_(1 - g_b).addcmul_(d, y_b)
+            if before.start < before.stop:
+                du[n, before] += w[:, :, : before.stop - c.start].mT @ y_b
+            delta_b = (y_b * a_b).sum(-1, keepdim=True)
+            delta[n, b] = delta_b[..., 0]
+            ds = torch.bmm(y_b, u[n, c].mT, out=blocks.buffer(1, w.shape)).sub_(delta_b).mul_(w)
+            ds_ii = d * ((y_b * v_b).sum(-1, keepdim=True) - delta_b)
+            ds[:, :, own.start - c.start :].diagonal(dim1=1, dim2=2).copy_(ds_ii[..., 0])
+            if slope is not None:
+                ds *= slope
+            torch.mul(ds @ blocks.k[n, c], scale, out=dq[n, b])
+            dk[n, c].add_(ds.mT @ blocks.q[n, b], alpha=scale)
     past = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
     present = None if gate is None else dgate.view(gate.shape)
     return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), present, *past
 
 
-class _Block(NamedTuple):
-    n: slice  # heads, of all B · Hq
-    b: slice  # rows, of T
-    c: slice  # columns before the rows, of P + T
-    w: Tensor  # [n, rows, c and rows] W with its diagonal set to zero
-    d: Tensor  # [n, rows, 1] the diagonal
-    lse: Tensor  # [n, rows]
-    slope: Tensor | None  # [n, rows, c and rows] derivative of the soft cap
-
-
 class _Blocks:
-    """The blocks of W. Heads are flattened: [B · Hq, T, D]."""
+    """Rectangles and strips of W and what they do. Heads are flattened: [B · Hq, T, D]."""
 
     def __init__(self, q, k, k_past, mask, scale, window, softcap):
         self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.nothing = torch.finfo(self.dtype).min  # score of what may not be attended: finite, so that nothing is NaN
         self.B, self.H, self.T, _ = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.q, self.scale = self.flat(q), scale
         self.k = self.flat(k if k_past is None else torch.cat([k_past, k], dim=2))
         self.mask, self.window, self.softcap = mask, window, softcap
+        self.fused = q.device.type == "cpu" and mask is None and window is None and softcap is None
         self.rows = min(self.T, ROWS if self.T > 2 * ROWS else ROWS // 2)
-        size = self.rows * min(self.P + self.T, self.P + self.T if window is None else self.rows + window - 1)
-        self.heads = max(1, min(len(self.q), SCORES // size))
-        self.buffers = q.new_empty(2, self.heads * size, dtype=self.dtype)
+        self.buffers: dict[int, Tensor] = {}
         self.ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=self.dtype, device=q.device).triu(1)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -125,20 +155,56 @@ class _Blocks:
         return x[:, :, None].expand(-1, -1, self.H // x.shape[1], -1, -1).reshape(self.B * self.H, *x.shape[2:])
 
     def buffer(self, which: int, shape: torch.Size) -> Tensor:
-        return self.buffers[which, : shape.numel()].view(shape)
+        size = shape.numel()
+        if which not in self.buffers or self.buffers[which].numel() < size:
+            self.buffers[which] = self.q.new_empty(size)
+        return self.buffers[which][:size].view(shape)
 
-    def in_order(self, backwards: bool = False) -> Iterator[_Block]:
-        starts = range(0, self.T, self.rows)
-        for n in range(0, len(self.q), self.heads):
-            for start in reversed(starts) if backwards else starts:
-                yield self._block(n, start)
+    def order(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of the rectangles and strips in the order of the forward pass; a strip ends at its rows."""
+        if self.P:
+            yield from self._rectangle(0, self.T, 0, self.P)
+        yield from self._order(0, self.T)
 
-    def _block(self, n0: int, r0: int) -> _Block:
-        n, b = slice(n0, min(n0 + self.heads, len(self.q))), slice(r0, min(r0 + self.rows, self.T))
-        first = self.P + r0
-        c = slice(0 if self.window is None else max(0, first - self.window + 1), first)
-        seen = slice(c.start, self.P + b.stop)
-        q, k = self.q[n, b], self.k[n, seen]
+    def _order(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        if stop - start <= 2 * self.rows:
+            for r in range(start, stop, self.rows):
+                first = start if self.window is None else max(start, r - self.window + 1)
+                end = min(r + self.rows, stop)
+                yield slice(r, end), slice(self.P + first, self.P + end)
+            return
+        half = self.rows
+        while 2 * half < stop - start:
+            half *= 2
+        yield from self._order(start, start + half)
+        yield from self._rectangle(start + half, stop, self.P + start, self.P + start + half)
+        yield from self._order(start + half, stop)
+
+    def _rectangle(self, start: int, stop: int, first: int, last: int) -> Iterator[tuple[slice, slice]]:
+        """Rows start … stop and columns first … last, or the corner of them that the window leaves, if any."""
+        if self.window is not None:
+            first = max(first, self.P + start - self.window + 1)
+            stop = min(stop, last - self.P + self.window - 1)
+        if start < stop and first < last:
+            yield slice(start, stop), slice(first, last)
+
+    def heads(self, b: slice, c: slice) -> Iterator[slice]:
+        """Heads whose scores of rows b against columns c are held at once."""
+        step = max(1, SCORES // ((b.stop - b.start) * (c.stop - c.start)))
+        for start in range(0, len(self.q), step):
+            yield slice(start, min(start + step, len(self.q)))
+
+    def chunks(self, b: slice, c: slice) -> Iterator[tuple[slice, slice]]:
+        """Heads and rows whose scores against columns c are held at once."""
+        step = max(1, SCORES // (c.stop - c.start))
+        for start in range(b.start, b.stop, step):
+            r = slice(start, min(start + step, b.stop))
+            for n in self.heads(r, c):
+                yield n, r
+
+    def scores(self, n: slice, b: slice, c: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scores of rows b against columns c, which entries mask and window hide, and the slope of the soft cap."""
+        q, k = self.q[n, b], self.k[n, c]
         s = self.buffer(0, torch.Size((len(q), q.shape[1], k.shape[1])))
         torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale, out=s)
         slope = None
@@ -146,36 +212,71 @@ class _Blocks:
             s.div_(self.softcap).tanh_()
             slope = 1 - s * s
             s *= self.softcap
-        s[:, :, first - c.start :] += self.ahead[: q.shape[1], : q.shape[1]]
-        shown = self._shown(n, b, seen)
-        if shown is not None:
-            s.masked_fill_(~shown, torch.finfo(s.dtype).min)
-        top = s.amax(-1)
-        w = torch.softmax(s, -1, out=s)
-        lse = top - w.amax(-1).log()
-        if shown is not None:
-            idle = top == torch.finfo(s.dtype).min
-            w.masked_fill_(idle[..., None], 0)
-            lse.masked_fill_(idle, -torch.inf)
-        diagonal = w[:, :, first - c.start :].diagonal(dim1=1, dim2=2)
-        d = diagonal.clone()[..., None]
-        diagonal.zero_()
-        return _Block(n, b, c, w, d, lse, slope)
+        hidden = self._hidden(n, b, c)
+        if hidden is not None:
+            s.masked_fill_(hidden, self.nothing)
+        if c.stop > self.P + b.start:
+            s[:, :, self.P + b.start - c.start :] += self.ahead[: q.shape[1], : q.shape[1]]
+        return s, hidden, slope
 
-    def _shown(self, n: slice, b: slice, seen: slice) -> Tensor | None:
-        """What the window and the mask leave of a block: bool [n or 1, rows or 1, columns], or None for all of it."""
-        shown = None
-        if self.window is not None and self.window < self.P + b.stop:
-            device = self.q.device
-            i = torch.arange(self.P + b.start, self.P + b.stop, device=device)
-            shown = (torch.arange(seen.start, seen.stop, device=device) > i[:, None] - self.window)[None]
+    def _hidden(self, n: slice, b: slice, c: slice) -> Tensor | None:
+        """What the window and the mask hide: bool [n or 1, rows or 1, columns], or None if nothing."""
+        hidden = None
+        if self.window is not None and c.start <= self.P + b.stop - 1 - self.window:
+            i = torch.arange(self.P + b.start, self.P + b.stop, device=self.q.device)
+            hidden = (torch.arange(c.start, c.stop, device=i.device) <= i[:, None] - self.window)[None]
         if self.mask is not None:
             mask = self.mask if self.mask.shape[2] == 1 else self.mask[:, :, b]
-            mask = mask if self.mask.shape[3] == 1 else mask[..., seen]
+            mask = mask if self.mask.shape[3] == 1 else mask[..., c]
             head = torch.arange(n.start, n.stop, device=mask.device)
-            mask = mask.expand(self.B, self.H, -1, -1)[head // self.H, head % self.H]
-            shown = mask if shown is None else shown & mask
-        return shown
+            masked = ~mask.expand(self.B, self.H, -1, -1)[head // self.H, head % self.H]
+            hidden = masked if hidden is None else hidden | masked
+        return hidden
+
+    def attend(self, b: slice, c: slice, u: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Softmax attention of rows b to columns c with values u: heads, rows, outputs and their log-sum-exp."""
+        if self.fused:
+            q, k, u = self.q[None, :, b], self.k[None, :, c], u[None, :, c]
+            x, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, u, scale=self.scale)
+            yield slice(0, len(self.q)), b, x[0], lse[0]
+            return
+        for n, r in self.chunks(b, c):
+            s, _, _ = self.scores(n, r, c)
+            top = s.amax(-1)
+            w = s.sub_(top[..., None]).exp_()
+            total = w.sum(-1)
+            yield n, r, torch.bmm(w, u[n, c]).div_(total[..., None]), top.add_(total.log_())
+
+    def attend_backward(self, b, c, y, u, a, lse, delta, dq, dk, du) -> None:
+        """Add what rows b against columns c contribute to the gradients of q, k and u."""
+        if self.fused:
+            y, q, k, u, a, lse = y[:, b], self.q[:, b], self.k[:, c], u[:, c], a[:, b], lse[:, b]
+            # With the log-sum-exp and the output of whole rows this is the rectangle's part of their gradient.
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                y[None], q[None], k[None], u[None], a[None], lse[None], 0.0, False, scale=self.scale
+            )
+            for total, part in zip((dq[:, b], dk[:, c], du[:, c]), grads, strict=True):
+                total += part[0]
+            return
+        for n, r in self.chunks(b, c):
+            s, hidden, slope = self.scores(n, r, c)
+            w = s.sub_(lse[n, r, None]).exp_()
+            if hidden is not None:
+                w.masked_fill_(hidden, 0)
+            du[n, c] += w.mT @ y[n, r]
+            ds = torch.bmm(y[n, r], u[n, c].mT, out=self.buffer(1, w.shape)).sub_(delta[n, r, None]).mul_(w)
+            if slope is not None:
+                ds *= slope
+            dq[n, r].add_(ds @ self.k[n, c], alpha=self.scale)
+            dk[n, c].add_(ds.mT @ self.q[n, r], alpha=self.scale)
+
+
+def _take_diagonal(w: Tensor) -> Tensor:
+    """The diagonal of w [n, rows, rows] as [n, rows, 1]; zeros take its place."""
+    diagonal = w.diagonal(dim1=1, dim2=2)
+    d = diagonal.clone()[..., None]
+    diagonal.zero_()
+    return d
 
 
 def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
