@@ -4,7 +4,8 @@ import os
 import pytest
 
 from ka_attention.errors import UserError
-from ka_attention.studies.store import Store, write_atomically
+from ka_attention.files import write_atomically
+from ka_attention.studies.store import Store
 
 
 def test_a_part_is_worked_once_and_read_from_then_on(tmp_path):

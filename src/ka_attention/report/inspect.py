@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ka_attention.report.render import _templates, _write
+from ka_attention.files import write_atomically
+from ka_attention.report.render import templates
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def write(inspection: Inspection, path: Path) -> None:
         "mean_hops": inspection.hops[..., 1:].mean(-1).round(3).tolist(),
         "mean_sink": inspection.sources[..., 1:, 0].mean(-1).round(5).tolist(),
     }
-    template = _templates.get_template("inspect.html")
+    template = templates.get_template("inspect.html")
     page = template.render(
         title=inspection.title,
         note=inspection.note,
@@ -67,7 +68,7 @@ def write(inspection: Inspection, path: Path) -> None:
         signed=bool((inspection.sources < 0).any()),
         data=data,
     )
-    _write(path, page)
+    write_atomically(path, page)
 
 
 def _packed(matrices: np.ndarray) -> dict[str, float | str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
+from ka_attention.files import write_atomically
 from ka_attention.report.document import Figure, Section, Table
 
 # Stands for "the colour of the text around the figure" while matplotlib draws; becomes CSS's currentColor.
@@ -73,7 +73,7 @@ def render(title: str, sections: Sequence[Section], environment: Mapping[str, An
             raise ValueError(f"figure name: expected a file stem used once in the report, got {figure.name!r}")
         drawings[figure.name] = _draw(figure)
     for name, svg in drawings.items():
-        _write(out / "figures" / f"{name}.svg", re.sub(r"(<svg[^>]*>)", rf"\g<1>{_PAPER}", svg, count=1))
+        write_atomically(out / "figures" / f"{name}.svg", re.sub(r"(<svg[^>]*>)", rf"\g<1>{_PAPER}", svg, count=1))
     page = {
         "title": title,
         "sections": sections,
@@ -81,7 +81,7 @@ def render(title: str, sections: Sequence[Section], environment: Mapping[str, An
         "drawings": {name: Markup(_for_html(name, svg)) for name, svg in drawings.items()},
     }
     for template, target in (("template.md", "report.md"), ("template.html", "report.html")):
-        _write(out / target, _templates.get_template(template).render(page))
+        write_atomically(out / target, templates.get_template(template).render(page))
 
 
 def _draw(figure: Figure) -> str:
@@ -119,14 +119,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-_templates = Environment(
+templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=select_autoescape(["html"]),
     undefined=StrictUndefined,
@@ -134,7 +127,7 @@ _templates = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_templates.filters["prose"] = lambda text: Markup(_inline.renderInline(text))
-_templates.filters["numeric"] = _numeric
-_templates.filters["markdown"] = _markdown
-_templates.filters["without_html"] = lambda text: re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+templates.filters["prose"] = lambda text: Markup(_inline.renderInline(text))
+templates.filters["numeric"] = _numeric
+templates.filters["markdown"] = _markdown
+templates.filters["without_html"] = lambda text: re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)

@@ -109,17 +109,18 @@ def _decode(model: Any, batch: Tensor) -> tuple[float, float, int, int]:
     cache = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache(config=model.config)
     nll = torch.zeros((), dtype=torch.float64, device=batch.device)
     first = 0
-    start = _now(batch.device)
+    start = now(batch.device)
     for i, token in enumerate(batch.split(1, dim=1)):
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
         if i == 0:
             first = cache_bytes(cache)
         if i + 1 < batch.shape[1]:
             nll += token_losses(logits, batch[:, i + 1]).sum()
-    return nll.item(), _now(batch.device) - start, first, cache_bytes(cache)
+    return nll.item(), now(batch.device) - start, first, cache_bytes(cache)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when all work given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

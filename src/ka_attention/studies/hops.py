@@ -17,8 +17,7 @@ from ka_attention.ops import truncated, walk
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies import perplexity
 from ka_attention.studies.arms import arm, build
-from ka_attention.studies.caches import _now as now
-from ka_attention.studies.caches import own_config
+from ka_attention.studies.caches import now, own_config
 from ka_attention.studies.data import Sequences, prepare
 from ka_attention.studies.memory import is_softmax
 from ka_attention.studies.progress import console

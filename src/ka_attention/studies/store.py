@@ -11,16 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ka_attention.errors import UserError
+from ka_attention.files import write_atomically
 
 Json = Any  # what json.dumps accepts
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or absent, also when the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main_process() -> bool:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ka_attention.errors import UserError
+from ka_attention.files import write_atomically
 from ka_attention.report.document import Section
 from ka_attention.report.render import render
 from ka_attention.studies import environment
 from ka_attention.studies.progress import console, quiet_libraries
 from ka_attention.studies.recipes import override
-from ka_attention.studies.store import Json, Store, main_process, write_atomically
+from ka_attention.studies.store import Json, Store, main_process
 
 SCHEMA_VERSION = 1
 
