@@ -116,8 +116,10 @@ def _training(results: dict[str, Json]) -> Section:
                     label=None if seed else entry["label"],
                 )
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("validation PPL")
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
         axes.legend()
 
     words = (
@@ -127,6 +129,12 @@ def _training(results: dict[str, Json]) -> Section:
     )
     figure = Figure("training", "Validation PPL by epoch, one line a seed, lower is better", draw)
     return Section("Training", [words], [_epochs(entry) for entry in entries], [figure])
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Numbers instead of powers on a logarithmic axis."""
+    for which in (axis.set_major_formatter, axis.set_minor_formatter):
+        which("{x:,g}")
 
 
 def _epochs(entry: dict[str, Json]) -> Table:
@@ -153,6 +161,7 @@ def _against_cache(results: dict[str, Json]) -> list[Section]:
         for label, size, ppl in points:
             axes.errorbar([size / 1024], [ppl["mean"]], yerr=[ppl["sd"]], fmt="o", capsize=3, label=label)
         axes.set_xscale("log", base=2)
+        _plain_numbers(axes.xaxis)
         axes.set_xlabel("cache (KiB a sequence)")
         axes.set_ylabel("validation PPL")
         axes.legend()
