@@ -49,20 +49,25 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
         before = slice(c.start, P + b.start)
         for n in blocks.heads(b, c):
             s, hidden, _ = blocks.scores(n, b, c)
-            top = torch.maximum(s.amax(-1), lse[n, b])
-            w = s.sub_(top[..., None]).exp_()
-            gathered = (lse[n, b] - top).exp_()
-            total = w.sum(-1).add_(gathered)
-            w *= total.reciprocal()[..., None]
-            x = a[n, b] * (gathered / total)[..., None]
-            lse[n, b] = top.add_(total.log_())
+            top = s.amax(-1)
+            w = torch.softmax(s, -1, out=s)
+            lse_b = top - w.amax(-1).log_()
+            gathered = None
+            if c.start > 0:  # rectangles cover the columns before the strip
+                both = torch.logaddexp(lse[n, b], lse_b)
+                w *= (lse_b - both).exp_()[..., None]
+                gathered = a[n, b] * (lse[n, b] - both).exp_()[..., None]
+                lse_b = both
             if hidden is not None:
                 w.masked_fill_(hidden, 0)
-                idle = lse[n, b] <= blocks.nothing / 2
-                x.masked_fill_(idle[..., None], 0)
-                lse[n, b] = lse[n, b].masked_fill(idle, -torch.inf)
+                idle = lse_b <= blocks.nothing / 2
+                lse_b = lse_b.masked_fill(idle, -torch.inf)
+                gathered = None if gathered is None else gathered.masked_fill(idle[..., None], 0)
+            lse[n, b] = lse_b
             v_b, L = v[n, b], w[:, :, before.stop - c.start :]
-            x.addcmul_(_take_diagonal(L), v_b)
+            x = _take_diagonal(L) * v_b
+            if gathered is not None:
+                x += gathered
             if before.start < before.stop:
                 x.baddbmm_(w[:, :, : before.stop - c.start], u[n, before])
             if g is not None:
