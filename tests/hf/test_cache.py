@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from zoo import FAMILIES, make, tokens
 
 from ka_attention.hf import KACache, KAConfig, KAStaticCache, attach, bytes_per_token, cache_bytes
-from ka_attention.hf.cache import KADynamicLayer, KAWindowLayer
+from ka_attention.hf.cache import KADynamicLayer, KAStaticLayer, KAWindowLayer
 
 TINY = 1e-11  # float64: rounding only
 CONFIGS = [
@@ -112,21 +112,35 @@ def test_crop_and_reorder(family, ka):
     assert check_reorder(model) < TINY
 
 
-def test_repeat_select_reset_copy_and_several_turns():
-    model, ids = attached("llama", KAConfig(window=5)), tokens(2, 12)
+def check_batch(model):
+    """Rows are repeated and chosen: each goes on from its own past."""
+    ids, cache = tokens(2, 12), KACache(model.config)
+    run(model, [ids[:, :4]], cache)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([1, 4]))
+    return largest(run(model, [ids[:, 4:]], cache) - parallel(model, ids)[:, 4:])
+
+
+def check_turns(model):
+    """A second and a third turn, of several tokens each, on what the first left in the cache; then the same again."""
+    ids, error = tokens(), 0.0
+    for cache in (KACache(model.config), KAStaticCache(model.config, 12)):
+        for _ in range(2):
+            cache.reset()
+            error = max(error, largest(run(model, ids.split([5, 1, 6], 1), cache) - parallel(model, ids)))
+    return error
+
+
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=5)], ids=["full", "window"])
+def test_repeat_select_reset_copy_and_several_turns(ka):
+    model, ids = attached("llama", ka), tokens()
+    assert check_batch(model) < TINY
+    assert check_turns(model) < TINY
     cache = KACache(model.config)
     run(model, [ids[:, :4]], cache)
     kept = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(3)
-    cache.batch_select_indices(torch.tensor([1, 4]))
-    want = parallel(model, ids)
-    assert largest(run(model, [ids[:, 4:8]], cache) - want[:, 4:8]) < TINY
-    assert largest(run(model, [ids[:, 8:]], cache) - want[:, 8:]) < TINY  # a second turn on the same cache
-    assert largest(run(model, [ids[:, 4:]], kept) - want[:, 4:]) < TINY
-    static = KAStaticCache(model.config, 12)
-    for used in (cache, static, static):
-        used.reset()
-        assert largest(run(model, ids.split([5, 1, 6], 1), used) - want) < TINY
+    run(model, [ids[:, :3]], cache)
+    assert largest(run(model, [ids[:, 4:]], kept) - parallel(model, ids)[:, 4:]) < TINY
 
 
 @pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3, gate="token", gate_init=0.5)], ids=["full", "window"])
@@ -233,6 +247,38 @@ def crop_from_the_wrong_end(monkeypatch):
         monkeypatch.setattr(layer, "crop", crop)
 
 
+def repeat_keys_only(monkeypatch):
+    def repeat(self, repeats):
+        self.keys, self.values = self.keys.repeat_interleave(repeats, 0), self.values.repeat(repeats, 1, 1, 1)
+
+    monkeypatch.setattr(KADynamicLayer, "batch_repeat_interleave", repeat)
+
+
+def select_the_first(monkeypatch):
+    def select(self, indices):
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+    monkeypatch.setattr(KADynamicLayer, "batch_select_indices", select)
+
+
+def commit_the_last_token_only(monkeypatch):
+    for layer in (KADynamicLayer, KAStaticLayer):
+        right = layer.commit
+
+        def commit(self, u, right=right):
+            n = self.pending if isinstance(self.pending, int) else self.pending[0].shape[2]
+            value = self.values[:, :, -n:].clone() if isinstance(self.pending, int) else self.pending[1]
+            if u is not None and n > 1 and value.shape[2] == n:
+                u = torch.cat([value[:, :, :-1], u[:, :, -1:]], dim=2)
+            right(self, u)
+
+        monkeypatch.setattr(layer, "commit", commit)
+
+
+def forget_nothing_on_reset(monkeypatch):
+    monkeypatch.setattr(KADynamicLayer, "reset", lambda self: None)
+
+
 MUTANTS = [
     (check_decode, no_commit),
     (check_decode, commit_a_step_late),
@@ -240,6 +286,10 @@ MUTANTS = [
     (check_reorder, reorder_keys_only),
     (check_crop, crop_from_the_wrong_end),
     (check_crop, no_commit),
+    (check_batch, repeat_keys_only),
+    (check_batch, select_the_first),
+    (check_turns, commit_the_last_token_only),
+    (check_turns, forget_nothing_on_reset),
 ]
 
 
