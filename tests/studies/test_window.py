@@ -75,7 +75,7 @@ def results(tmp_path_factory):
     settings = (
         f"data={text} lengths=16,32 "
         "sequence_length=16 train_samples=32 validation_samples=8 batch_size=8 vocab_size=300 "
-        "hidden_size=16 heads=2 intermediate_size=32 arms=softmax,ka-w4,softmax-w4,mix-ka-w4 task_arms=ka-w4 "
+        "hidden_size=16 heads=2 intermediate_size=32 arms=softmax,ka-w4,softmax-w4,mix-ka-w4,softmax-w16 task_arms=ka-w4 "
         "task_length=16 task_samples=32"
     )
     recipe = override(RECIPES["quick"], settings.split())
@@ -87,6 +87,7 @@ def test_caches_of_windows_are_constant_and_full_ones_grow(results):
     token = 2 * 2 * 16 * 4  # two layers, a key and a value, 16 float32
     assert short == {"softmax": 16 * token, "ka-w4": 3 * token, "softmax-w4": 3 * token, "mix-ka-w4": 9.5 * token}
     assert (long["softmax"], long["ka-w4"]) == (2 * short["softmax"], short["ka-w4"])
+    assert long["softmax-w16"] == 15 * token  # which is full attention at 16 tokens, and left out there
 
 
 def test_the_report_compares_at_the_same_window_and_at_fewer_bytes(results):

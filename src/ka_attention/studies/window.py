@@ -13,8 +13,8 @@ import torch
 
 from ka_attention.errors import UserError
 from ka_attention.hf import KAConfig
-from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies import perplexity
+from ka_attention.report.document import Section
+from ka_attention.studies import perplexity, recurrent
 from ka_attention.studies.arms import Arm, arm, build
 from ka_attention.studies.data import Sequences, Text, prepare
 from ka_attention.studies.dereference import Dereference
@@ -22,13 +22,12 @@ from ka_attention.studies.memory import cache_size, is_softmax
 from ka_attention.studies.position import PositionRecipe
 from ka_attention.studies.progress import console
 from ka_attention.studies.recipes import PYTHIA_70M
-from ka_attention.studies.statistics import changes, mean, mean_sd, percent, values
 from ka_attention.studies.store import Json, Store
-from ka_attention.studies.synthetic import NOT_ASKED, Examples, Plan, Task, TaskSettings, by_group, learn, percents
+from ka_attention.studies.synthetic import NOT_ASKED, Examples, Plan, Task, TaskSettings, learn
 from ka_attention.studies.training import train
+from ka_attention.studies.window_report import sections
 
 BATCH_TOKENS = 4096  # read at once by an evaluation
-SOLVED = 95  # percent of right answers from which a task counts as solved
 MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
 MIX_LABELS = {"softmax": "softmax, every other layer window {}", "ka": "softmax, every other layer KA with window {}"}
 
@@ -74,9 +73,10 @@ class Recall:
 class WindowRecipe(PositionRecipe):
     """Text at each length and made-up tasks, for each arm.
 
-    arms:         those of ``arms.arm``, and ``mix-softmax-w8``, ``mix-ka-w8``: every other layer with a window, the
-                  rest full softmax attention. The first is what the others are compared with.
-    task_arms:    the arms that are also trained on the tasks.
+    arms:         those of ``arms.arm``; ``mix-softmax-w8``, ``mix-ka-w8``: every other layer with a window, the rest
+                  full softmax attention; and ``gla``, ``deltanet``, ``mamba2``: recurrent layers in attention's place.
+                  The first is what the others are compared with. Windows that no sequence fills are left out.
+    task_arms:    the arms that are also trained on the tasks; recurrent ones are not.
     task_length, task_samples, task_layers: statements in a sequence, training sequences, layers.
     """
 
@@ -89,6 +89,8 @@ class WindowRecipe(PositionRecipe):
     def __post_init__(self) -> None:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise UserError(f"--set lengths: expected ascending numbers, got {','.join(map(str, self.lengths))}")
+        if recurring := sorted(set(self.task_arms) & set(recurrent.LABELS)):
+            raise UserError(f"--set task_arms: recurrent arms are trained on text only, got {', '.join(recurring)}")
         if self.task_length < 16:
             raise UserError(f"--set task_length: expected 16 or more, got {self.task_length}")
 
@@ -169,9 +171,15 @@ RECIPES = {
         ),
         WindowRecipe(
             name="h100",
-            summary="a small GPT-NeoX, contexts 128 and 2,048 (--data FOLDER --seeds 3): minutes a seed on a GPU",
+            summary="a small GPT-NeoX, contexts 128 and 2,048, also beside GLA, DeltaNet and Mamba-2 of "
+            "flash-linear-attention (--data FOLDER --seeds 3): minutes a seed on a GPU",
             lengths=(128, 2048),
-            arms=(*_FULL, *_windowed(8, 32, 256), "mix-softmax-w8", "mix-ka-w8"),
+            arms=(
+                *_FULL,
+                *_windowed(8, 32),
+                *("softmax-w256", "ka-w256", "mix-softmax-w8", "mix-ka-w8"),
+                *recurrent.LABELS,
+            ),
             **GPU,
         ),
         WindowRecipe(
@@ -190,7 +198,9 @@ RECIPES = {
 
 
 def window_arm(name: str, layers: int) -> Arm:
-    """An arm of ``arms.arm``, or a mix like ``mix-ka-w8``: layers 0, 2, … have the window, the rest is full softmax."""
+    """An arm of ``arms.arm``, a recurrent one, or a mix: layers 0, 2, … have the window, the rest is full softmax."""
+    if name in recurrent.LABELS:
+        return recurrent.peer(name)
     match = MIX.fullmatch(name)
     if not match:
         return arm(name)
@@ -223,11 +233,12 @@ class WindowStudy:
         for length in recipe.lengths:
             text = replace(whole, train=whole.train.view(-1, length), validation=whole.validation.view(-1, length))
             entries: dict[str, Json] = {}
-            for each in arms:
+            distinct = [each for each in arms if each is arms[0] or not each.ka or (each.ka.window or 0) < length]
+            for each in distinct:
                 bytes_ = _cache_bytes(settings[length], each)
                 entries[each.name] = {"label": each.label, "cache_bytes": bytes_, "seeds": []}
             for seed in range(seeds):
-                for each in arms:
+                for each in distinct:
                     part = f"seed{seed}/{length}/{each.name}"
                     work = partial(_one, each, settings[length], text, store, part, seed)
                     entries[each.name]["seeds"].append(store.part(part, work))
@@ -237,27 +248,20 @@ class WindowStudy:
 
     def sections(self, results: dict[str, Json]) -> list[Section]:
         """Perplexity against cache bytes at each length, then the tasks."""
-        setting = (
-            "A layer with window w attends to the last w tokens, and its cache keeps w − 1 of them, however long the "
-            "text is. Models are trained from scratch at each length on the same tokens."
-        )
-        expected = (
-            "**Expected:** an attention output already carries what its token resolved, so a KA layer reaches beyond "
-            "its window. At the same cache bytes KA should beat windowed softmax, and come near full softmax at a "
-            "fraction of its cache. What must fit through a few vectors, as recall of many pairs, should break it."
-        )
-        came = "**Came:** " + " ".join(_came(run) for run in results["lengths"])
-        summary = Section("Windows", [setting, expected, came])
-        return [summary, *(_text(run) for run in results["lengths"]), _tasks(results)]
+        return sections(results)
 
 
 def _cache_bytes(settings: PositionRecipe, arm: Arm) -> int:
+    if isinstance(arm, recurrent.Peer):
+        return arm.state_bytes(settings.config())
     kind = "kv" if is_softmax(arm.ka) else "ka"
     return cache_size(settings.config(), arm.ka, kind, settings.sequence_length)
 
 
 def _one(arm: Arm, settings: PositionRecipe, text: Text, store: Store, part: str, seed: int) -> Json:
     model = build(arm, settings, seed)
+    if isinstance(arm, recurrent.Peer):
+        arm.install(model)
     label = f"{arm.label}, {settings.sequence_length} tokens"
     data = Sequences(text.train), Sequences(text.validation)
     training = train(model, *data, settings, store.folder(f"weights/{part}"), seed=seed, label=label)
@@ -265,124 +269,6 @@ def _one(arm: Arm, settings: PositionRecipe, text: Text, store: Store, part: str
         batch = max(1, BATCH_TOKENS // settings.sequence_length)
         found = perplexity.evaluate(model, text.validation, batch_size=batch)
     return {"training": training, "perplexity": found}
-
-
-def _ppl(entry: dict[str, Json]) -> list[float]:
-    return values(entry, "perplexity", "ppl")
-
-
-def _pairs(arms: dict[str, Json]) -> list[tuple[str, str]]:
-    """Names of arms (KA with a window, softmax with the same window) that both are there."""
-    windowed = [name for name in arms if name.startswith(("ka-", "mix-ka-")) and "-w" in name]
-    others = [re.sub(r"^(mix-)?ka(-head|-token)?", r"\1softmax", name) for name in windowed]
-    return [(name, other) for name, other in zip(windowed, others, strict=True) if other in arms]
-
-
-def _came(run: dict[str, Json]) -> str:
-    arms = run["arms"]
-    first = next(iter(arms.values()))
-    said = []
-    for name, other in _pairs(arms):
-        said.append(f"{arms[name]['label']} {percent(changes(_ppl(arms[name]), _ppl(arms[other])))}")
-    text = f"At {run['length']} tokens, PPL against softmax with the same window: {'; '.join(said)}. " if said else ""
-    small = [entry for entry in arms.values() if entry["cache_bytes"] < first["cache_bytes"]]
-    if small:
-        best = min(small, key=lambda entry: mean(_ppl(entry)))
-        share = 100 * best["cache_bytes"] / first["cache_bytes"]
-        text += f"Best with a smaller cache than {first['label']} is {best['label']}: {share:.0f} % of the bytes, PPL "
-        text += f"{percent(changes(_ppl(best), _ppl(first)))} against {first['label']}."
-    return text
-
-
-def _text(run: dict[str, Json]) -> Section:
-    arms = run["arms"]
-    base = next(iter(arms.values()))
-    rows = []
-    for entry in sorted(arms.values(), key=lambda entry: entry["cache_bytes"]):
-        last = [one["perplexity"]["by_position"][-1]["ppl"] for one in entry["seeds"]]
-        change = percent(changes(_ppl(entry), _ppl(base)))
-        rows.append(
-            [entry["label"], f"{entry['cache_bytes'] / 1024:,.1f}", mean_sd(_ppl(entry)), change, mean_sd(last)]
-        )
-    columns = ["arm", "cache (KiB)", "validation PPL", f"against {base['label']}", "PPL of the last positions"]
-    table = Table(f"{run['length']} tokens: cache of one sequence, computed, and validation PPL", columns, rows)
-    figures = [
-        Figure(
-            f"window_{run['length']}",
-            f"Validation PPL against the cache of one sequence of {run['length']} tokens; best is low and left",
-            partial(_draw_text, arms),
-        ),
-        Figure(
-            f"window_{run['length']}_position",
-            f"Validation PPL by position, {run['length']} tokens (mean over seeds)",
-            partial(_draw_position, arms),
-        ),
-    ]
-    return Section(f"Text of {run['length']} tokens", (), [table], figures)
-
-
-def _draw_text(arms: dict[str, Json], ax: Any) -> None:
-    kinds: dict[str, list[dict[str, Json]]] = {}
-    for name, entry in arms.items():
-        kinds.setdefault(re.sub(r"-w\d+$", "", name), []).append(entry)
-    for kind, entries in kinds.items():
-        entries.sort(key=lambda entry: entry["cache_bytes"])
-        sizes = [entry["cache_bytes"] / 1024 for entry in entries]
-        ax.plot(sizes, [mean(_ppl(entry)) for entry in entries], marker="o", label=kind)
-    ax.set_xscale("log", base=2)
-    ax.set_xlabel("cache (KiB a sequence)")
-    ax.set_ylabel("validation PPL")
-    ax.legend()
-
-
-def _draw_position(arms: dict[str, Json], ax: Any) -> None:
-    for entry in arms.values():
-        runs = [one["perplexity"]["by_position"] for one in entry["seeds"]]
-        ppl = [mean([run[i]["ppl"] for run in runs]) for i in range(len(runs[0]))]
-        ax.plot([(run["first"] + run["last"]) / 2 for run in runs[0]], ppl, label=entry["label"])
-    ax.set_xlabel("position (tokens)")
-    ax.set_ylabel("validation PPL")
-    ax.legend(fontsize=7)
-
-
-def _tasks(results: dict[str, Json]) -> Section:
-    tasks, length = results["tasks"], results["recipe"]["task_length"]
-    names = list(dict.fromkeys(key.split("/")[1] for key in tasks))
-    by_arm: dict[str, dict[str, dict[str, Json]]] = {}
-    for key, entry in tasks.items():
-        by_arm.setdefault(entry["kind"], {})[key.split("/")[1]] = entry
-    rows = [[kind, *(mean_sd(percents(found[name], 0)) for name in names)] for kind, found in by_arm.items()]
-    headings = [next(found[name]["label"] for found in by_arm.values()).rpartition(":")[0] for name in names]
-    came = []
-    for name, heading in zip(names, headings, strict=True):
-        solved = [kind for kind, found in by_arm.items() if mean(percents(found[name], 0)) >= SOLVED]
-        came.append(f"{heading} is solved by {'; '.join(solved) or 'none'}.")
-    words = [
-        f"Made-up tasks of {length} statements, one a token, for models of {results['recipe']['task_layers']} layers. "
-        "*Dereference*: chains of assignments; the variable copied from may stand further back than the window. "
-        "*Recall*: name the value that a key was given in the first half, past fillers that carry values too. Of one "
-        "pair this is the passkey test, of 8 multi-query recall.",
-        f"**Came** (solved: at least {SOLVED} % right): " + " ".join(came),
-    ]
-    figures = [
-        Figure(f"window_{name}", f"Right answers by {unit}: {heading}", partial(_draw_groups, by_arm, name, unit))
-        for name, heading in zip(names, headings, strict=True)
-        for unit in ["depth (references)" if name == "dereference" else "distance (tokens, rounded down to 2^n)"]
-    ]
-    table = Table("Right answers (%)", ["arm", *headings], rows)
-    return Section("Reach beyond the window", words, [table], figures)
-
-
-def _draw_groups(by_arm: dict[str, dict[str, dict[str, Json]]], name: str, unit: str, ax: Any) -> None:
-    for kind, found in by_arm.items():
-        groups = by_group(found[name], 0)
-        ax.plot(list(groups), [100 * right for right in groups.values()], marker="o", label=kind)
-    if name != "dereference":
-        ax.set_xscale("log", base=2)
-    ax.set_ylim(0, 103)
-    ax.set_xlabel(unit)
-    ax.set_ylabel("right answers (%)")
-    ax.legend(fontsize=7)
 
 
 WINDOW = WindowStudy()
