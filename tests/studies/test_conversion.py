@@ -19,6 +19,11 @@ from ka_attention.studies.tokenizer import train as train_tokenizer
 from ka_attention.studies.walks import load_model
 
 
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    monkeypatch.setattr(conversion, "WINDOWS", (4,))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -67,26 +72,42 @@ def test_everything_is_reported(model):
         "adapters": adapters.evaluate(model, train, sample, steps=2, batch_size=8),
         "heads": heads.evaluate(model, train[:4], sample, batch_size=8),
         "conversion": conversion.evaluate(
-            model, train, sample, original_tokens=20 * train.numel(), learning_rate=1e-3, batch_size=8
+            model, train, sample, original_tokens=10 * train.numel(), learning_rate=1e-3, batch_size=8
         ),
-        "decoding": decoding.evaluate(model, contexts=(4, 8)),
+        "decoding": decoding.evaluate(model, contexts=(4, 8), batch_sizes=(1, 2)),
     }
     json.dumps(answers)
     assert {name: run["steps"] for name, run in answers["conversion"]["runs"].items()} == {
-        "0.01": 1, "0.02": 2, "0.05": 4, "0.1": 8, "control": 8, "learned": 4, "window": 4, "window-control": 4,
+        "0.01": 1, "0.02": 1, "0.05": 2, "0.1": 4, "control": 4, "learned": 2,
     }  # fmt: skip
-    for row in answers["decoding"]["MHA"] + answers["decoding"]["GQA"]:
-        for kind in ("kv", "ka"):
-            assert row[kind]["bytes_a_token"] == row[kind]["computed"]
+    for row in answers["conversion"]["windows"]:
+        assert (row["ka"]["steps"], row["softmax"]["steps"]) == (2, 2)
+        assert row["ka"]["untrained"] != row["softmax"]["untrained"]
     results = {"arms": {"softmax": {"label": "softmax", "seeds": [answers] * 2}, "ka": {"label": "KA", "seeds": [{}]}}}
     found = [
         section
         for part in (repair_report.adapters, repair_report.heads, repair_report.conversion, decoding.sections)
         for section in part(results)
     ]
-    assert [section.title for section in found] == ["Adapters", "Which heads", "Conversion", "Decoding speed"]
+    assert [section.title for section in found] == [
+        "Adapters", "Which heads", "Conversion", "Conversion to a window", "Decoding speed",
+    ]  # fmt: skip
     assert all(section.tables and section.figures for section in found)
     assert repair_report.conversion({"arms": {"ka": {"label": "KA", "seeds": [{"conversion": {}}]}}}) == []
+
+
+def test_both_caches_are_timed_on_the_same_weights(model):
+    before = model.config.to_dict()
+    found = decoding.evaluate(model, contexts=(4, 8), batch_sizes=(1, 3))
+    assert [(row["batch"], row["context"]) for row in found["MHA"]] == [(1, 4), (1, 8), (3, 4), (3, 8)]
+    assert model.config.to_dict() == before
+    key_heads = {"MHA": 2, "GQA": 1}
+    for name, rows in found.items():
+        for row in rows:
+            for kind, stored in (("kv", 2 * key_heads[name]), ("ka", key_heads[name] + 2)):
+                assert row[kind]["bytes_a_token"] == row[kind]["computed"] == 2 * stored * 16 * 4
+                assert row[kind]["tokens_per_s"] > 0
+                assert row[kind]["prefill_tokens_per_s"] > 0
 
 
 def test_adapt_saves_an_adapter(checkpoint, tmp_path):

@@ -21,9 +21,9 @@ from ka_attention.studies.data import Sequences
 from ka_attention.studies.store import Json
 
 SHARES = (0.01, 0.02, 0.05, 0.10)  # of the tokens that the softmax model was trained on
-SIDE = 0.05  # the share for the side questions: free gates and a window
+SIDE = 0.05  # the share for the side questions: free gates and windows
 BATCH = 8
-WINDOW = 16
+WINDOWS = (8, 16, 32)
 
 
 def steps_for(share: float, original_tokens: int, length: int) -> int:
@@ -43,47 +43,56 @@ def evaluate(
 ) -> dict[str, Json]:
     """Conversions of copies of a softmax ``model``, each from the start with a budget of its own, and their controls.
 
-    The controls are the same training without KA-attention, on the text alone (nothing to follow) and with the window.
+    ``runs``: KA by share of the original tokens, ``control``, the same training without KA-attention on the text alone
+    (nothing to follow), and ``learned``, with free gates. ``windows``: for each window the conversions to KA-attention
+    and to softmax attention in it, and what either gives ``untrained``.
     """
 
     def ppl(of: Any) -> float:
         return perplexity.evaluate(of, sequences, batch_size=batch_size)["ppl"]
 
-    largest = steps_for(SHARES[-1], original_tokens, train.shape[1])
-    plain = Conversion(steps=largest, batch_size=BATCH, learning_rate=learning_rate)
-    plans = {f"{share:g}": replace(plain, steps=steps_for(share, original_tokens, train.shape[1])) for share in SHARES}
-    plans["control"] = replace(plain, target="softmax", stage_one=0.0)
-    side = replace(plain, steps=plans[f"{SIDE:g}"].steps)
-    plans["learned"] = replace(side, target="learned", stage_one=0.0)
-    plans["window"] = replace(side, window=WINDOW)
-    plans["window-control"] = replace(side, window=WINDOW, target="softmax")
-    untrained = {"control": ppl(model)}
-    for name, ka in {
-        "swap": KAConfig(),
-        "window": KAConfig(window=WINDOW),
-        "window-control": KAConfig(window=WINDOW, gate_init=0.0),
-    }.items():
+    def untrained(ka: KAConfig) -> float:
         with use(model, ka):
-            untrained[name] = ppl(model)
-    runs = {}
-    for name, plan in plans.items():
+            return ppl(model)
+
+    def run(plan: Conversion) -> dict[str, Json]:
         converted = copy.deepcopy(model)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             convert(converted, Sequences(train), plan, Path(folder), seed=seed)
-        runs[name] = {
+        return {
             "steps": plan.steps,
             "tokens": plan.steps * BATCH * train.shape[1],
             "seconds": time.perf_counter() - start,
             "ppl": ppl(converted),
             "gates": [m.ka_gate(None).tolist() for m in attention_modules(converted) if hasattr(m, "ka_gate")],
         }
+
+    def plan(share: float, **settings: Any) -> Conversion:
+        steps = steps_for(share, original_tokens, train.shape[1])
+        return Conversion(steps=steps, batch_size=BATCH, learning_rate=learning_rate, **settings)
+
     return {
         "original_tokens": original_tokens,
         "shares": list(SHARES),
-        "window": WINDOW,
-        "untrained": untrained,
-        "runs": runs,
+        "base": ppl(model),
+        "swap": untrained(KAConfig()),
+        "runs": {
+            **{f"{share:g}": run(plan(share)) for share in SHARES},
+            "control": run(plan(SHARES[-1], target="softmax", stage_one=0.0)),
+            "learned": run(plan(SIDE, target="learned", stage_one=0.0)),
+        },
+        "windows": [
+            {
+                "window": window,
+                "ka": {"untrained": untrained(KAConfig(window=window)), **run(plan(SIDE, window=window))},
+                "softmax": {
+                    "untrained": untrained(KAConfig(window=window, gate_init=0.0)),
+                    **run(plan(SIDE, window=window, target="softmax")),
+                },
+            }
+            for window in WINDOWS
+        ],
     }
 
 

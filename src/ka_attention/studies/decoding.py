@@ -1,27 +1,31 @@
-"""Decoding speed against context: tokens/s of single-token steps with a KV and a KA cache, and the caches' bytes."""
+"""Speed of both caches against context: tokens/s of prefill and of single-token steps, and the caches' bytes."""
 
 from __future__ import annotations
 
+import copy
 import statistics
-import time
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from ka_attention.hf import KACache, bytes_per_token, cache_bytes, use
+from ka_attention.hf import KACache, attach, bytes_per_token, cache_bytes
 from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.caches import now
 from ka_attention.studies.statistics import mean
 from ka_attention.studies.store import Json
 
 STEPS = 8  # timed tokens a turn
 TURNS = 3
+# Contexts and batch sizes: what the goals name where there is an accelerator, a few seconds of it elsewhere.
+CUDA = (128, 512, 2048, 8192), (1, 32)
+CPU = (32, 128, 512, 1024), (1,)
 
 
 def grouped(config: Any) -> Any:
     """A Llama of the same size with a quarter of the key heads (at least one), random weights: speed and bytes only."""
     heads = config.num_attention_heads
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -31,113 +35,143 @@ def grouped(config: Any) -> Any:
             num_key_value_heads=max(1, heads // 4),
         )
     )
-    return model.eval()
 
 
 @torch.inference_mode()
-def evaluate(model: Any, *, contexts: tuple[int, ...] = (), batch_size: int = 1) -> dict[str, Json]:
-    """For a softmax model and its grouped-query sibling: tokens/s and bytes at every context, both kinds of cache.
+def evaluate(
+    model: Any, *, contexts: tuple[int, ...] = (), batch_sizes: tuple[int, ...] = ()
+) -> dict[str, list[dict[str, Json]]]:
+    """For a softmax model ("MHA") and its grouped-query sibling ("GQA"): speed and bytes with both kinds of cache.
 
-    ``contexts`` are 128 to 8,192 tokens on CUDA and 32 to 1,024 elsewhere unless given.
-    A cache is filled by one parallel pass over ``context`` random tokens; then single tokens are timed, the two kinds
-    in turns, and the median over turns counts. ``bytes_a_token`` is measured from the cache after the fill, on CUDA
-    also as what the allocator holds more (``allocated_a_token``), beside what the configuration says (``computed``).
+    Rows of ``batch``, ``context`` and, under "kv" (the stock model) and "ka", ``prefill_tokens_per_s`` (one parallel
+    pass over ``context`` random tokens that fills the cache), ``tokens_per_s`` (single-token steps after it),
+    ``bytes_a_token`` of the filled cache, measured from its tensors, as what CUDA's allocator holds more
+    (``allocated_a_token``, None elsewhere) and ``computed`` from the configuration. The two kinds take turns token by
+    token; the medians count. On CUDA both run in bfloat16, with 128 to 8,192 tokens and batches of 1 and 32 unless
+    given.
     """
-    contexts = contexts or ((128, 512, 2048, 8192) if model.device.type == "cuda" else (32, 128, 512, 1024))
-    sibling = grouped(model.config).to(model.device, model.dtype)
-    return {name: _times(each, contexts, batch_size) for name, each in (("MHA", model), ("GQA", sibling))}
-
-
-def _times(model: Any, contexts: tuple[int, ...], batch_size: int) -> list[dict[str, Json]]:
-    rows = []
-    for context in contexts:
-        ids = torch.randint(model.config.vocab_size, (batch_size, context), device=model.device)
-        row: dict[str, Json] = {"context": context}
-        seconds: dict[str, list[float]] = {"kv": [], "ka": []}
-        for turn in range(TURNS + 1):
-            for kind, times in seconds.items():
-                taken = _turn(model, kind, ids, row)
-                if turn:  # the first one warms up
-                    times.append(taken)
-        for kind, times in seconds.items():
-            row[kind]["tokens_per_s"] = batch_size * STEPS / statistics.median(times)
-            row[kind]["computed"] = bytes_per_token(model.config, kind, model.dtype)
-        rows.append(row)
+    cuda = model.device.type == "cuda"
+    contexts, batch_sizes = contexts or (CUDA if cuda else CPU)[0], batch_sizes or (CUDA if cuda else CPU)[1]
+    rows: dict[str, list[dict[str, Json]]] = {}
+    for name, each in (("MHA", copy.deepcopy(model)), ("GQA", grouped(model.config))):
+        softmax = each.to(model.device, torch.bfloat16 if cuda else model.dtype).eval()
+        shared = {id(parameter): parameter for parameter in softmax.parameters()}
+        models = {"kv": softmax, "ka": attach(copy.deepcopy(softmax, shared))}
+        rows[name] = [_row(models, batch, context) for batch in batch_sizes for context in contexts]
     return rows
 
 
-def _turn(model: Any, kind: str, ids: torch.Tensor, row: dict[str, Json]) -> float:
-    with use(model, gate=float(kind == "ka")):
-        before = _allocated(model.device)
-        cache = KACache(model.config) if kind == "ka" else DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        row[kind] = {"bytes_a_token": cache_bytes(cache) / ids.numel()}
-        if model.device.type == "cuda":
-            row[kind]["allocated_a_token"] = (_allocated(model.device) - before) / ids.numel()
-        _wait(model.device)
-        start = time.perf_counter()
+def _row(models: dict[str, Any], batch: int, context: int) -> dict[str, Json]:
+    device = models["kv"].device
+    ids = torch.randint(models["kv"].config.vocab_size, (batch, context), device=device)
+    prefill: dict[str, list[float]] = {kind: [] for kind in models}
+    step: dict[str, list[float]] = {kind: [] for kind in models}
+    row: dict[str, Json] = {"batch": batch, "context": context}
+    for turn in range(TURNS + 1):
+        caches: dict[str, Any] = {}
+        for kind, model in models.items():
+            cache = caches[kind] = (KACache if kind == "ka" else DynamicCache)(config=model.config)
+            before = _allocated(device)
+            seconds = _timed(model, ids, cache)
+            row[kind] = {
+                "bytes_a_token": cache_bytes(cache) / ids.numel(),
+                "allocated_a_token": (_allocated(device) - before) / ids.numel() if device.type == "cuda" else None,
+                "computed": bytes_per_token(model.config, kind, model.dtype),
+            }
+            if turn:  # the first one warms up
+                prefill[kind].append(seconds)
         for _ in range(STEPS):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        _wait(model.device)
-        return time.perf_counter() - start
+            for kind, model in models.items():
+                seconds = _timed(model, ids[:, :1], caches[kind])
+                if turn:
+                    step[kind].append(seconds)
+    for kind in models:
+        row[kind]["prefill_tokens_per_s"] = ids.numel() / statistics.median(prefill[kind])
+        row[kind]["tokens_per_s"] = batch / statistics.median(step[kind])
+    return row
+
+
+def _timed(model: Any, ids: torch.Tensor, cache: Any) -> float:
+    start = now(ids.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return now(ids.device) - start
 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def sections(results: dict[str, Json]) -> list[Section]:
-    """Tokens/s against context, and bytes a token, for query heads with and without shared keys."""
+    """Speed against context and bytes a token, for query heads with and without shared keys."""
     seeds = [seed["decoding"] for arm in results["arms"].values() for seed in arm["seeds"] if seed.get("decoding")]
     if not seeds:
         return []
-    series = {
-        (name, kind): [mean([seed[name][i][kind]["tokens_per_s"] for seed in seeds]) for i in range(len(rows))]
-        for name, rows in seeds[0].items()
-        for kind in ("kv", "ka")
-    }
-    contexts = [row["context"] for row in seeds[0]["MHA"]]
-    ratios = {name: [a / b for a, b in zip(series[name, "ka"], series[name, "kv"], strict=True)] for name in seeds[0]}
-    rows = [
-        [
-            name,
-            f"{row['context']:,}",
-            *(f"{series[name, kind][i]:,.0f}" for kind in ("kv", "ka")),
-            f"{ratios[name][i]:.2f}",
-            *(f"{row[kind]['bytes_a_token']:,.0f} ({row[kind]['computed']:,})" for kind in ("kv", "ka")),
-        ]
-        for name, found in seeds[0].items()
-        for i, row in enumerate(found)
-    ]
+    rows = [(name, i, row) for name, found in seeds[0].items() for i, row in enumerate(found)]
+
+    def speeds(name: str, i: int, key: str) -> list[float]:
+        return [mean([seed[name][i][kind][key] for seed in seeds]) for kind in ("kv", "ka")]
+
+    def table(title: str, key: str) -> Table:
+        return Table(
+            title,
+            ["heads", "batch", "context", "KV tokens/s", "KA tokens/s", "KA / KV"],
+            [
+                [name, str(row["batch"]), f"{row['context']:,}", f"{kv:,.0f}", f"{ka:,.0f}", f"{ka / kv:.2f}"]
+                for name, i, row in rows
+                for kv, ka in [speeds(name, i, key)]
+            ],
+        )
+
+    def ratios(key: str) -> str:
+        found = [ka / kv for name, i, _ in rows for kv, ka in [speeds(name, i, key)]]
+        return f"{mean(found):.2f} × ({min(found):.2f} to {max(found):.2f})"
+
     last = {name: found[-1] for name, found in seeds[0].items()}
     words = [
-        "Single-token steps after a cache of so many tokens, KV and KA in turns on the same machine; ratios compare, "
-        f"absolute figures belong to that machine. KA over KV: {min(ratios['MHA']):.2f} to {max(ratios['MHA']):.2f} "
-        f"with a key head for every query head (MHA), {min(ratios['GQA']):.2f} to {max(ratios['GQA']):.2f} with shared "
-        "key heads (GQA).",
+        "A cache is filled by one parallel pass (prefill) and then grows by single tokens; the stock model with its KV "
+        "cache and KA-attention with a KA cache take turns token by token on the same machine. Ratios compare, "
+        f"absolute figures belong to that machine. KA over KV: decoding {ratios('tokens_per_s')}, prefill "
+        f"{ratios('prefill_tokens_per_s')}. MHA has a key head for every query head, GQA one for every four.",
         "A KA cache does not save memory: MHA takes "
         f"{last['MHA']['ka']['bytes_a_token'] / last['MHA']['kv']['bytes_a_token']:.2f} × the bytes of a KV cache, "
         f"GQA {last['GQA']['ka']['bytes_a_token'] / last['GQA']['kv']['bytes_a_token']:.2f} ×, since outputs belong to "
         "query heads.",
     ]
-    table = Table(
-        "Decoding with both caches",
-        ["heads", "context", "KV tokens/s", "KA tokens/s", "KA / KV", "KV bytes a token", "KA bytes a token"],
-        rows,
-    )
+    sizes = Table(
+        "Bytes a token",
+        ["heads", "cache", "computed", "in the cache", "allocator"],
+        [
+            [
+                name,
+                kind.upper(),
+                *("–" if row[kind][key] is None else f"{row[kind][key]:,.0f}"
+                  for key in ("computed", "bytes_a_token", "allocated_a_token")),
+            ]
+            for name, row in last.items()
+            for kind in ("kv", "ka")
+        ],
+    )  # fmt: skip
+    tables = [table("Decoding", "tokens_per_s"), table("Prefill", "prefill_tokens_per_s"), sizes]
+    return [Section("Decoding speed", words, tables, [_figure(rows, speeds, n) for n in _batches(rows)])]
 
+
+def _batches(rows: list[tuple[str, int, dict[str, Json]]]) -> list[int]:
+    return sorted({row["batch"] for _, _, row in rows})
+
+
+def _figure(rows: list[tuple[str, int, dict[str, Json]]], speeds: Any, batch: int) -> Figure:
     def draw(axes: Any) -> None:
-        for (name, kind), speeds in series.items():
-            axes.plot(contexts, speeds, marker="o", label=f"{name}, {kind.upper()} cache")
+        for name in dict.fromkeys(name for name, _, _ in rows):
+            points = [(row["context"], *speeds(name, i, "tokens_per_s")) for own, i, row in rows
+                      if own == name and row["batch"] == batch]  # fmt: skip
+            contexts, *series = zip(*points, strict=True)
+            for kind, speed in zip(("KV", "KA"), series, strict=True):
+                axes.plot(contexts, speed, marker="o", label=f"{name}, {kind} cache")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("tokens/s")
         axes.legend()
 
-    figure = Figure("speed_by_context", "Decoding speed against context, higher is better", draw)
-    return [Section("Decoding speed", words, [table], [figure])]
+    return Figure(f"speed_by_context_{batch}", f"Decoding speed against context, batch {batch}, higher is better", draw)

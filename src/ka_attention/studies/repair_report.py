@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.conversion import SHARES
+from ka_attention.studies.conversion import SHARES, SIDE
 from ka_attention.studies.statistics import (
     cell,
     changes,
@@ -44,9 +44,9 @@ def heads(results: dict[str, Json]) -> list[Section]:
 
 
 def conversion(results: dict[str, Json]) -> list[Section]:
-    """PPL against conversion tokens, with controls, free gates and a window."""
+    """PPL against conversion tokens, with a control and free gates, and PPL against the window."""
     asked = _asked(results, "conversion")
-    return [_conversion(*asked)] if asked else []
+    return [_conversion(*asked), _windows(*asked)] if asked else []
 
 
 def _adapters(arm: dict[str, Json], seeds: str) -> Section:
@@ -131,13 +131,7 @@ def _heads(arm: dict[str, Json], seeds: str) -> Section:
     ]
 
     def draw(axes: Any) -> None:
-        spread = [deviation(numbers) for numbers in ppl]
-        axes.errorbar(
-            [100 * row["share"] for row in curve],
-            [mean(n) for n in ppl],
-            yerr=spread if any(spread) else None,
-            fmt="o-",
-        )
+        _line(axes, [100 * row["share"] for row in curve], ppl, "o-", "cheapest heads first")
         axes.set_xlabel("heads on the KA cache (%)")
         axes.set_ylabel("validation PPL")
 
@@ -147,20 +141,19 @@ def _heads(arm: dict[str, Json], seeds: str) -> Section:
 
 def _conversion(arm: dict[str, Json], seeds: str) -> Section:
     first = arm["seeds"][0]["conversion"]
-    base, swap = (values(arm, "conversion", "untrained", name) for name in ("control", "swap"))
+    base, swap = (values(arm, "conversion", name) for name in ("base", "swap"))
     shares = [f"{share:g}" for share in first["shares"]]
     ppl = {name: values(arm, "conversion", "runs", name, "ppl") for name in first["runs"]}
     reached = next((share for share in shares if mean(changes(ppl[share], base)) <= AIM), None)
     gates = [gate for seed in arm["seeds"] for row in seed["conversion"]["runs"]["learned"]["gates"] for gate in row]
-    window = first["window"]
     outcome = (
         f"reached with {100 * float(reached):.0f} % of the tokens"
         if reached
         else f"**not reached**: {percent(changes(ppl[shares[-1]], base))} after {100 * float(shares[-1]):.0f} %"
     )
     words = [
-        "The gates rise from 0, where the model is its softmax self, to 1 while it trains: first following the frozen "
-        "softmax model, then on the text. Every budget is a conversion of its own, from the start.",
+        "The gates rise from 0, where the model is its softmax self, to 1 while it trains, following the frozen "
+        "softmax model. Every budget is a conversion of its own, from the start.",
         f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most 10 % of its "
         f"{first['original_tokens']:,} training tokens, is {outcome}. "
         f"Without training the swap costs {percent(changes(swap, base))}.",
@@ -170,17 +163,8 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         f"{max(gates):.2f}): "
         + ("the model pulls towards KA-attention." if mean(gates) > 0.5 else "the model does not ask for much of it.")
         + f" PPL {mean_sd(ppl['learned'])}.",
-        f"Window {window}, where the cache really shrinks: {mean_sd(ppl['window'])} with KA and "
-        f"{mean_sd(ppl['window-control'])} with softmax, both after {first['runs']['window']['tokens']:,} tokens "
-        f"({percent(changes(ppl['window'], ppl['window-control']))} for KA; "
-        f"{verdict(changes(ppl['window'], ppl['window-control']))}).",
-    ]  # fmt: skip
-    labels = {
-        "control": "softmax, trained on",
-        "learned": "free gates",
-        "window": f"KA, window {window}",
-        "window-control": f"softmax, window {window}",
-    }
+    ]
+    labels = {"control": "softmax, trained on", "learned": "free gates"}
     rows = [["KA (swap)", "0", cell(swap), _change(swap, base), "0"]]
     for name, run in first["runs"].items():
         seconds = mean(values(arm, "conversion", "runs", name, "seconds"))
@@ -191,20 +175,69 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         ["converted to", "tokens", "PPL", "against softmax", "seconds"],
         rows,
     )
-    untrained = {name: values(arm, "conversion", "untrained", name) for name in ("window", "window-control")}
 
     def draw(axes: Any) -> None:
-        percents = [100 * share for share in first["shares"]]
-        axes.plot([0, *percents], [mean(swap), *(mean(ppl[share]) for share in shares)], "o-", label="KA")
-        for name, start in (("control", base), *untrained.items()):
-            end = 100 * first["runs"][name]["tokens"] / first["original_tokens"]
-            axes.plot([0, end], [mean(start), mean(ppl[name])], "o--", label=labels[name])
+        percents = [0, *(100 * share for share in first["shares"])]
+        _line(axes, percents, [swap, *(ppl[share] for share in shares)], "o-", "KA")
+        end = 100 * first["runs"]["control"]["tokens"] / first["original_tokens"]
+        _line(axes, [0, end], [base, ppl["control"]], "o--", labels["control"])
         axes.set_xlabel("conversion tokens (% of the training tokens)")
         axes.set_ylabel("validation PPL")
         axes.legend()
 
     figure = Figure("ppl_by_conversion", f"PPL against conversion tokens, lower is better ({seeds})", draw)
     return Section("Conversion", words, [table], [figure])
+
+
+def _windows(arm: dict[str, Json], seeds: str) -> Section:
+    """Conversion into a window, where the cache really shrinks, beside softmax attention in the same window."""
+    found = [seed["conversion"] for seed in arm["seeds"]]
+    base, windows = values(arm, "conversion", "base"), [row["window"] for row in found[0]["windows"]]
+
+    def ppl(kind: str, i: int, key: str) -> list[float]:
+        return [each["windows"][i][kind][key] for each in found]
+
+    tokens = found[0]["windows"][0]["ka"]["tokens"]
+    gains = {window: changes(ppl("ka", i, "ppl"), ppl("softmax", i, "ppl")) for i, window in enumerate(windows)}
+    words = [
+        "A layer with window w keeps w − 1 tokens, so here the cache really shrinks. Softmax attention then sees no "
+        "further than its window; a KA layer reads outputs, which carry what earlier tokens resolved. Both start from "
+        f"the same softmax model and follow it for {tokens:,} tokens.",
+        "KA against softmax in the same window: "
+        + "; ".join(f"w = {window}: {percent(gain)} ({verdict(gain)})" for window, gain in gains.items())
+        + ".",
+    ]
+    rows = [
+        [str(window), f"{spent:,}", *(text for kind in ("softmax", "ka") for text in
+         (cell(ppl(kind, i, key)), _change(ppl(kind, i, key), base)))]
+        for i, window in enumerate(windows)
+        for key, spent in (("untrained", 0), ("ppl", tokens))
+    ]  # fmt: skip
+    table = Table(
+        f"Converted to a window ({seeds}); the softmax model without one has {mean_sd(base)}",
+        ["window", "tokens", "softmax PPL", "against no window", "KA PPL", "against no window"],
+        rows,
+    )
+    unlimited = {"ka": values(arm, "conversion", "runs", f"{SIDE:g}", "ppl"), "softmax": base}
+
+    def draw(axes: Any) -> None:
+        for kind, name in (("softmax", "softmax"), ("ka", "KA")):
+            for key, style, how in (("ppl", "o-", "converted"), ("untrained", "o--", "untrained")):
+                full = values(arm, "conversion", "swap") if (kind, key) == ("ka", "untrained") else unlimited[kind]
+                points = [*(ppl(kind, i, key) for i in range(len(windows))), full]
+                _line(axes, range(len(points)), points, style, f"{name}, {how}")
+        axes.set_xticks(range(len(windows) + 1), [*map(str, windows), "all"])
+        axes.set_xlabel("window (tokens)")
+        axes.set_ylabel("validation PPL")
+        axes.legend()
+
+    figure = Figure("ppl_by_conversion_window", f"PPL of converted models by window, lower is better ({seeds})", draw)
+    return Section("Conversion to a window", words, [table], [figure])
+
+
+def _line(axes: Any, x: Any, points: list[list[float]], style: str, label: str) -> None:
+    spread = [deviation(numbers) for numbers in points]
+    axes.errorbar(x, list(map(mean, points)), yerr=spread if any(spread) else None, fmt=style, capsize=2, label=label)
 
 
 def _change(numbers: list[float], base: list[float]) -> str:
