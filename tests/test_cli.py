@@ -14,7 +14,7 @@ from ka_attention.cli import app
 from ka_attention.studies import compare
 from ka_attention.studies.recipes import COMPARE
 
-COMMANDS = ["compare", "train", "evaluate", "report", "study", "recipes"]
+COMMANDS = ["compare", "train", "evaluate", "report", "study", "inspect", "adapt", "convert", "generate", "recipes"]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def refused(result, *parts):
 def test_help_names_every_command_and_loads_no_heavy_library():
     script = (
         "import sys\n"
-        "sys.modules['transformers'] = sys.modules['datasets'] = sys.modules['matplotlib'] = None\n"
+        "for library in ('torch', 'transformers', 'datasets', 'matplotlib'): sys.modules[library] = None\n"
         "sys.argv = ['ka', '--help']\n"
         "from ka_attention.cli import main; main()"
     )

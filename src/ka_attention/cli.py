@@ -37,7 +37,7 @@ app = typer.Typer(
     help="KA-attention: train it beside softmax attention, and see what its cache costs and buys.",
 )
 
-RecipeName = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name (`ka recipes`).")]
+RecipeName = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (`ka recipes`).")]
 Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, hf:NAME or hf:NAME/CONFIG.")]
 Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json file, or a Hub name.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
