@@ -40,7 +40,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer\.json file"):
         tokenizers.load(str(tmp_path / "tokenizer.json"), [], 300)
-    with pytest.raises(UserError, match="no file, folder or Hub tokenizer"):
+    with pytest.raises(UserError, match="--tokenizer: no file or folder"):
         tokenizers.load(str(tmp_path / "empty" / "x"), [], 300)
+    with pytest.raises(UserError, match=r"--tokenizer: .* holds no tokenizer"):
+        tokenizers.load(str(tmp_path.parent), [], 300)
     with pytest.raises(UserError, match="--set vocab_size: expected at least 257"):
         tokenizers.load("train", TEXTS, 200)

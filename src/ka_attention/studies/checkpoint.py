@@ -25,7 +25,7 @@ def open_softmax(checkpoint: str, data: str, tokens: int, length: int) -> tuple[
         raise UserError(f"--length: expected at least 2 tokens, got {length}")
     if tokens < length:
         raise UserError(f"--tokens: expected at least one sequence of {length} tokens, got {tokens}")
-    model, _ = load_model(checkpoint)
+    model, _ = load_model(checkpoint, "CHECKPOINT")
     if is_attached(model):
         raise UserError(f"CHECKPOINT: {checkpoint} is a KA model already")
     try:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ka_attention.errors import UserError
+from ka_attention.studies import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -244,6 +245,7 @@ def _hub(source: str) -> Corpus:
     import datasets
 
     name, config = _hub_name(source.removeprefix("hf:"))
+    hub.require("--data", name, "dataset")
     try:
         splits = datasets.load_dataset(name, config)
     except Exception as error:  # the library's own errors have no common type: any of them means that it cannot be read

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ka_attention.errors import UserError
+from ka_attention.studies import hub
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
@@ -27,10 +28,11 @@ def load(source: str, documents: Sequence[str], vocab_size: int) -> PreTrainedTo
     if path.is_file():
         tokenizer = _from_file(path)
     else:
+        hub.require("--tokenizer", source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else source)
         except (OSError, ValueError):
-            raise UserError(f"--tokenizer: no file, folder or Hub tokenizer {source}") from None
+            raise UserError(f"--tokenizer: {source} holds no tokenizer") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer: {source} has no end-of-text token")
     largest = max(tokenizer.get_vocab().values())

@@ -16,6 +16,7 @@ from ka_attention.hf import KAConfig, register, use
 from ka_attention.hf.attention import NAME, attention_forward
 from ka_attention.ops import ka_attention, walk
 from ka_attention.report.inspect import Inspection
+from ka_attention.studies import hub
 from ka_attention.studies.caches import own_config
 from ka_attention.studies.memory import is_softmax
 
@@ -71,17 +72,21 @@ def exact(call: Call) -> Tensor:
     return ka_attention(call.q, call.k, call.v, **call.options)
 
 
-def load_model(source: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or Hub name, softmax or KA, in evaluation mode; UserError if there is none."""
+def load_model(source: str, argument: str = "MODEL") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or Hub name, softmax or KA, in evaluation mode.
+
+    Raises UserError, naming the command's ``argument``, if there is none.
+    """
     register()
+    hub.require(argument, source)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL: cannot load {source}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{argument}: cannot load {source}: {str(error).splitlines()[0]}") from None
     model, loaded = found
     if loaded["missing_keys"]:
-        raise UserError(f"MODEL: {source} lacks the weights {', '.join(sorted(loaded['missing_keys']))}")
+        raise UserError(f"{argument}: {source} lacks the weights {', '.join(sorted(loaded['missing_keys']))}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
