@@ -31,8 +31,14 @@ def command(
         raise UserError("--compare shows both caches; leave --cache out")
     model, tokenizer = load_model(source)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
         raise UserError("PROMPT: expected at least one token, got none")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length + max_new_tokens > limit:
+        raise UserError(
+            f"--max-new-tokens: the model reads at most {limit:,} tokens; PROMPT has {length:,}, got {max_new_tokens:,}"
+        )
     if compare:
         both = {kind: continuation(model, inputs, kind, max_new_tokens) for kind in NAMES}
         (console or Console()).print(side_by_side(tokenizer, both, own_cache(model)))
