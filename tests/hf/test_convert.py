@@ -131,6 +131,12 @@ def test_a_stopped_conversion_goes_on_exactly(model, data, tmp_path):
         assert resumed.state_dict()[name].equal(tensor), name
 
 
+def test_nothing_is_kept_where_nothing_is_asked_for(model, data, tmp_path):
+    assert convert(model, data, Conversion(steps=2), tmp_path, evaluations=0) == []
+    assert list(tmp_path.iterdir()) == []
+    assert KAConfig.of(model.config) == KAConfig()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -112,6 +112,7 @@ def convert(
 
     train_set:  a torch data set of ``{"input_ids", "labels"}``, read in an order that depends on ``seed`` alone.
     folder:     for checkpoints, ``evaluations`` times a conversion; the same call after a kill goes on from the last.
+                With ``evaluations=0`` nothing is kept and no rows are returned.
     perplexity: called with the model at each of these moments; the rows returned hold ``step``, ``gate`` (the mean),
                 and what it gave as ``ppl``.
     """
@@ -144,7 +145,8 @@ class _Trainer(Trainer):
         on_step: Callable[[], Any],
     ) -> None:
         cuda = torch.cuda.is_available()
-        every = max(1, conversion.steps // evaluations)
+        when = "steps" if evaluations else "no"
+        every = max(1, conversion.steps // max(1, evaluations))
         arguments = TrainingArguments(
             output_dir=str(folder),
             seed=seed,
@@ -156,9 +158,9 @@ class _Trainer(Trainer):
             dataloader_pin_memory=cuda,
             use_cpu=not cuda,
             bf16=cuda,
-            eval_strategy="steps",
+            eval_strategy=when,
             eval_steps=every,
-            save_strategy="steps",
+            save_strategy=when,
             save_steps=every,
             save_total_limit=1,
             logging_strategy="no",
@@ -192,7 +194,7 @@ class _Trainer(Trainer):
             target = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
         with layer_outputs(self.network) as found:
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        errors = [(s - t).square().sum() / t.square().sum() for s, t in zip(found, wanted, strict=True)]
+        errors = [(s - t).float().square().sum() / t.float().square().sum() for s, t in zip(found, wanted, strict=True)]
         student, target = (x.float().log_softmax(-1).flatten(0, -2) for x in (logits, target))
         return torch.stack(errors).mean() + F.kl_div(student, target, reduction="batchmean", log_target=True)
 

@@ -59,7 +59,7 @@ def evaluate(
         converted = copy.deepcopy(model)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            convert(converted, Sequences(train), plan, Path(folder), seed=seed)
+            convert(converted, Sequences(train), plan, Path(folder), seed=seed, evaluations=0)
         return {
             "steps": plan.steps,
             "tokens": plan.steps * BATCH * train.shape[1],
