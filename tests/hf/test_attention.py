@@ -104,7 +104,7 @@ def test_attach_leaves_other_models_of_the_same_configuration_alone():
 
 @pytest.mark.parametrize("kind", ["head", "token"])
 def test_learned_gates(kind):
-    """They start at gate_init, content moves those of tokens, and gradients reach them beyond their bounds."""
+    """They start at gate_init, content moves those of tokens, and gradients reach them within their bounds."""
     ids = tokens()
     model = attach(make("llama"), KAConfig(gate=kind, gate_init=0.5)).double()
     fixed = attach(make("llama"), KAConfig(gate_init=0.5))
@@ -113,9 +113,10 @@ def test_learned_gates(kind):
     for gate in gates:
         gate.bias.data.fill_(1.7)
     assert largest(parallel(model, ids) - parallel(attach(make("llama")), ids)) < 1e-11
+    for gate in gates:
+        gate.bias.data.fill_(0.5)
     if kind == "token":
         for gate in gates:
-            gate.bias.data.fill_(0.5)
             gate.weight.data.normal_()
         assert largest(parallel(model, ids) - parallel(fixed, ids)) > 0.1
     model(ids, use_cache=False, labels=ids).loss.backward()
@@ -126,6 +127,18 @@ def test_gates_reach_their_bounds_exactly():
     gate = KAGate(3, 0.0, (-1.0, 1.0))
     gate.bias.data = torch.tensor([-7.0, 0.3, 2.0])
     assert torch.equal(gate(torch.zeros(1, 3, 1, 2)), torch.tensor([-1.0, 0.3, 1.0]))
+
+
+def test_beyond_a_bound_gates_learn_only_to_come_back():
+    gate = KAGate(3, 0.0, (0.0, 1.0), head_dim=2)
+    gate.bias.data = torch.tensor([-0.2, 0.3, 1.0])
+    v = torch.zeros(1, 3, 1, 2, requires_grad=True)
+    gate.weight.data.fill_(1.0)
+    for sign, moves in ((1.0, [False, True, True]), (-1.0, [True, True, False])):
+        v.grad = gate.bias.grad = None
+        (sign * gate(v)).sum().backward()
+        assert [bool(x) for x in gate.bias.grad] == moves
+        assert [bool(x.any()) for x in v.grad[0]] == moves
 
 
 def test_a_missing_gate_is_an_error():
