@@ -25,7 +25,7 @@ def sections(results: dict[str, Json]) -> list[Section]:
     if any(name in PEERS for run in results["lengths"] for name in run["arms"]):
         setting += (
             " GLA, DeltaNet and Mamba-2 are recurrent layers in the place of attention, with MLPs that make up for "
-            "their parameters; their cache is their state."
+            "their parameters; their cache is their state. They compute in bfloat16, also where they are evaluated."
         )
     expected = (
         "**Expected:** an attention output already carries what its token resolved, so a KA layer reaches beyond "
