@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -55,6 +54,7 @@ SEQUENCES = (4096, 512, 1900, 64, 777, 3000, 1, 5034)  # packed; 16 heads of 64
 WINDOWED = (1, 16, 8192, 128)
 WINDOWS = (64, 256, 1024)
 DECODES = [(8, 8, 2048, 64), (1, 32, 8192, 128), (16, 32, 2048, 128)]
+VERSIONS = ("triton", "transformers", "flash-linear-attention")
 FIRST = (8, 8, 2048, 64)
 KA: Callable[..., Tensor] = partial(ka_attention, backend="triton")
 
@@ -190,7 +190,7 @@ def run(sections: list[str] | None = None, path: Path | None = None) -> Iterator
         found = list(SECTIONS[name]())
         records += found
         if path:
-            path.write_text(json.dumps({"machine": f"{machine()}, Triton {triton.__version__}", "records": records}))
+            path.write_text(json.dumps({"machine": machine(*VERSIONS), "records": records}, indent=1))
         yield f"{section_table(found)}\n\n({name}: {time.perf_counter() - began:.0f} s)"
 
 
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = arguments.only.split(",") if arguments.only else None
     if unknown := sorted(set(chosen or ()) - set(SECTIONS)):
         parser.error(f"--only: no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    print(machine(), end="\n\n")
+    print(machine(*VERSIONS), end="\n\n")
     for text in run(chosen, arguments.json):
         print(text, end="\n\n", flush=True)
 

@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ import torch
 STATUS = Path("/proc/self/status")
 
 
-def machine() -> str:
-    """One line: device, threads and versions."""
+def machine(*packages: str) -> str:
+    """One line: device, threads and versions, also of those of ``packages`` that are installed."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -24,7 +25,9 @@ def machine() -> str:
             else []
         )
         device = names[0] if names else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
+    versions = [f"{name} {version(name)}" for name in packages if any(distributions(name=name))]
+    threads = f"{torch.get_num_threads()} threads"
+    return ", ".join([device, threads, f"torch {torch.__version__}", *versions, platform.system()])
 
 
 def medians(functions: dict[str, Callable[[], object]], seconds: float = 2.0) -> dict[str, float]:

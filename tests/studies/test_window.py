@@ -75,8 +75,8 @@ def results(tmp_path_factory):
     settings = (
         f"data={text} lengths=16,32 "
         "sequence_length=16 train_samples=32 validation_samples=8 batch_size=8 vocab_size=300 "
-        "hidden_size=16 heads=2 intermediate_size=32 arms=softmax,ka-w4,softmax-w4,mix-ka-w4,softmax-w16 task_arms=ka-w4 "
-        "task_length=16 task_samples=32"
+        "hidden_size=16 heads=2 intermediate_size=32 arms=softmax,ka-w4,softmax-w4,mix-ka-w4,softmax-w16 "
+        "task_arms=ka-w4 task_length=16 task_samples=32"
     )
     recipe = override(RECIPES["quick"], settings.split())
     return json.loads(json.dumps({"recipe": recipe.__dict__, **WINDOW.run(recipe, Store(folder / "out", {}), 1)}))
