@@ -104,6 +104,10 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     assert refused(ka("study", "nothing"), "NAME: no study 'nothing'", "compare")
     assert refused(ka("evaluate", out), "OUT:", "holds no identity.json")
     assert refused(ka("report", out), "OUT:", "holds no results.json")
+    assert refused(ka("compare", *good, "--data", ""), "--data: no file or folder ''")
+    assert refused(
+        ka("convert", out, "--tokens", "99", "--learning-rate", "nan"), "--learning-rate: expected a positive"
+    )
     assert not out.exists()
 
 
@@ -125,6 +129,8 @@ def test_another_setting_in_the_same_folder_is_refused(corpus, tmp_path):
 
 
 def test_a_report_of_another_schema_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    assert refused(ka("report", tmp_path), "results.json is not JSON")
     (tmp_path / "results.json").write_text('{"schema_version": 0}')
     assert refused(ka("report", tmp_path), "has schema 0")
 

@@ -129,7 +129,7 @@ def study(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads, 2 to 128 tokens.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write.")] = Path("inspect.html"),
 ) -> None:
     """Show, on one HTML page, what each head attends to in TEXT and where its output really comes from."""
     from ka_attention.report.inspect import write
@@ -137,7 +137,11 @@ def inspect(
     from ka_attention.studies.progress import quiet_libraries
 
     quiet_libraries()
-    write(walks.inspect(*walks.load_model(model), text, Path(model).name), out)
+    page = walks.inspect(*walks.load_model(model), text, Path(model).name)
+    try:
+        write(page, out)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
     typer.echo(f"Page: {out}")
 
 
@@ -167,13 +171,15 @@ def convert(
     window: Annotated[int | None, typer.Option(min=1, help="Attend to the last W tokens only.")] = None,
     learned: Annotated[bool, typer.Option("--learned", help="Leave the gates free instead of raising them.")] = False,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-4,
-    seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Order of the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the KA model.")] = Path("runs/convert"),
 ) -> None:
     """Turn a softmax model CHECKPOINT into a KA model by raising its gates from 0 to 1 in training."""
     from ka_attention.hf.convert import Conversion
     from ka_attention.studies.conversion import command
 
+    if not 0 < learning_rate < float("inf"):
+        raise UserError(f"--learning-rate: expected a positive number, got {learning_rate}")
     plan = Conversion(
         steps=1,
         learning_rate=learning_rate,

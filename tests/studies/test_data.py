@@ -134,7 +134,7 @@ def test_bad_data_is_one_clear_line(tmp_path, name, content, message):
 
 
 def test_missing_data_and_an_empty_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--data: no file or folder nowhere"):
+    with pytest.raises(UserError, match="--data: no file or folder 'nowhere'"):
         data.corpus("nowhere")
     with pytest.raises(UserError, match=r"--data: .* holds no \.txt"):
         data.corpus(str(tmp_path))

@@ -116,6 +116,13 @@ def test_command(tokenizer, tmp_path):
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), TEXT])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"ka: MODEL: cannot load {tmp_path}")
+    result = CliRunner().invoke(app, ["inspect", str(folder), TEXT, "--out", str(page / "page.html")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"ka: --out: cannot write {page}")
+    (folder / "model.safetensors").write_text("cut off")
+    result = CliRunner().invoke(app, ["inspect", str(folder), TEXT])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"ka: MODEL: cannot load {folder}")
 
 
 def test_missing_weights_are_not_made_up(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ from transformers import GPTNeoXForCausalLM
 
 from ka_attention.errors import UserError
 from ka_attention.studies.arms import arm, build
+from ka_attention.studies.catalogue import STUDIES
 from ka_attention.studies.recipes import COMPARE, CompareRecipe, override
 
 QUICK = COMPARE["quick"]
@@ -70,7 +71,7 @@ def test_override_parses_optional_and_boolean_settings_of_other_studies():
         ("learning_rate=-1", "--set learning_rate: expected a positive number"),
         ("hidden_size=100", "--set hidden_size"),
         ("sequence_length=1", "--set sequence_length"),
-        ("schedule=step", "--set schedule: expected constant, linear or cosine"),
+        ("schedule=step", "--set schedule: expected constant, linear, cosine"),
         ("batch_size=100000", "--set batch_size"),
         ("cache_samples=100000", "--set cache_samples"),
         ("arms=", "--set arms"),
@@ -82,6 +83,19 @@ def test_a_wrong_override_is_one_line_that_names_the_setting(assignment, message
         override(QUICK, [assignment])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_settings_of_every_study_are_checked():
+    for study in STUDIES.values():
+        for recipe in study.recipes.values():
+            for assignment in ("epochs=0", "learning_rate=0", "schedule=step"):
+                with pytest.raises(UserError, match=f"--set {assignment.partition('=')[0]}: expected"):
+                    override(recipe, [assignment])
+    position = STUDIES["position"].recipes["quick"]
+    with pytest.raises(UserError, match="--set lengths: expected an integer >= 1, got 0"):
+        override(position, ["lengths=0,128"])
+    with pytest.raises(UserError, match="--set hidden_size: expected heads"):
+        override(position, ["hidden_size=20"])
 
 
 @pytest.mark.parametrize("name", ["", "KA", "ka-w0", "softmax-head", "ka-w", "mamba"])

@@ -127,10 +127,10 @@ def corpus(source: str) -> Corpus:
     if source.startswith("hf:"):
         return _hub(source)
     path = Path(source).expanduser()
+    if not source or not path.exists():
+        raise UserError(f"--data: no file or folder {source!r}; allowed are stdlib, a path, or hf:NAME[/CONFIG]")
     if path.is_dir():
         return _folder(path)
-    if not path.exists():
-        raise UserError(f"--data: no file or folder {source}; allowed are stdlib, a path, or hf:NAME[/CONFIG]")
     return _split(path.name, _read(path))
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ka_attention.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+MAY_BE_ZERO = ("warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,12 @@ class ModelSettings:
     layers: int
     heads: int
     intermediate_size: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 8:
+            raise UserError(
+                f"--set hidden_size: expected heads × a multiple of 8 (heads = {self.heads}), got {self.hidden_size}"
+            )
 
     def config(self) -> GPTNeoXConfig:
         """The transformers configuration."""
@@ -91,21 +101,9 @@ class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
     cache_samples: int
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("warmup_steps", "weight_decay") else 1
-            if isinstance(value, int) and value < least:
-                raise UserError(f"--set {field.name}: expected an integer >= {least}, got {value}")
-            if isinstance(value, float) and not (0 <= value < float("inf") and (value > 0 or least == 0)):
-                raise UserError(f"--set {field.name}: expected a positive number, got {value}")
-        if self.hidden_size % self.heads or self.hidden_size // self.heads % 8:
-            raise UserError(
-                f"--set hidden_size: expected heads × a multiple of 8 (heads = {self.heads}), got {self.hidden_size}"
-            )
+        super().__post_init__()
         if self.sequence_length < 2:
             raise UserError(f"--set sequence_length: expected at least 2 tokens, got {self.sequence_length}")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise UserError(f"--set schedule: expected constant, linear or cosine, got {self.schedule!r}")
         if self.train_samples < self.batch_size:
             raise UserError(f"--set batch_size: {self.batch_size} is more than train_samples = {self.train_samples}")
         if self.cache_samples > self.validation_samples:
@@ -188,7 +186,20 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             changes[key] = _parse(text, hints[key])
         except ValueError:
             raise UserError(f"--set {key}: expected {_describe(hints[key])}, got {text!r}") from None
+        _check(key, changes[key])
     return replace(recipe, **changes)
+
+
+def _check(key: str, value: Any) -> None:
+    """Whether a number is one that a setting of its kind can have: a count from 1 on, a positive rate."""
+    least = 0 if key in MAY_BE_ZERO else 1
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, int) and not isinstance(item, bool) and item < least:
+            raise UserError(f"--set {key}: expected an integer >= {least}, got {item}")
+        if isinstance(item, float) and not (0 <= item < float("inf") and (item > 0 or least == 0)):
+            raise UserError(f"--set {key}: expected a positive number, got {item}")
+    if key == "schedule" and value not in SCHEDULES:
+        raise UserError(f"--set schedule: expected {', '.join(SCHEDULES)}, got {value!r}")
 
 
 def _parse(text: str, hint: Any) -> Any:

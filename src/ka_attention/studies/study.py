@@ -88,7 +88,10 @@ def read(out: Path, name: str) -> dict[str, Json]:
     path = out / name
     if not path.exists():
         raise UserError(f"OUT: {out} holds no {name}; name the folder of a run")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"OUT: {path} is not JSON") from None
     if stored.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"OUT: {path} has schema {stored.get('schema_version')}, this version reads {SCHEMA_VERSION}")
     return stored

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -82,7 +83,7 @@ def load_model(source: str, argument: str = "MODEL") -> tuple[Any, Any]:
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{argument}: cannot load {source}: {str(error).splitlines()[0]}") from None
     model, loaded = found
     if loaded["missing_keys"]:
