@@ -131,7 +131,7 @@ def sections(results: dict[str, Json]) -> list[Section]:
         "A cache is filled by one parallel pass (prefill) and then grows by single tokens; the stock model with its KV "
         "cache and KA-attention with a KA cache take turns token by token on the same machine. Ratios compare, "
         f"absolute figures belong to that machine. KA over KV: decoding {ratios('tokens_per_s')}, prefill "
-        f"{ratios('prefill_tokens_per_s')}. MHA has a key head for every query head, GQA one for every four.",
+        f"{ratios('prefill_tokens_per_s')}. MHA has a key head for every query head, GQA a quarter of them.",
         "A KA cache does not save memory: MHA takes "
         f"{last['MHA']['ka']['bytes_a_token'] / last['MHA']['kv']['bytes_a_token']:.2f} × the bytes of a KV cache, "
         f"GQA {last['GQA']['ka']['bytes_a_token'] / last['GQA']['kv']['bytes_a_token']:.2f} ×, since outputs belong to "

@@ -152,8 +152,8 @@ def _conversion(arm: dict[str, Json], seeds: str) -> Section:
         else f"**not reached**: {percent(changes(ppl[shares[-1]], base))} after {100 * float(shares[-1]):.0f} %"
     )
     words = [
-        "The gates rise from 0, where the model is its softmax self, to 1 while it trains, following the frozen "
-        "softmax model. Every budget is a conversion of its own, from the start.",
+        "The gates rise from 0, where the model is its softmax self, to 1 while it trains: first following the frozen "
+        "softmax model, then on the text. Every budget is a conversion of its own, from the start.",
         f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most 10 % of its "
         f"{first['original_tokens']:,} training tokens, is {outcome}. "
         f"Without training the swap costs {percent(changes(swap, base))}.",
