@@ -131,6 +131,22 @@ def test_a_stopped_conversion_goes_on_exactly(model, data, tmp_path):
         assert resumed.state_dict()[name].equal(tensor), name
 
 
+def test_attention_learns_faster_and_every_parameter_learns_once(model, data, tmp_path, monkeypatch):
+    from ka_attention.hf import convert as module
+
+    made = []
+    original = module._Trainer.create_optimizer
+    monkeypatch.setattr(module._Trainer, "create_optimizer", lambda *a: made.append(original(*a)) or made[-1])
+    convert(model, data, Conversion(steps=1, learning_rate=1e-3, target="learned"), tmp_path, evaluations=0)
+    others, attention, gates = made[0].param_groups
+    assert [group["initial_lr"] for group in made[0].param_groups] == pytest.approx([1e-3, 3e-3, module.GATE_RATE])
+    assert len(gates["params"]) == 3
+    assert {id(p) for p in attention["params"]} == {
+        id(p) for m in attention_modules(model) for name, p in m.named_parameters() if "ka_gate" not in name
+    }
+    assert len(others["params"] + attention["params"] + gates["params"]) == len(list(model.parameters()))
+
+
 def test_nothing_is_kept_where_nothing_is_asked_for(model, data, tmp_path):
     assert convert(model, data, Conversion(steps=2), tmp_path, evaluations=0) == []
     assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ from ka_attention.hf.attach import attach, detach
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules
 
+ATTENTION_RATE = 3.0  # learning rate of attention layers over that of the others: they have the most to learn anew
 GATE_RATE = 0.05  # learning rate of free gates: numbers of order 1 that have to cross [0, 1] in few steps
 
 
@@ -34,7 +35,8 @@ GATE_RATE = 0.05  # learning rate of free gates: numbers of order 1 that have to
 class Conversion:
     """How a model is converted.
 
-    steps, batch_size, learning_rate: AdamW, cosine schedule, gradients clipped to norm 1.
+    steps, batch_size, learning_rate: AdamW, cosine schedule, gradients clipped to norm 1; attention layers learn at
+             ATTENTION_RATE times the rate.
     target:  "ka" raises every gate to 1 on a schedule; "learned" leaves one gate a head free, started at 0; "softmax"
              keeps the gates at 0, which is the control: the same training without KA-attention.
     window:  attend to the last ``window`` tokens only.
@@ -43,7 +45,7 @@ class Conversion:
     """
 
     steps: int
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float = 1e-3
     target: Literal["ka", "learned", "softmax"] = "ka"
     window: int | None = None
@@ -176,12 +178,19 @@ class _Trainer(Trainer):
         teacher.to(self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        free = {id(p) for m in attention_modules(self.network) if hasattr(m, "ka_gate") for p in m.ka_gate.parameters()}
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if id(p) not in free], "weight_decay": 0.01}]
-        if gates := [p for p in trained if id(p) in free]:
-            groups.append({"params": gates, "weight_decay": 0.0, "lr": GATE_RATE})
-        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        modules, rate = attention_modules(self.network), self.args.learning_rate
+        gates = {id(p): p for m in modules if hasattr(m, "ka_gate") for p in m.ka_gate.parameters()}
+        attention = {id(p): p for m in modules for p in m.parameters() if id(p) not in gates}
+        others = {id(p): p for p in self.network.parameters() if id(p) not in gates | attention}
+        groups = [
+            {"params": [p for p in group.values() if p.requires_grad], "lr": lr, "weight_decay": decay}
+            for group, lr, decay in (
+                (others, rate, 0.01),
+                (attention, ATTENTION_RATE * rate, 0.01),
+                (gates, GATE_RATE, 0.0),
+            )
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

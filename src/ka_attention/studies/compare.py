@@ -91,7 +91,7 @@ def _reversal(of: Trained) -> dict[str, Json]:
 def _adapters(of: Trained) -> dict[str, Json]:
     if not of.repairable:
         return {}
-    steps = conversion.steps_for(adapters.SHARE, of.tokens, of.recipe.sequence_length)
+    steps = conversion.steps_for(adapters.SHARE, of.tokens, of.recipe.sequence_length, adapters.BATCH)
     return adapters.evaluate(of.model, of.text.train, of.sample, steps=steps, batch_size=BATCH)
 
 

@@ -21,14 +21,13 @@ from ka_attention.studies.data import Sequences
 from ka_attention.studies.store import Json
 
 SHARES = (0.01, 0.02, 0.05, 0.10)  # of the tokens that the softmax model was trained on
-SIDE = 0.05  # the share for the side questions: free gates and windows
-BATCH = 8
+SIDE = 0.02  # the share for the side questions: free gates and windows
 WINDOWS = (8, 16, 32)
 
 
-def steps_for(share: float, original_tokens: int, length: int) -> int:
-    """Steps of 8 sequences that read ``share`` of the original training tokens."""
-    return max(1, round(share * original_tokens / (BATCH * length)))
+def steps_for(share: float, original_tokens: int, length: int, batch: int = Conversion.batch_size) -> int:
+    """Steps of ``batch`` sequences that read ``share`` of the original training tokens."""
+    return max(1, round(share * original_tokens / (batch * length)))
 
 
 def evaluate(
@@ -62,7 +61,7 @@ def evaluate(
             convert(converted, Sequences(train), plan, Path(folder), seed=seed, evaluations=0)
         return {
             "steps": plan.steps,
-            "tokens": plan.steps * BATCH * train.shape[1],
+            "tokens": plan.steps * plan.batch_size * train.shape[1],
             "seconds": time.perf_counter() - start,
             "ppl": ppl(converted),
             "gates": [m.ka_gate(None).tolist() for m in attention_modules(converted) if hasattr(m, "ka_gate")],
@@ -70,7 +69,7 @@ def evaluate(
 
     def plan(share: float, **settings: Any) -> Conversion:
         steps = steps_for(share, original_tokens, train.shape[1])
-        return Conversion(steps=steps, batch_size=BATCH, learning_rate=learning_rate, **settings)
+        return Conversion(steps=steps, learning_rate=learning_rate, **settings)
 
     return {
         "original_tokens": original_tokens,
