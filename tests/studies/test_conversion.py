@@ -156,7 +156,7 @@ def test_the_first_difference():
     [
         (("adapt", "{}", "--method", "magic"), "--method: expected one of ridge-value"),
         (("convert", "{}", "--tokens", 5), "--tokens: expected at least one sequence of 128 tokens, got 5"),
-        (("convert", "{}", "--tokens", 300, "--data", "nowhere"), "--data: no file or folder nowhere"),
+        (("convert", "{}", "--tokens", 300, "--data", "nowhere"), "--data: no file or folder 'nowhere'"),
         (("generate", "{}", "x", "--cache", "kq"), "--cache: expected kv or ka, got 'kq'"),
         (("generate", "{}", "x", "--cache", "ka", "--compare"), "--compare shows both caches"),
         (("generate", "{}", ""), "PROMPT: expected at least one token"),
