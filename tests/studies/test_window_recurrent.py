@@ -10,8 +10,8 @@ from torch import nn
 from ka_attention.errors import UserError
 from ka_attention.studies import recurrent
 from ka_attention.studies.arms import arm, build
-from ka_attention.studies.recipes import ModelSettings, override
-from ka_attention.studies.window import RECIPES, window_arm
+from ka_attention.studies.recipes import ModelSettings
+from ka_attention.studies.window import window_arm
 from ka_attention.studies.window_report import sections
 
 SETTINGS = ModelSettings(vocab_size=512, hidden_size=64, layers=2, heads=4, intermediate_size=256)
@@ -59,7 +59,7 @@ def test_mlps_make_up_for_the_parameters_of_other_layers(monkeypatch, width):
 def test_a_layer_that_leaves_nothing_to_the_mlps_is_refused(monkeypatch):
     monkeypatch.setattr(recurrent, "_mixer", lambda name, size, heads: recurrent.Mixer(Sums(size, 2000)))
     with pytest.raises(UserError, match="--set intermediate_size: expected more than"):
-        peer("gla").install(build(arm("softmax"), SETTINGS, 0))
+        build(peer("gla"), SETTINGS, 0)
 
 
 def test_a_recurrent_state_weighs_as_much_as_half_a_head_of_cached_tokens():
@@ -70,12 +70,10 @@ def test_a_recurrent_state_weighs_as_much_as_half_a_head_of_cached_tokens():
     assert cached < peer("mamba2").state_bytes(config) < peer("deltanet").state_bytes(config)
 
 
-def test_peers_need_their_library_and_a_gpu_and_text(monkeypatch):
+def test_peers_need_their_library_and_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--set arms: mamba2 needs a CUDA device and flash-linear-attention"):
         window_arm("mamba2", 2)
-    with pytest.raises(UserError, match="--set task_arms: recurrent arms are trained on text only, got gla"):
-        override(RECIPES["quick"], ["task_arms=softmax,gla"])
 
 
 def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():

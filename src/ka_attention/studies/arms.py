@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import GPTNeoXForCausalLM, set_seed
 
@@ -23,6 +24,12 @@ class Arm:
     label: str
     ka: KAConfig | None
 
+    def install(self, model: Any) -> Any:
+        """Give a softmax model, in place, the attention of this arm, and return it."""
+        from ka_attention.hf import attach
+
+        return model if self.ka is None else attach(model, self.ka)
+
 
 def arm(name: str) -> Arm:
     """The arm called ``softmax``, ``ka``, ``ka-head`` or ``ka-token`` (learned gates); ``-w16`` adds a window of 16."""
@@ -41,12 +48,7 @@ def arm(name: str) -> Arm:
 
 def build(arm: Arm, settings: ModelSettings, seed: int) -> GPTNeoXForCausalLM:
     """A freshly initialised model; for a seed, all arms have the same weights (learned gates come on top)."""
-    from ka_attention.hf import attach
-
     set_seed(seed)
     config = settings.config()
     config._attn_implementation = "sdpa"
-    model = GPTNeoXForCausalLM(config)
-    if arm.ka is not None:
-        attach(model, arm.ka)
-    return model
+    return arm.install(GPTNeoXForCausalLM(config))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
-from ka_attention.hf import attach
 from ka_attention.studies.arms import Arm
 from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import ModelSettings, TrainingSettings
@@ -123,7 +122,7 @@ def build(plan: Plan, settings: TaskSettings, seed: int) -> GPTNeoXForCausalLM:
     config.initializer_range = settings.hidden_size**-0.5
     model = GPTNeoXForCausalLM(config)
     model.set_input_embeddings(StatementEmbedding(plan.task.symbols, settings.hidden_size))
-    return model if plan.arm.ka is None else attach(model, plan.arm.ka)
+    return plan.arm.install(model)
 
 
 def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Json]:

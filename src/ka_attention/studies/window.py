@@ -76,7 +76,7 @@ class WindowRecipe(PositionRecipe):
     arms:         those of ``arms.arm``; ``mix-softmax-w8``, ``mix-ka-w8``: every other layer with a window, the rest
                   full softmax attention; and ``gla``, ``deltanet``, ``mamba2``: recurrent layers in attention's place.
                   The first is what the others are compared with. Windows that no sequence fills are left out.
-    task_arms:    the arms that are also trained on the tasks; recurrent ones are not.
+    task_arms:    the arms that are also trained on the tasks.
     task_length, task_samples, task_layers: statements in a sequence, training sequences, layers.
     """
 
@@ -89,8 +89,6 @@ class WindowRecipe(PositionRecipe):
     def __post_init__(self) -> None:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise UserError(f"--set lengths: expected ascending numbers, got {','.join(map(str, self.lengths))}")
-        if recurring := sorted(set(self.task_arms) & set(recurrent.LABELS)):
-            raise UserError(f"--set task_arms: recurrent arms are trained on text only, got {', '.join(recurring)}")
         if self.task_length < 16:
             raise UserError(f"--set task_length: expected 16 or more, got {self.task_length}")
 
@@ -116,7 +114,7 @@ class WindowRecipe(PositionRecipe):
         )
 
 
-_KINDS = ("softmax", "ka", "ka-token")
+_KINDS = ("softmax", "ka", "ka-head")
 _FULL = ("softmax", "ka")
 
 
@@ -134,10 +132,10 @@ GPU: dict[str, Any] = {
     "validation_samples": 512,
     "batch_size": 64,
     "learning_rate": 1e-3,
-    "epochs": 2,
+    "epochs": 4,
     "schedule": "cosine",
     "warmup_steps": 20,
-    "task_arms": (*_FULL, "softmax-w8", "ka-w8", "ka-token-w8", "mix-ka-w8"),
+    "task_arms": (*_FULL, "softmax-w8", "ka-w8", "ka-head-w8", "mix-ka-w8"),
     "task_length": 128,
     "task_samples": 256 * 300,
     "task_batch_size": 256,
@@ -176,11 +174,11 @@ RECIPES = {
             lengths=(128, 2048),
             arms=(
                 *_FULL,
-                *_windowed(8, 32),
-                *("softmax-w256", "ka-w256", "mix-softmax-w8", "mix-ka-w8"),
+                *("softmax-w8", "ka-w8", "ka-head-w8", "softmax-w32", "ka-w32", "softmax-w256", "ka-w256"),
+                *("mix-softmax-w8", "mix-ka-w8"),
                 *recurrent.LABELS,
             ),
-            **GPU,
+            **GPU | {"task_arms": (*GPU["task_arms"], *recurrent.LABELS)},
         ),
         WindowRecipe(
             name="grid",
@@ -260,8 +258,6 @@ def _cache_bytes(settings: PositionRecipe, arm: Arm) -> int:
 
 def _one(arm: Arm, settings: PositionRecipe, text: Text, store: Store, part: str, seed: int) -> Json:
     model = build(arm, settings, seed)
-    if isinstance(arm, recurrent.Peer):
-        arm.install(model)
     label = f"{arm.label}, {settings.sequence_length} tokens"
     data = Sequences(text.train), Sequences(text.validation)
     training = train(model, *data, settings, store.folder(f"weights/{part}"), seed=seed, label=label)
