@@ -183,15 +183,15 @@ def test_layouts_of_models_give_the_same_bits():
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (0, 64, 0, 1, 33), (97,), (1,) * 40])
 def test_packed_schedule_covers_every_block_in_order(lengths):
-    from ka_attention.ops.triton.launch import _Call
+    from ka_attention.ops.triton.launch import _Plan
     from ka_attention.ops.triton.tiles import Tiles
 
     cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
     q = torch.zeros(1, 1, sum(lengths), 16, device=DEVICE)
     tiles = Tiles(32, 32, 4, 1)
-    call = _Call(q, q, q, None, None, None, None, cu, 1.0, None, None)
-    schedule = call.schedule(tiles).tolist()
-    assert len(schedule) == call.grid(tiles)[0]
+    plan = _Plan(q, q, q, None, None, None, None, cu, 1.0, None, None)
+    schedule = plan.schedule(cu, tiles).tolist()
+    assert len(schedule) == plan.grid(tiles)[0]
     real = [(n, rank) for n, rank in schedule if rank * 32 < lengths[n]]
     assert sorted(real) == [(n, rank) for n, length in enumerate(lengths) for rank in range(-(-length // 32))]
     assert [rank for _, rank in schedule] == sorted(rank for _, rank in schedule)
@@ -211,3 +211,53 @@ def test_what_it_cannot_do_is_refused(shape, dtype, message):
     x = torch.randn(shape, dtype=dtype, device=DEVICE)
     with pytest.raises(RuntimeError, match=message):
         ka_attention(x, x, x, backend="triton")
+
+
+def test_a_known_launch_gives_the_compiled_kernel_what_it_takes(monkeypatch):
+    """Bare pointers in the order of its signature, if all are multiples of 16; absent tensors are null pointers."""
+    from ka_attention.ops.triton import launch
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: calls.append(("compiled", grid, arguments))
+
+    class Kernel:
+        arg_names = ("X", "Y", "T", "scale", "D", "BM")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: calls.append(("kernel", grid, arguments, constants)) or Compiled()
+
+    calls: list[tuple] = []
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    run = launch.Launch(Kernel(), (5, 2), 70, 0.5, num_warps=4, BM=64, D=16)
+    x = torch.zeros(64, dtype=torch.uint8)
+    x = x[-x.data_ptr() % 16 :]
+    for tensors in ((x[1:], None), (x, None), (x, None), (x[16:], None), (x[1:], None)):
+        run(*tensors)
+    assert [call[0] for call in calls] == ["kernel", "kernel", "compiled", "compiled", "kernel"]
+    assert all(call[1] == (5, 2, 1) for call in calls)
+    assert calls[3][2] == (x.data_ptr() + 16, 0, 70, 0.5, 16, 64)
+    assert calls[4][2][2:] == (70, 0.5)
+    assert calls[4][3] == {"num_warps": 4, "BM": 64, "D": 16}
+
+
+@kernels
+def test_plans_are_shared_by_calls_of_one_layout_alone_and_keep_no_tensors():
+    from ka_attention.ops.triton.launch import _plan
+
+    def plan(T=8, scale=1.0, copy=lambda x: x, mask=None):
+        q = torch.zeros(2, 2, T, 16, device=DEVICE)
+        return _plan(q, copy(q), q, None, None, None, mask, None, scale, None, None)
+
+    first = plan()
+    assert plan() is first
+    others = [
+        plan(T=9),
+        plan(scale=0.5),
+        plan(copy=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+        plan(copy=lambda x: x[:, :1]),
+        plan(mask=torch.ones(1, 1, 1, 8, dtype=torch.bool, device=DEVICE)),
+    ]
+    assert all(other is not first for other in others)
+    assert len({id(other) for other in others}) == 5
+    assert not any(isinstance(x, torch.Tensor) for x in vars(first).values())

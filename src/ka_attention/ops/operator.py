@@ -4,6 +4,7 @@ As library operators they are opaque to torch.compile and to autocast: one node 
 They are registered through `torch.library.Library` because `torch.library.custom_op` costs 100 µs a call on top.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 
@@ -99,7 +100,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 _library = torch.library.Library("ka_attention", "DEF")
-for _name, _function in {"forward": _forward, "backward": _backward}.items():
+_functions: dict[str, Callable] = {"forward": _forward, "backward": _backward}
+for _name, _function in _functions.items():
     _schema = torch.library.infer_schema(_function, mutates_args=())
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -1,197 +1,245 @@
 """The Triton backend: what docs/architecture.md asks of a backend, as kernel launches and nothing else."""
 
+from collections.abc import Callable
+from functools import cached_property, reduce
+from operator import or_
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
-from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import corner_kernel, delta_kernel, sweep_kernel
 from ka_attention.ops.triton.tiles import Tiles, choose, padded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
-DECODE_STEP = 64  # cached positions a step
-DECODE_PROGRAMS = 1024  # several a multiprocessor
-MAX_PARTS = 64
+MAX_PLANS = 1024
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
     """A [B, Hq, T, D] and the log-sum-exp [B, Hq, T], both contiguous. Same input, same bits."""
-    call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
-    a = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if call.k_past is not None and call.u_past is not None and call.T == 1 and window != 1:
-        with torch.cuda.device_of(q):
-            call.decode(call.k_past, call.u_past, a, lse, mask)
-        return a, lse
-    tiles = choose(q).forward
-    mode = call.mode(tiles)
+    q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
+    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    a = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tiles = plan.table.forward
+    mode = plan.mode(tiles)
     u = a if gate is None or mode != "chain" else torch.empty_like(a)
-    corner = call.corner(tiles) if mode == "corner" else None
+    corner = plan.corner(q, tiles) if mode == "corner" else None
     with torch.cuda.device_of(q):
-        forward_kernel[call.grid(tiles)](
-            call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
-            corner, call.flags(mode),
-            *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
-            MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
-            WINDOW=window is not None, **call.constants, **tiles.options,
+        plan.forward(
+            q, k, v, gate, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, tiles), a, u, lse, corner,
+            plan.flags(q, mode),
         )  # fmt: skip
         if corner is not None:
-            call.sweep(a, corner, tiles, reverse=False)
+            plan.forward_sweep(a, corner, cu_seqlens)
     return a, lse
 
 
 def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, scale, window, softcap):
     """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
-    call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
-    table = choose(q)
-    tiles = table.columns
-    mode = call.mode(tiles)
-    da, a, lse = da.contiguous(), a.contiguous(), lse.contiguous()
-    y, dk, dv = (torch.empty_like(a) for _ in range(3))
+    q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
+    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    tiles = plan.table.columns
+    mode = plan.mode(tiles)
+    da, a, lse = da.to(q.dtype).contiguous(), a.contiguous(), lse.contiguous()
+    y, dk, dv, dq = (torch.empty_like(a) for _ in range(4))
     delta = torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
     dgate = None if gate is None else torch.empty_like(lse)
     dk_past = du_past = None
-
-    def columns(mode, grid, k, u_past, dk, du):
-        g = None if mode == "past" else gate
-        columns_kernel[grid](
-            da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
-            dgate, call.flags(mode),
-            *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=k.stride(2), V_ROW=call.v.stride(2),
-            MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,
-            **tiles.options,
-        )  # fmt: skip
-
     with torch.cuda.device_of(q):
+        schedule = plan.schedule(cu_seqlens, tiles)
         if mode == "corner":
-            corner = call.corner(tiles)
-            corner_kernel[call.grid(tiles)](
-                da, call.q, call.k, gate, mask, cu_seqlens, call.schedule(tiles), lse, y, corner,
-                *map(_strides, (call.q, call.k, gate, mask)), *call.numbers,
-                BM=tiles.BM, K_ROW=call.k.stride(2), HAS_GATE=gate is not None, **call.constants, **tiles.options,
-            )  # fmt: skip
-            call.sweep(y, corner, tiles, reverse=True)
-            rows = lse.numel()
-            delta_kernel[(triton.cdiv(rows, 64),)](y, a, delta, rows, D=q.shape[-1], BD=padded(q.shape[-1]), BM=64)
-        columns("solved" if mode == "corner" else mode, call.grid(tiles), call.k, None, dk, None)
+            corner = plan.corner(q, tiles)
+            plan.corners(da, q, k, gate, mask, cu_seqlens, schedule, lse, y, corner)
+            plan.backward_sweep(y, corner, cu_seqlens)
+            plan.delta(y, a, delta)
+        plan.columns(
+            da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, y, delta, dk, dv, None, dgate,
+            plan.flags(q, mode),
+        )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-            columns("past", call.grid(tiles, call.P), call.k_past, call.u_past, dk_past, du_past)
+            plan.past_columns(
+                da, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, y, delta, dk_past, dv, du_past,
+                None, None,
+            )  # fmt: skip
             dk_past = _sum_groups(dk_past, k_past)
-        tiles = table.dq
-        dq = torch.empty_like(a)
-        dq_kernel[call.grid(tiles)](
-            call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
-            dq,
-            *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
-            BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
-            HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
-            **tiles.options,
-        )  # fmt: skip
+        plan.rows(
+            q, k, v, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, plan.table.dq), u, lse, y, delta, dq
+        )
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
 
 
-class _Call:
-    """What the launches of one call share."""
+class Launch:
+    """One kernel on one grid with everything fixed but its tensors, and of those the dtypes and which are absent.
+
+    `kernel[grid](…)` looks at all arguments to find the compiled kernel, which takes the processor longer than short
+    sequences take the GPU. What it looks at is fixed here, but for one thing: whether pointers are multiples of 16. So
+    once they all were, that compiled kernel is kept, and launched with bare pointers whenever they all are again.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], *numbers, **constants):
+        self.kernel, self.numbers, self.constants = kernel, numbers, constants
+        self.grid = (*grid, 1, 1)[:3]
+        self.launch: Callable | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        aligned = reduce(or_, pointers) % 16 == 0
+        if aligned and self.launch is not None:
+            return self.launch(*pointers, *self.numbers)
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if aligned and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            constants = [self.constants[name] for name in names]
+            self.launch = lambda *arguments: compiled[self.grid](*arguments, *constants)
+
+
+_plans: dict[tuple, "_Plan"] = {}
+
+
+def _plan(*arguments) -> "_Plan":
+    """The plan for calls whose arguments differ in nothing but the tensors' contents."""
+    key = (torch.backends.cuda.matmul.allow_tf32, *(_layout(x) if isinstance(x, Tensor) else x for x in arguments))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _Plan(*arguments)
+    return plan
+
+
+class _Plan:
+    """What calls of one layout share: numbers and constants, and the launches, each made when first needed.
+
+    It keeps no tensors.
+    """
 
     def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
         _check(q)
-        self.q, self.k, self.v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        self.k_past = None if k_past is None else _unit_stride(k_past)
-        self.u_past = None if u_past is None else _unit_stride(u_past)
-        self.cu_seqlens, self.window = cu_seqlens, window
-        B, self.H, self.T, D = q.shape
+        self.packed, self.window = cu_seqlens is not None, window
+        B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
-        self.sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        self.sequences = len(cu_seqlens) - 1 if self.packed else B
+        self.table = choose(q)
+        self.q, self.k, self.v, self.gate = map(_strides, (q, k, v, gate))
+        self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
         self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
-        precision = "half"
+        self.precision = "half"
         if q.dtype == torch.float32:  # three tf32 products are as exact as one of float32
-            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+            self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.constants = {
-            "GROUP": self.H // k.shape[1], "D": D, "BD": padded(D), "HAS_MASK": mask is not None,
-            "PACKED": cu_seqlens is not None, "Q_ROW": self.q.stride(2),
-            "SOFTCAP": softcap is not None, "PRECISION": precision,
+            "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
+            "HAS_PAST": k_past is not None, "HAS_MASK": mask is not None, "PACKED": self.packed,
+            "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "WINDOW": window is not None,
+            "SOFTCAP": softcap is not None, "PRECISION": self.precision,
         }  # fmt: skip
+
+    @cached_property
+    def forward(self) -> Launch:
+        tiles = self.table.forward
+        strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
+        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode(tiles))
+
+    @cached_property
+    def columns(self) -> Launch:
+        tiles = self.table.columns
+        mode = self.mode(tiles)
+        strides = self.q, self.k, self.v, self.gate, None, self.mask
+        return self._launch(
+            columns_kernel, tiles, self.grid(tiles), *strides, MODE="solved" if mode == "corner" else mode
+        )
+
+    @cached_property
+    def past_columns(self) -> Launch:
+        tiles = self.table.columns
+        strides = self.q, self.k_past, self.v, None, self.u_past, self.mask
+        row = self.k_past[2]
+        return self._launch(
+            columns_kernel, tiles, self.grid(tiles, self.P), *strides, MODE="past", HAS_GATE=False, K_ROW=row
+        )
+
+    @cached_property
+    def rows(self) -> Launch:
+        tiles = self.table.dq
+        strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
+        return self._launch(dq_kernel, tiles, self.grid(tiles), *strides)
+
+    @cached_property
+    def corners(self) -> Launch:
+        tiles = self.table.columns
+        return self._launch(corner_kernel, tiles, self.grid(tiles), self.q, self.k, self.gate, self.mask)
+
+    @cached_property
+    def delta(self) -> Launch:
+        rows = self.numbers[2] * self.H * self.T
+        return Launch(delta_kernel, (triton.cdiv(rows, 64),), rows, D=self.D, BD=padded(self.D), BM=64)
+
+    @cached_property
+    def forward_sweep(self) -> Launch:
+        return self._sweep(self.table.forward, reverse=False)
+
+    @cached_property
+    def backward_sweep(self) -> Launch:
+        return self._sweep(self.table.columns, reverse=True)
+
+    def _sweep(self, tiles: Tiles, reverse: bool) -> Launch:
+        """The sequential part of a short window, over slices of the head dimension side by side."""
+        width = min(32, padded(self.D))
+        return Launch(
+            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, width)), *self.numbers[2:5],
+            D=self.D, BD=width, BM=tiles.BM, PACKED=self.packed, REVERSE=reverse,
+            DOT="ieee" if self.precision == "half" else self.precision,
+        )  # fmt: skip
+
+    def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:
+        available = self.constants | {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles)} | constants
+        chosen = {name: available[name] for name in kernel.arg_names if name in available}
+        return Launch(kernel, grid, *strides, *self.numbers, **chosen, **tiles.options)
 
     def mode(self, tiles: Tiles) -> str:
         """How row blocks reach one another: see `forward_kernel`."""
-        if self.cu_seqlens is None and tiles.BM >= self.T:
+        if not self.packed and tiles.BM >= self.T:
             return "single"
         return "corner" if self.window is not None and self.window <= tiles.BM + 1 else "chain"
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
         """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
-        if self.cu_seqlens is not None:
+        if self.packed:
             return ((self.T // tiles.BM + self.sequences) * self.H,)
         return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
 
     def ragged(self, tiles: Tiles) -> bool:
         """Whether a sequence may end within a row block."""
-        return self.cu_seqlens is not None or self.T % tiles.BM != 0
+        return self.packed or self.T % tiles.BM != 0
 
-    def schedule(self, tiles: Tiles) -> Tensor | None:
+    def schedule(self, cu_seqlens: Tensor | None, tiles: Tiles) -> Tensor | None:
         """(sequence, rank) of each slot of a packed grid, int32 [slots, 2], by rank; spare slots lie beyond the length.
 
         Sequence s owns the slots from cu[s] // BM + s, which are at least as many as its blocks.
         """
-        if self.cu_seqlens is None:
+        if cu_seqlens is None:
             return None
-        first = self.cu_seqlens // tiles.BM + torch.arange(self.sequences + 1, device=self.q.device)
-        slots = torch.arange(self.T // tiles.BM + self.sequences, device=self.q.device)
+        first = cu_seqlens // tiles.BM + torch.arange(self.sequences + 1, device=cu_seqlens.device)
+        slots = torch.arange(self.T // tiles.BM + self.sequences, device=cu_seqlens.device)
         sequence = torch.searchsorted(first, slots, right=True) - 1
         rank = slots - first[sequence]
         order = rank.argsort(stable=True)
         return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
 
-    def flags(self, mode: str) -> Tensor | None:
+    def flags(self, q: Tensor, mode: str) -> Tensor | None:
         """The ticket, then the number of published blocks of each sequence and head."""
-        return self.q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
+        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
 
-    def corner(self, tiles: Tiles) -> Tensor:
+    def corner(self, q: Tensor, tiles: Tiles) -> Tensor:
         """Room for what joins each row block to its neighbour, BM numbers a row."""
-        return self.q.new_empty(*self.q.shape[:3], tiles.BM)
-
-    def sweep(self, x: Tensor, corner: Tensor, tiles: Tiles, reverse: bool) -> None:
-        """The sequential part of a short window, over slices of the head dimension side by side."""
-        D = self.q.shape[-1]
-        width = min(32, padded(D))
-        precision = self.constants["PRECISION"]
-        sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
-            x, corner, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM,
-            PACKED=self.cu_seqlens is not None, REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
-        )  # fmt: skip
-
-    def decode(self, k: Tensor, u: Tensor, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:
-        """One new token: parts of the cache (k, u) side by side, then their sum. The token's own gate has no effect."""
-        P, heads = self.P, self.sequences * self.H
-        if self.window is not None and self.window <= P:
-            unseen = P - self.window + 1
-            k, u, P = k[:, :, unseen:], u[:, :, unseen:], P - unseen
-            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., unseen:]
-        BD, BN = self.constants["BD"], DECODE_STEP
-        steps = triton.cdiv(P, BN)
-        parts = min(steps, MAX_PARTS, max(1, DECODE_PROGRAMS // heads))
-        split = triton.cdiv(steps, parts) * BN
-        parts = triton.cdiv(P, split)
-        part = self.q.new_empty(heads, parts, BD, dtype=torch.float32)
-        top, total = self.q.new_empty(2, heads, parts, dtype=torch.float32)
-        scale, softcap, *_ = self.numbers
-        constants = {name: self.constants[name] for name in ("GROUP", "D", "BD", "HAS_MASK", "SOFTCAP")}
-        split_kernel[heads, parts](
-            self.q, k, u, mask, part, top, total, *map(_strides, (self.q, k, u, mask)),
-            scale, softcap, self.H, P, split, BN=BN, STAGES=3 if split > 2 * BN else 1, **constants,
-        )  # fmt: skip
-        join_kernel[(heads,)](
-            self.q, self.k, self.v, mask, part, top, total, a, lse,
-            *map(_strides, (self.q, self.k, self.v, mask)),
-            scale, softcap, self.H, P, parts, PARTS=triton.next_power_of_2(parts), **constants,
-        )  # fmt: skip
+        return q.new_empty(*q.shape[:3], tiles.BM)
 
 
 def _check(q: Tensor) -> None:
@@ -203,11 +251,15 @@ def _check(q: Tensor) -> None:
         raise RuntimeError(f"backend 'triton' takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}")
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _unit_stride(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...] | None:
+def _layout(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _strides(x: Tensor | None) -> Any:
     """Strides in elements, 0 along broadcast dimensions."""
     if x is None:
         return None
