@@ -122,7 +122,7 @@ def test_mamba2_is_computed_as_its_layer_computes_it(monkeypatch):
             return F.normalize(x * F.silu(gate), dim=-1)
 
     monkeypatch.setattr(
-        ops, "chunk_simple_gla", lambda q, k, v, g, scale: naive_recurrent_simple_gla(q, k, v, g, scale)
+        ops, "fused_recurrent_simple_gla", lambda q, k, v, g, scale: naive_recurrent_simple_gla(q, k, v, g, scale)
     )
     mixer = recurrent._mixer("mamba2", 64, 2)
     mixer.layer.norm, mixer.layer.act, mixer.layer.chunk_size = Norm(), F.silu, 16

@@ -86,11 +86,12 @@ class Mamba2Mixer(Mixer):
     """Mamba-2 on the kernels of gated linear attention, which its recurrence is (arXiv 2405.21060, section 5).
 
     State S_t = exp(−a Δ_t) S_{t−1} + Δ_t x_t b_tᵀ, output S_t c_t + d x_t, gated and normalised. The layer's own
-    forward wants the package mamba-ssm, and without it holds chunk × chunk × state numbers a head.
+    forward wants the package mamba-ssm, and without it holds chunk × chunk × state numbers a head. The recurrent kernel
+    and not the chunked one, whose backward flash-linear-attention refuses on Hopper with Triton 3.4 to 3.7.0.
     """
 
     def mix(self, x: Tensor) -> Tensor:
-        from fla.ops.simple_gla import chunk_simple_gla
+        from fla.ops.simple_gla import fused_recurrent_simple_gla
 
         m: Any = self.layer
         gate, mixed, step = m.in_proj(x).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
@@ -100,7 +101,7 @@ class Mamba2Mixer(Mixer):
         b, c = (y[:, :, None].expand(-1, -1, m.num_heads, -1) for y in (b, c))  # [B, T, H, N]
         step = F.softplus(step.float() + m.dt_bias)  # [B, T, H]
         decay = -m.A_log.float().exp() * step
-        out, _ = chunk_simple_gla(c, b, (x * step[..., None]).to(x.dtype), decay, scale=1.0)
+        out, _ = fused_recurrent_simple_gla(c, b, (x * step[..., None]).to(x.dtype), decay, scale=1.0)
         out = out + (x * m.D[:, None]).to(x.dtype)
         return m.out_proj(m.norm(out.flatten(2), gate))
 
