@@ -3,6 +3,8 @@
 import pytest
 import torch
 from problems import Problem
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ka_attention import ka_attention
@@ -80,3 +82,46 @@ def test_inference_saves_nothing():
     problem = Problem()
     with torch.no_grad():
         assert problem.run("blocked").grad_fn is None
+
+
+def test_there_is_no_second_derivative():
+    problem = Problem()
+    out = problem.run("blocked")
+    (grad,) = torch.autograd.grad(out.sum(), problem.q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators of this package that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ka_attention":
+            self.names.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+def test_dispatch_modes_see_one_operator_a_pass():
+    problem = Problem(gate="head")
+    with Seen() as seen:
+        problem.gradients(problem.run("blocked"))
+    assert seen.names == ["ka_attention::forward", "ka_attention::backward"]
+    torch.testing.assert_close(problem.run("blocked"), problem.run("reference"))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 4, 5, 8, requires_grad=True), torch.empty(2, 2, 5, 8), torch.empty(2, 2, 5, 8)
+        out = ka_attention(q, k, v)
+        assert out.shape == torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap():
+    q, k, v = torch.randn(3, 2, 1, 2, 5, 8)
+    whole = torch.stack([ka_attention(*x) for x in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(torch.vmap(ka_attention)(q, k, v), whole)

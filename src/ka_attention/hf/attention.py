@@ -211,7 +211,7 @@ def _ka(
     if n > 1:
         return ka_attention(
             q,
-            k[:, :, past:],
+            k[:, :, past:] if past else k,
             v,
             gate=gate,
             scale=scale,

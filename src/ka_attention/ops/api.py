@@ -66,7 +66,7 @@ def ka_attention(
         with torch.autocast(q.device.type, enabled=False):
             return reference.dense(*call.tensors, **call.options)
     backend = backend or ("triton" if q.device.type == "cuda" else "blocked")
-    return operator.forward(*call.tensors, call.options["scale"], window, call.options["softcap"], backend)[0]
+    return operator.attend(*call.tensors, call.options["scale"], window, call.options["softcap"], backend)
 
 
 def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:

@@ -1,18 +1,18 @@
 """The operator pair `ka_attention::forward` and `ka_attention::backward`, which every backend but the reference serves.
 
 As library operators they are opaque to torch.compile and to autocast: one node in a graph, computed in the dtype given.
-They are registered through `torch.library.Library` because `torch.library.custom_op` costs 100 µs a call on top.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
+@functools.cache
 def _load(backend: str) -> ModuleType:
     match backend:
         case "blocked":
@@ -78,43 +78,58 @@ def _backward(
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            a, lse = forward(*inputs)
-        *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend = inputs
-        ctx.save_for_backward(*tensors, a, lse)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
-        return a, lse
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
+
+
+def _differentiate(ctx, da, _):
+    if da is None:
+        return (None,) * 12
+    tensors = ctx.saved_tensors
+    seen = torch.is_grad_enabled() or _traced(da)  # the library operator refuses a second derivative
+    run: Callable = backward if seen else _backward
+    grads = iter(run(da, *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend))
+    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 6
+
+
+class _Eager(torch.autograd.Function):
+    backward = staticmethod(_differentiate)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, da, _):
-        if da is None:
-            return (None,) * 12
-        tensors = ctx.saved_tensors
-        grads = iter(backward(da, *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend))
-        return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 6
+    def forward(ctx, *inputs):  # with setup_context, PyTorch binds the arguments to the signature at every call
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
 
 
-_library = torch.library.Library("ka_attention", "DEF")
-_functions: dict[str, Callable] = {"forward": _forward, "backward": _backward}
-for _name, _function in _functions.items():
-    _schema = torch.library.infer_schema(_function, mutates_args=())
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-_library.impl("forward", _Differentiable.apply, "Autograd")
-forward = torch.ops.ka_attention.forward.default
-backward = torch.ops.ka_attention.backward.default
+forward = torch.library.custom_op("ka_attention::forward", _forward, mutates_args=())
+forward.register_autograd(_differentiate, setup_context=_setup)
+backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_args=())
 
 
-@torch.library.register_fake("ka_attention::forward", lib=_library)
+@forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, backend):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.register_fake("ka_attention::backward", lib=_library)
+@backward.register_fake
 def _(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, scale, window, softcap, backend):
     return [x.new_empty(x.shape) for x in (q, k, v, gate, k_past, u_past) if x is not None]
+
+
+def attend(*inputs) -> Tensor:
+    """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call."""
+    return (forward if _traced(*inputs[:4]) else _Eager.apply)(*inputs)[0]
+
+
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether someone else is to see the operator: a compiler, a dispatch mode, a functorch transform, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
