@@ -4,11 +4,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
+from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
 from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
-from ka_attention.ops.triton.sweep import corner_kernel, delta_kernel, sweep_kernel
-from ka_attention.ops.triton.tiles import Tiles, choose, padded
+from ka_attention.ops.triton.sweep import sweep_kernel
+from ka_attention.ops.triton.tiles import MAX_REACH, SWEEP_WIDTH, Tiles, choose, padded, sweep_stages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -27,20 +27,20 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             call.decode(call.k_past, call.u_past, a, lse, mask)
         return a, lse
     tiles = choose(q).forward
-    mode = call.mode(tiles)
+    mode, reach = call.mode(tiles)
     u = a if gate is None or mode != "chain" else torch.empty_like(a)
-    corner = call.corner(tiles) if mode == "corner" else None
+    band = call.band(reach * tiles.BM) if mode == "band" else None
     with torch.cuda.device_of(q):
         forward_kernel[call.grid(tiles)](
             call.q, call.k, call.v, gate, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse,
-            corner, call.flags(mode),
+            band, call.flags(mode),
             *map(_strides, (call.q, call.k, call.v, gate, call.k_past, call.u_past, mask)), *call.numbers,
             BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
-            MODE=mode, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
+            MODE=mode, REACH=reach, HAS_GATE=gate is not None, HAS_PAST=k_past is not None,
             WINDOW=window is not None, **call.constants, **tiles.options,
         )  # fmt: skip
-        if corner is not None:
-            call.sweep(a, corner, tiles, reverse=False)
+        if band is not None:
+            call.sweep(a, band, tiles, reach, reverse=False)
     return a, lse
 
 
@@ -49,18 +49,17 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     call = _Call(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
     table = choose(q)
     tiles = table.columns
-    mode = call.mode(tiles)
+    mode, reach = call.mode(tiles)
     da, a, lse = da.contiguous(), a.contiguous(), lse.contiguous()
-    y, dk, dv = (torch.empty_like(a) for _ in range(3))
-    delta = torch.empty_like(lse)
+    y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
     dgate = None if gate is None else torch.empty_like(lse)
     dk_past = du_past = None
 
-    def columns(mode, grid, k, u_past, dk, du):
+    def columns(mode, grid, k, u_past, dk, dv, du):
         g = None if mode == "past" else gate
         columns_kernel[grid](
-            da, call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, dk, dv, du,
+            call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, band, dk, dv, du,
             dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
             BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=k.stride(2), V_ROW=call.v.stride(2),
@@ -68,32 +67,39 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             **tiles.options,
         )  # fmt: skip
 
-    with torch.cuda.device_of(q):
-        if mode == "corner":
-            corner = call.corner(tiles)
-            corner_kernel[call.grid(tiles)](
-                da, call.q, call.k, gate, mask, cu_seqlens, call.schedule(tiles), lse, y, corner,
-                *map(_strides, (call.q, call.k, gate, mask)), *call.numbers,
-                BM=tiles.BM, K_ROW=call.k.stride(2), HAS_GATE=gate is not None, **call.constants, **tiles.options,
-            )  # fmt: skip
-            call.sweep(y, corner, tiles, reverse=True)
-            rows = lse.numel()
-            delta_kernel[(triton.cdiv(rows, 64),)](y, a, delta, rows, D=q.shape[-1], BD=padded(q.shape[-1]), BM=64)
-        columns("solved" if mode == "corner" else mode, call.grid(tiles), call.k, None, dk, None)
-        if k_past is not None:
-            dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-            columns("past", call.grid(tiles, call.P), call.k_past, call.u_past, dk_past, du_past)
-            dk_past = _sum_groups(dk_past, k_past)
-        tiles = table.dq
-        dq = torch.empty_like(a)
+    def row_gradients():
+        dq, tiles = torch.empty_like(a), table.dq
         dq_kernel[call.grid(tiles)](
-            call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), u, lse, y, delta,
-            dq,
+            call.q, call.k, call.v, call.k_past, call.u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y,
+            delta, dq,
             *map(_strides, (call.q, call.k, call.v, call.k_past, call.u_past, mask)), *call.numbers,
             BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2),
-            HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
+            SOLVED=mode != "chain", HAS_PAST=k_past is not None, WINDOW=window is not None, **call.constants,
             **tiles.options,
         )  # fmt: skip
+        return dq
+
+    with torch.cuda.device_of(q):
+        band = call.band((reach + (mode == "chain")) * tiles.BM)
+        prepare_kernel[call.grid(tiles)](
+            da, call.q, call.k, call.v, gate, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, band,
+            *map(_strides, (call.q, call.k, call.v, gate, mask)), *call.numbers,
+            BM=tiles.BM, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), MODE=mode,
+            REACH=reach, HAS_GATE=gate is not None, WINDOW=window is not None, **call.constants, **table.prepare.options,
+        )  # fmt: skip
+        if mode != "chain":
+            if mode == "band":
+                call.sweep(y, band, tiles, reach, reverse=True)
+            band = None  # its memory serves for the gradients
+            dq = row_gradients()
+        dk, dv = torch.empty_like(a), torch.empty_like(a)
+        columns("chain" if mode == "chain" else "solved", call.grid(tiles), call.k, None, dk, dv, None)
+        if k_past is not None:
+            dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+            columns("past", call.grid(tiles, call.P), call.k_past, call.u_past, dk_past, None, du_past)
+            dk_past = _sum_groups(dk_past, k_past)
+        if mode == "chain":
+            dq = row_gradients()
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
 
 
@@ -119,11 +125,15 @@ class _Call:
             "SOFTCAP": softcap is not None, "PRECISION": precision,
         }  # fmt: skip
 
-    def mode(self, tiles: Tiles) -> str:
-        """How row blocks reach one another: see `forward_kernel`."""
+    def mode(self, tiles: Tiles) -> tuple[str, int]:
+        """How row blocks reach one another, see `forward_kernel`, and how many blocks back without waiting."""
         if self.cu_seqlens is None and tiles.BM >= self.T:
-            return "single"
-        return "corner" if self.window is not None and self.window <= tiles.BM + 1 else "chain"
+            return "single", 0
+        if self.window is not None:
+            reach = min(triton.cdiv(self.window - 1, tiles.BM), triton.cdiv(self.T, tiles.BM) - 1)
+            if reach <= MAX_REACH:
+                return ("band" if reach else "single"), reach
+        return "chain", 1
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
         """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
@@ -153,18 +163,19 @@ class _Call:
         """The ticket, then the number of published blocks of each sequence and head."""
         return self.q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
 
-    def corner(self, tiles: Tiles) -> Tensor:
-        """Room for what joins each row block to its neighbour, BM numbers a row."""
-        return self.q.new_empty(*self.q.shape[:3], tiles.BM)
+    def band(self, width: int) -> Tensor:
+        """Room for what joins each row block to its neighbours."""
+        return self.q.new_empty(*self.q.shape[:3], width)
 
-    def sweep(self, x: Tensor, corner: Tensor, tiles: Tiles, reverse: bool) -> None:
-        """The sequential part of a short window, over slices of the head dimension side by side."""
+    def sweep(self, x: Tensor, band: Tensor, tiles: Tiles, reach: int, reverse: bool) -> None:
+        """The sequential part of a window, over slices of the head dimension side by side."""
         D = self.q.shape[-1]
-        width = min(32, padded(D))
+        width = min(SWEEP_WIDTH, padded(D))
         precision = self.constants["PRECISION"]
         sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
-            x, corner, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM,
-            PACKED=self.cu_seqlens is not None, REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
+            x, band, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM, REACH=reach,
+            STAGES=sweep_stages(x.device, reach), PACKED=self.cu_seqlens is not None, REVERSE=reverse,
+            DOT="ieee" if precision == "half" else precision,
         )  # fmt: skip
 
     def decode(self, k: Tensor, u: Tensor, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:

@@ -28,37 +28,46 @@ class Table(NamedTuple):
     """The tiles of each kernel for one architecture, dtype and head dimension."""
 
     forward: Tiles
+    prepare: Tiles  # of its own only warps, stages and registers: BM is that of columns
     columns: Tiles
     dq: Tiles
 
 
 # Keyed by the padded head dimension, for half precision.
 HOPPER = {
-    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
-    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(128, 128, 8, 2)),
-    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
+    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
+    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 128, 8, 2)),
+    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
 SMALL = {
-    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2)),
-    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 2)),
-    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 4, 1)),
+    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2)),
+    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 2)),
+    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 4, 1)),
 }
 FLOAT32 = {
-    64: Table(*[Tiles(32, 32, 4, 1)] * 3),
-    128: Table(*[Tiles(32, 32, 4, 1)] * 3),
-    256: Table(*[Tiles(16, 16, 4, 1)] * 3),
+    64: Table(*[Tiles(32, 32, 4, 1)] * 4),
+    128: Table(*[Tiles(32, 32, 4, 1)] * 4),
+    256: Table(*[Tiles(16, 16, 4, 1)] * 4),
 }
+MAX_REACH = 8  # blocks: a wider band costs more memory than keys and values
+SWEEP_WIDTH = 32  # columns of the head dimension a program
 
 
 def choose(q: Tensor) -> Table:
     """The tiles for queries like `q`."""
     if q.device == INTERPRETED:
-        return Table(Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1))
+        return Table(*[Tiles(32, 16, 1, 1)] * 4)
     size = padded(q.shape[-1])
     if q.dtype == torch.float32:
         return FLOAT32[size]
     return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
+
+
+def sweep_stages(device: torch.device, reach: int) -> int:
+    """How many steps ahead the sweep loads `reach` tiles each."""
+    budget = 8 if device == INTERPRETED or _shared_memory(device) < 200_000 else 20
+    return max(2, min(4, budget // reach))
 
 
 def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
