@@ -295,7 +295,19 @@ def dq_kernel(
         tl.store(DELTA + head + rows, delta, mask=rows < n)
     else:
         delta = tl.load(DELTA + head + rows, mask=rows < n, other=0.0)
-    dq = tl.zeros([BM, BD], tl.float32)
+    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
+    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
+    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
+    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
+    inside = i[:, None] >= i[None, :]
+    if MASKED:
+        inside = inside & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window,
+                              WINDOW, HAS_MASK)  # fmt: skip
+    p = tl.where(inside, tl.math.exp2(s - lse[:, None]), 0.0)
+    dw = tl.dot(y, tl.trans(u), input_precision=DOT)
+    dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)
+    ds = p * (dw - delta[:, None]) * _slope(s, softcap, SOFTCAP)
+    dq = tl.dot(ds.to(k.dtype), k, input_precision=DOT)
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
@@ -313,17 +325,4 @@ def dq_kernel(
                            mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
         dq = _dq_step(q, y, lse, delta, K, U + head * D, j, n, K_ROW, D, seen, dq, scale, softcap, BN, D, BD,
                       False, MASKED, SOFTCAP, DOT)  # fmt: skip
-    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
-    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
-    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
-    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
-    seen = i[:, None] >= i[None, :]
-    if MASKED:
-        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window,
-                              WINDOW, HAS_MASK)  # fmt: skip
-    p = tl.where(seen, tl.math.exp2(s - lse[:, None]), 0.0)
-    dw = tl.dot(y, tl.trans(u), input_precision=DOT)
-    dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)
-    ds = p * (dw - delta[:, None]) * _slope(s, softcap, SOFTCAP)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
     store_tile(DQ + head * D, dq * scale, r0, D, n, BM, D, BD)
