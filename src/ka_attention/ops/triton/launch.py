@@ -8,7 +8,7 @@ from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_
 from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import MAX_REACH, SWEEP_WIDTH, Tiles, choose, padded, sweep_stages
+from ka_attention.ops.triton.tiles import MAX_REACH, Tiles, choose, padded, sweep_stages, sweep_width
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -170,11 +170,11 @@ class _Call:
     def sweep(self, x: Tensor, band: Tensor, tiles: Tiles, reach: int, reverse: bool) -> None:
         """The sequential part of a window, over slices of the head dimension side by side."""
         D = self.q.shape[-1]
-        width = min(SWEEP_WIDTH, padded(D))
+        width = min(sweep_width(reach), padded(D))
         precision = self.constants["PRECISION"]
         sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
             x, band, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM, REACH=reach,
-            STAGES=sweep_stages(x.device, reach), PACKED=self.cu_seqlens is not None, REVERSE=reverse,
+            STAGES=sweep_stages(x.device, reach), PACKED=self.cu_seqlens is not None, RAGGED=self.ragged(tiles), REVERSE=reverse,
             DOT="ieee" if precision == "half" else precision,
         )  # fmt: skip
 

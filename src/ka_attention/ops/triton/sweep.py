@@ -18,7 +18,8 @@ from ka_attention.ops.triton.primitives import load_tile
 def sweep_kernel(
     X, BAND, CU, B, H, T,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """The recurrence in place, X becoming A or Y, for BD columns of one head: the columns of X are independent.
 
@@ -52,9 +53,12 @@ def sweep_kernel(
         tl.store(X + tl.cast(r, tl.int64) * D + d, y, mask=(r < n) & (d0 + d < D))
         rest = ()
         for distance in tl.static_range(1, REACH + 1):
-            to = (b + SIGN * distance) * BM
-            c = load_tile(BAND + (distance - 1) * BM, to, REACH * BM, tl.where(to < 0, to, n), BM, BM, BM, True)
-            rest += (tl.dot(c, y, sums[distance], input_precision=DOT),)
+            to = b + SIGN * distance
+            inside = (to >= 0) & (to < blocks)
+            c = load_tile(BAND + (distance - 1) * BM, tl.where(inside, to, b) * BM, REACH * BM, n, BM, BM, BM, RAGGED)
+            # A sum apart from the product, which the selection keeps apart: as its accumulator it would move from
+            # register to register between products, and the compiler lets each of these finish before the next.
+            rest += (sums[distance] + tl.where(inside, tl.dot(c, y, input_precision=DOT), 0.0),)
         sums = rest + (_block(X, b + SIGN * (REACH + 1), n, d0, BM, D, BD),)
 
 

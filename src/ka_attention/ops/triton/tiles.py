@@ -51,7 +51,6 @@ FLOAT32 = {
     256: Table(*[Tiles(16, 16, 4, 1)] * 4),
 }
 MAX_REACH = 8  # blocks: a wider band costs more memory than keys and values
-SWEEP_WIDTH = 32  # columns of the head dimension a program
 
 
 def choose(q: Tensor) -> Table:
@@ -62,6 +61,11 @@ def choose(q: Tensor) -> Table:
     if q.dtype == torch.float32:
         return FLOAT32[size]
     return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
+
+
+def sweep_width(reach: int) -> int:
+    """Columns of the head dimension that a program of the sweep owns: fewer where it keeps more sums."""
+    return 32 if reach <= 4 else 16
 
 
 def sweep_stages(device: torch.device, reach: int) -> int:
