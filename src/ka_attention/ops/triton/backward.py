@@ -113,20 +113,29 @@ def prepare_kernel(
 
 
 @triton.jit
-def _row_tile(k, u, Q, Y, LSE, DELTA, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, du, dk,
-              WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
-              BD: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-              HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if it is wanted, and dK."""
+def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, du, dk, d,
+              DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr, BN: tl.constexpr,
+              BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
+              WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if it is wanted, dK and, from the DIAGONAL, d."""
     q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM, D,
                            BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
     y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
     rows = r0 + tl.arange(0, BN)
     delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
-    ds = p * (tl.dot(u, tl.trans(y), input_precision=DOT) - delta[None, :]) * slope
+    dw = tl.dot(u, tl.trans(y), input_precision=DOT)
+    if DIAGONAL:
+        own = tl.sum(y.to(tl.float32) * load_tile(V, r0, V_ROW, n, BN, D, BD, RAGGED), 1)
+        column = c0 + tl.arange(0, BM)[:, None]
+        dw = tl.where(column == rows[None, :], own[None, :], dw)
+        d += tl.sum(tl.where(column == rows[None, :], p, 0.0), 1)
+        p = tl.where(column <= rows[None, :], p, 0.0)
+    ds = p * (dw - delta[None, :]) * slope
     if WITH_DU:
+        if DIAGONAL:
+            p = tl.where(column < rows[None, :], p, 0.0)
         du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
-    return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT)
+    return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT), d
 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
@@ -173,9 +182,11 @@ def columns_kernel(
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
     else:
         u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
+        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
 
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
+    d = tl.zeros([BM], tl.float32)
     # Row tiles from the end of the sequence up: tile t has rows blocks · BM − (t + 1) · BN …
     t = 0 * n
     if WINDOW:
@@ -185,21 +196,20 @@ def columns_kernel(
     while t < near:
         stop = tl.minimum(wait(flag, t // R + 1) * R, near) if MODE == "chain" else near
         for tile in range(t, stop):
-            du, dk = _row_tile(k, u, Q, Y, LSE, DELTA, j, blocks * BM - (tile + 1) * BN, n, columns, MASK, mask_strides,
-                               P, window, scale, softcap, du, dk, MODE != "solved" or HAS_GATE, Q_ROW, BN, BM, D, BD,
-                               RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
+                                  mask_strides, P, window, scale, softcap, du, dk, d, False, MODE != "solved" or HAS_GATE,
+                                  Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         t = stop
 
     if MODE == "past":
         store_tile(DU + (b * H + h) * P * D, du, c0, D, P, BM, D, BD)
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, D, P, BM, D, BD)
     else:
-        i = tl.arange(0, BM)
+        i = c0 + tl.arange(0, BM)
         A += head * D
-        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
         if HAS_GATE:
             GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
-            g = tl.load(GATE + tl.cast(c0 + i, tl.int64) * gate_strides[2], mask=c0 + i < n, other=0.0)
+            g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
         if MODE == "chain":
             BAND += head * 2 * BM
             S = load_tile(BAND + BM, c0, 2 * BM, n, BM, BM, BM, RAGGED)
@@ -211,36 +221,22 @@ def columns_kernel(
                 wait(flag, rank)
                 y = tl.dot(link, load_tile(Y, c0 + BM, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
-            y_own = y.to(u.dtype)
-            a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
-            delta = tl.sum(y_own.to(tl.float32) * a, 1)
-            store_tile(Y, y_own, c0, D, n, BM, D, BD)
-            tl.store(DELTA + c0 + i, delta, mask=c0 + i < n)
+            y = y.to(u.dtype)
+            delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
+            store_tile(Y, y, c0, D, n, BM, D, BD)
+            tl.store(DELTA + i, delta, mask=i < n)
             publish(flag, rank + 1)
-            for tile in range(near, end):
-                du, dk = _row_tile(k, u, Q, Y, LSE, DELTA, j, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                   mask_strides, P, window, scale, softcap, du, dk, HAS_GATE, Q_ROW, BN, BM, D, BD,
-                                   RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        else:
-            y_own = load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
-            y = y_own.to(tl.float32)
-            delta = tl.load(DELTA + c0 + i, mask=c0 + i < n, other=0.0)
-        q, p, slope = _weights(k, Q, LSE, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
-                               BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        p = tl.where(i[:, None] <= i[None, :], p, 0.0)
-        d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
-        ds = tl.dot(u, tl.trans(y_own), input_precision=DOT)
-        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-        own = tl.sum(y_own.to(tl.float32) * v, 1)
-        ds = tl.where(i[:, None] == i[None, :], own[:, None], ds) - delta[None, :]
-        dk = tl.dot((p * ds * slope).to(u.dtype), q, dk, input_precision=DOT)
-        dv = d[:, None] * y
+        # Last the rows that `du` must not have had before the solve: those of the next block and the block's own.
+        for tile in range(near, end + R):
+            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
+                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, BN, BM,
+                                  D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        dv = d[:, None] * load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
         if HAS_GATE:
-            Lt = tl.where(i[:, None] < i[None, :], p, 0.0)
-            du = tl.dot(Lt.to(u.dtype), y_own, du, input_precision=DOT)
             dv += (1.0 - g)[:, None] * du
+            v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
             a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
-            tl.store(DGATE + head + c0 + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=c0 + i < n)
+            tl.store(DGATE + head + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=i < n)
         store_tile(DV + head * D, dv, c0, D, n, BM, D, BD)
         store_tile(DK + head * D, dk * scale, c0, D, n, BM, D, BD)
 
