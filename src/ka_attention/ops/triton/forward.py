@@ -51,8 +51,8 @@ def forward_kernel(
     REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row block of one head. MODE: "chain" waits for the blocks before; "single" has only one block a sequence;
-    "band", for windows that end within REACH blocks, leaves those to `sweep_kernel`: it stores (I + S) P_bc G for it.
+    """One row block of one head. MODE: "chain" waits for the blocks before; "single" attends to no other block; "band",
+    for rows that reach REACH blocks back at most, leaves those to `sweep_kernel`: it stores (I + S) P_bc G for it.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
@@ -106,7 +106,7 @@ def forward_kernel(
     if MODE == "band":
         for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
             s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
-                             HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+                             MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new == -float("inf"), 0.0, new)
             total = total * tl.math.exp2(top - shift) + tl.sum(tl.math.exp2(s - shift[:, None]), 1)
@@ -155,7 +155,7 @@ def forward_kernel(
         BAND += head * REACH * BM
         for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
             s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
-                             HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+                             MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
             w = (tl.math.exp2(s - shift[:, None]) * r[:, None]).to(v.dtype)
             w, x = _gated(w, x, V, GATE, c, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
             w = tl.dot(S, w, w.to(tl.float32), input_precision=DOT)
@@ -181,13 +181,16 @@ def forward_kernel(
 
 @triton.jit
 def _band_scores(q, K, c, n, K_ROW: tl.constexpr, rows, MASK, mask_strides, P, window, scale, softcap,
-                 BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-                 DOT: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+                 HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Scores of the rows with the whole column block c …, which lies before them; −∞ where nothing is seen."""
     k = load_tile(K, c, K_ROW, n, BM, D, BD, False)
-    seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BM))[None, :], P + n, P + n, MASK, mask_strides, P,
-                   window, True, HAS_MASK)  # fmt: skip
-    return tl.where(seen, scores(q, k, scale, softcap, SOFTCAP, DOT), -float("inf"))
+    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
+    if MASKED:
+        seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BM))[None, :], P + n, P + n, MASK, mask_strides, P,
+                       window, WINDOW, HAS_MASK)  # fmt: skip
+        s = tl.where(seen, s, -float("inf"))
+    return s
 
 
 @triton.jit

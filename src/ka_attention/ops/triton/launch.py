@@ -8,7 +8,7 @@ from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_
 from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import MAX_REACH, Tiles, choose, padded, sweep_stages, sweep_width
+from ka_attention.ops.triton.tiles import MAX_REACH, SHORT_REACH, Tiles, choose, padded, sweep_stages, sweep_width
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -127,12 +127,11 @@ class _Call:
 
     def mode(self, tiles: Tiles) -> tuple[str, int]:
         """How row blocks reach one another, see `forward_kernel`, and how many blocks back without waiting."""
-        if self.cu_seqlens is None and tiles.BM >= self.T:
-            return "single", 0
+        reach = triton.cdiv(self.T, tiles.BM) - 1
         if self.window is not None:
-            reach = min(triton.cdiv(self.window - 1, tiles.BM), triton.cdiv(self.T, tiles.BM) - 1)
-            if reach <= MAX_REACH:
-                return ("band" if reach else "single"), reach
+            reach = min(reach, triton.cdiv(self.window - 1, tiles.BM))
+        if reach <= (SHORT_REACH if self.window is None else MAX_REACH):
+            return ("band" if reach else "single"), reach
         return "chain", 1
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:

@@ -50,6 +50,7 @@ FLOAT32 = {
     128: Table(*[Tiles(32, 32, 4, 1)] * 4),
     256: Table(*[Tiles(16, 16, 4, 1)] * 4),
 }
+SHORT_REACH = 1  # blocks: the same for sequences this short without a window
 MAX_REACH = 8  # blocks: a wider band costs more memory than keys and values
 
 
