@@ -113,13 +113,14 @@ def prepare_kernel(
 
 
 @triton.jit
-def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, du, dk, d,
-              DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr, BN: tl.constexpr,
-              BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
-              WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if it is wanted, dK and, from the DIAGONAL, d."""
-    q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM, D,
-                           BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap,
+              du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr,
+              BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+              MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+              DOT: tl.constexpr):  # fmt: skip
+    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if wanted, dK and, on the DIAGONAL, d."""
+    q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
+                           D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
     y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
     rows = r0 + tl.arange(0, BN)
     delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
@@ -197,8 +198,9 @@ def columns_kernel(
         stop = tl.minimum(wait(flag, t // R + 1) * R, near) if MODE == "chain" else near
         for tile in range(t, stop):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                  mask_strides, P, window, scale, softcap, du, dk, d, False, MODE != "solved" or HAS_GATE,
-                                  Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+                                  mask_strides, P, window, scale, softcap, du, dk, d, False,
+                                  MODE != "solved" or HAS_GATE, Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED, WINDOW,
+                                  HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         t = stop
 
     if MODE == "past":
@@ -229,8 +231,8 @@ def columns_kernel(
         # Last the rows that `du` must not have had before the solve: those of the next block and the block's own.
         for tile in range(near, end + R):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, BN, BM,
-                                  D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, BN,
+                                  BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         dv = d[:, None] * load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
         if HAS_GATE:
             dv += (1.0 - g)[:, None] * du

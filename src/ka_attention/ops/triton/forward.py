@@ -99,8 +99,8 @@ def forward_kernel(
                                     MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
-    # The softmax is complete with the weights of the blocks left to the sweep, of the block before (`last`), which may be
-    # one of them, and of the diagonal block.
+    # The softmax is complete with the weights of the blocks left to the sweep, of the block before (`last`), which may
+    # be one of them, and of the diagonal block.
     i = tl.arange(0, BM)
     top = m
     if MODE == "band":

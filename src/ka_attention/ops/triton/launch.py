@@ -8,7 +8,7 @@ from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_
 from ka_attention.ops.triton.decode import join_kernel, split_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import MAX_REACH, SHORT_REACH, Tiles, choose, padded, sweep_stages, sweep_width
+from ka_attention.ops.triton.tiles import Tiles, choose, longest_reach, padded, sweep_stages, sweep_width
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -80,12 +80,13 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
         return dq
 
     with torch.cuda.device_of(q):
-        band = call.band((reach + (mode == "chain")) * tiles.BM)
+        band: Tensor | None = call.band((reach + (mode == "chain")) * tiles.BM)
         prepare_kernel[call.grid(tiles)](
             da, call.q, call.k, call.v, gate, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, band,
             *map(_strides, (call.q, call.k, call.v, gate, mask)), *call.numbers,
             BM=tiles.BM, RAGGED=call.ragged(tiles), K_ROW=call.k.stride(2), V_ROW=call.v.stride(2), MODE=mode,
-            REACH=reach, HAS_GATE=gate is not None, WINDOW=window is not None, **call.constants, **table.prepare.options,
+            REACH=reach, HAS_GATE=gate is not None, WINDOW=window is not None, **call.constants,
+            **table.prepare.options,
         )  # fmt: skip
         if mode != "chain":
             if mode == "band":
@@ -130,7 +131,7 @@ class _Call:
         reach = triton.cdiv(self.T, tiles.BM) - 1
         if self.window is not None:
             reach = min(reach, triton.cdiv(self.window - 1, tiles.BM))
-        if reach <= (SHORT_REACH if self.window is None else MAX_REACH):
+        if reach <= longest_reach(self.q.device, self.window is not None):
             return ("band" if reach else "single"), reach
         return "chain", 1
 
@@ -173,8 +174,8 @@ class _Call:
         precision = self.constants["PRECISION"]
         sweep_kernel[(self.sequences * self.H, triton.cdiv(D, width))](
             x, band, self.cu_seqlens, self.numbers[2], self.H, self.T, D=D, BD=width, BM=tiles.BM, REACH=reach,
-            STAGES=sweep_stages(x.device, reach), PACKED=self.cu_seqlens is not None, RAGGED=self.ragged(tiles), REVERSE=reverse,
-            DOT="ieee" if precision == "half" else precision,
+            STAGES=sweep_stages(x.device, reach), PACKED=self.cu_seqlens is not None, RAGGED=self.ragged(tiles),
+            REVERSE=reverse, DOT="ieee" if precision == "half" else precision,
         )  # fmt: skip
 
     def decode(self, k: Tensor, u: Tensor, a: Tensor, lse: Tensor, mask: Tensor | None) -> None:

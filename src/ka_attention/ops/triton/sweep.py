@@ -8,6 +8,9 @@ A block whose window ends within K blocks reads those only, so all that remains 
 where I + S is the inverse of the block's own triangular system and X_b what the block has without the others.
 """
 
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow while Triton unrolls loops)
+
 import triton
 import triton.language as tl
 
@@ -59,7 +62,8 @@ def sweep_kernel(
             # A sum apart from the product, which the selection keeps apart: as its accumulator it would move from
             # register to register between products, and the compiler lets each of these finish before the next.
             rest += (sums[distance] + tl.where(inside, tl.dot(c, y, input_precision=DOT), 0.0),)
-        sums = rest + (_block(X, b + SIGN * (REACH + 1), n, d0, BM, D, BD),)
+        rest += (_block(X, b + SIGN * (REACH + 1), n, d0, BM, D, BD),)
+        sums = rest
 
 
 @triton.jit

@@ -50,8 +50,6 @@ FLOAT32 = {
     128: Table(*[Tiles(32, 32, 4, 1)] * 4),
     256: Table(*[Tiles(16, 16, 4, 1)] * 4),
 }
-SHORT_REACH = 1  # blocks: the same for sequences this short without a window
-MAX_REACH = 8  # blocks: a wider band costs more memory than keys and values
 
 
 def choose(q: Tensor) -> Table:
@@ -61,7 +59,14 @@ def choose(q: Tensor) -> Table:
     size = padded(q.shape[-1])
     if q.dtype == torch.float32:
         return FLOAT32[size]
-    return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
+    return (HOPPER if _roomy(q.device) else SMALL)[size]
+
+
+def longest_reach(device: torch.device, windowed: bool) -> int:
+    """How many blocks back the sweep may read: beyond, the band costs more memory than keys and values do."""
+    if not windowed:
+        return 1
+    return 8 if _roomy(device) else 4
 
 
 def sweep_width(reach: int) -> int:
@@ -71,8 +76,7 @@ def sweep_width(reach: int) -> int:
 
 def sweep_stages(device: torch.device, reach: int) -> int:
     """How many steps ahead the sweep loads `reach` tiles each."""
-    budget = 8 if device == INTERPRETED or _shared_memory(device) < 200_000 else 20
-    return max(2, min(4, budget // reach))
+    return max(2, min(4, (20 if _roomy(device) else 8) // reach))
 
 
 def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
@@ -81,5 +85,8 @@ def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+def _roomy(device: torch.device) -> bool:
+    """Whether a block may have 200 KB of shared memory."""
+    if device == INTERPRETED:
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200_000  # type: ignore[attr-defined]
