@@ -59,7 +59,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     def columns(mode, grid, k, u_past, dk, dv, du):
         g = None if mode == "past" else gate
         columns_kernel[grid](
-            call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, band, dk, dv, du,
+            call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, links, dk, dv, du,
             dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
             BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=k.stride(2), V_ROW=call.v.stride(2),
@@ -80,7 +80,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
         return dq
 
     with torch.cuda.device_of(q):
-        band: Tensor | None = call.band((reach + (mode == "chain")) * tiles.BM)
+        band = call.band((reach + (mode == "chain")) * tiles.BM)
         prepare_kernel[call.grid(tiles)](
             da, call.q, call.k, call.v, gate, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, band,
             *map(_strides, (call.q, call.k, call.v, gate, mask)), *call.numbers,
@@ -88,10 +88,11 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
             REACH=reach, HAS_GATE=gate is not None, WINDOW=window is not None, **call.constants,
             **table.prepare.options,
         )  # fmt: skip
+        if mode == "band":
+            call.sweep(y, band, tiles, reach, reverse=True)
+        links = band if mode == "chain" else None
+        del band  # its memory serves for the gradients
         if mode != "chain":
-            if mode == "band":
-                call.sweep(y, band, tiles, reach, reverse=True)
-            band = None  # its memory serves for the gradients
             dq = row_gradients()
         dk, dv = torch.empty_like(a), torch.empty_like(a)
         columns("chain" if mode == "chain" else "solved", call.grid(tiles), call.k, None, dk, dv, None)
