@@ -59,8 +59,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     def columns(mode, grid, k, u_past, dk, dv, du):
         g = None if mode == "past" else gate
         columns_kernel[grid](
-            call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, links, dk, dv, du,
-            dgate, call.flags(mode),
+            call.q, k, call.v, g, u_past, mask, cu_seqlens, call.schedule(tiles), a, u, lse, y, delta, links,
+            dk, dv, du, dgate, call.flags(mode),
             *map(_strides, (call.q, k, call.v, g, u_past, mask)), *call.numbers,
             BM=tiles.BM, BN=tiles.BN, RAGGED=call.ragged(tiles), K_ROW=k.stride(2), V_ROW=call.v.stride(2),
             MODE=mode, HAS_GATE=g is not None, WINDOW=window is not None, **call.constants,

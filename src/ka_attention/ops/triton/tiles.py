@@ -36,7 +36,7 @@ class Table(NamedTuple):
 # Keyed by the padded head dimension, for half precision.
 HOPPER = {
     64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
-    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 128, 8, 2)),
+    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 3)),
     256: Table(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
