@@ -55,7 +55,8 @@ CASES = {
     "gate per token": {"gate": "token"},
     "gate per head": {"gate": "head", "T": 40},
     "past": {"P": 37, "T": 40},
-    "long window": {"window": 40, "gate": "token", "T": 100},
+    "window over blocks": {"window": 40, "gate": "token", "T": 100},
+    "window over blocks, past": {"window": 40, "gate": "token", "P": 40, "T": 100},
     "short window": {"window": 9},
     "short window, gate, past": {"window": 33, "gate": "token", "P": 20},
     "softcap": {"softcap": 1.5, "T": 40},
@@ -159,6 +160,26 @@ def test_hard_rows(kind):
             case "constant":
                 problem.q.zero_()
     assert_within_budget(problem)
+
+
+@kernels
+@pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token"])
+def test_longer_reaches_wait_from_block_to_block(name, monkeypatch):
+    from ka_attention.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "longest_reach", lambda *_: 0)
+    assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
+
+
+@kernels
+@pytest.mark.parametrize("lengths", [(1, 33, 100), (7,)])
+def test_a_band_as_long_as_the_sequence(lengths, monkeypatch):
+    from ka_attention.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "longest_reach", lambda *_: 8)
+    assert_within_budget(Problem(**SMALL | {"lengths": lengths, "gate": "token"}, dtype=torch.float32))
 
 
 @kernels

@@ -1,8 +1,8 @@
-"""The backward kernels: the reverse triangular solve fused with FlashAttention-2's dK/dV loop, then dQ.
+"""The backward kernels: the reverse triangular solve fused with FlashAttention-2's dK/dV loop, and dQ.
 
 With dU_j = Σ_{i>j} W_ij Y_i and everything below transposed (columns j are the rows of a tile):
 
-    Y_j  = dA_j + g_j dU_j = (I − G L_jjᵀ)⁻¹ (dA_j + g_j Σ_{blocks i>j} W_ijᵀ Y_i)
+    Y_j  = dA_j + g_j dU_j = (I + S_j) (dA_j + g_j Σ_{blocks i>j} W_ijᵀ Y_i),     I + S_j = (I − G L_jjᵀ)⁻¹
     dV_j = d_j Y_j + (1 − g_j) dU_j,        dg_j = dU_j · (A_j − V_j)
     dS   = W ∘ (Y Uᵀ − δ),  δ_i = Y_i · A_i,  with Y_i · V_i on the diagonal
     dK   = scale dSᵀ Q,     dQ = scale dS K
@@ -57,8 +57,91 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+def prepare_kernel(
+    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, Y, BAND,
+    q_strides, k_strides, v_strides, gate_strides, mask_strides,
+    scale, softcap, B, H, T, P, window,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MODE: tl.constexpr, REACH: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What of one column block's solve waits for nothing: (I + S) dA, into Y, and into BAND, side by side, the tiles
+    C_i = (I + S) G W_ijᵀ of the REACH row blocks after it, so that Y_j = (I + S) (dA_j + G …) + Σ_i C_i Y_i, and for
+    MODE "chain" S. With a gate also U.
+    """
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    MASKED: tl.constexpr = WINDOW or HAS_MASK
+    WIDTH: tl.constexpr = (REACH + (MODE == "chain")) * BM
+    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
+    c0 = rank * BM
+    if PACKED and c0 >= n:
+        return
+    b = tl.cast(b, tl.int64)
+    head = (b * H + h) * T + start
+    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
+    LSE += head
+    BAND += head * WIDTH
+    if HAS_MASK:
+        MASK += b * mask_strides[0] + h * mask_strides[1]
+    i = tl.arange(0, BM)
+    k = load_tile(K, c0, K_ROW, n, BM, D, BD, RAGGED)
+    _, p, _ = _weights(k, Q, LSE, P + c0, c0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM, D,
+                       BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+    p = tl.where(i[:, None] < i[None, :], p, 0.0)
+    if HAS_GATE:
+        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
+        GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
+        g = tl.load(GATE + tl.cast(c0 + i, tl.int64) * gate_strides[2], mask=c0 + i < n, other=0.0)
+        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
+        a = load_tile(A + head * D, c0, D, n, BM, D, BD, RAGGED)
+        store_tile(U + head * D, v + g[:, None] * (a.to(tl.float32) - v), c0, D, n, BM, D, BD)
+        p *= g[:, None]
+    da = load_tile(DA + head * D, c0, D, n, BM, D, BD, RAGGED)
+    S = inverse(p, BM, PRECISION).to(da.dtype)
+    store_tile(Y + head * D, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), c0, D, n, BM, D, BD)
+    if MODE == "chain":
+        store_tile(BAND + REACH * BM, S, c0, WIDTH, n, BM, BM, BM)
+    for r0 in range(c0 + BM, tl.minimum(c0 + (REACH + 1) * BM, n), BM):
+        _, p, _ = _weights(k, Q, LSE, P + c0, r0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
+                           BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        if HAS_GATE:
+            p *= g[:, None]
+        p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT)
+        store_tile(BAND + (r0 - c0 - BM), p, c0, WIDTH, n, BM, BM, BM)
+
+
+@triton.jit
+def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap,
+              du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr,
+              BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+              MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+              DOT: tl.constexpr):  # fmt: skip
+    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if wanted, dK and, on the DIAGONAL, d."""
+    q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
+                           D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+    y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
+    rows = r0 + tl.arange(0, BN)
+    delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
+    dw = tl.dot(u, tl.trans(y), input_precision=DOT)
+    if DIAGONAL:
+        own = tl.sum(y.to(tl.float32) * load_tile(V, r0, V_ROW, n, BN, D, BD, RAGGED), 1)
+        column = c0 + tl.arange(0, BM)[:, None]
+        dw = tl.where(column == rows[None, :], own[None, :], dw)
+        d += tl.sum(tl.where(column == rows[None, :], p, 0.0), 1)
+        p = tl.where(column <= rows[None, :], p, 0.0)
+    ds = p * (dw - delta[None, :]) * slope
+    if WITH_DU:
+        if DIAGONAL:
+            p = tl.where(column < rows[None, :], p, 0.0)
+        du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
+    return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT), d
+
+
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def columns_kernel(
-    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
+    Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, BAND, DK, DV, DU, DGATE, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -68,8 +151,8 @@ def columns_kernel(
 ):  # fmt: skip
     """One column block of one head, last block first: all that flows back into its keys and values.
 
-    MODE: "chain" also solves for Y of the block, waiting for the blocks after it, and "single" if there is one only;
-    "solved" finds Y and δ complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
+    MODE: "chain" finishes Y of the block, which `prepare_kernel` began, waiting for the blocks after it; "solved" finds
+    Y and δ complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK or MODE == "past"
@@ -99,90 +182,65 @@ def columns_kernel(
         U_PAST += b * u_strides[0] + h * u_strides[1]
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
     else:
-        A += head * D
+        u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
         V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
-        u = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
-    if HAS_GATE:
-        GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
-        i = c0 + tl.arange(0, BM)
-        g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
-        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-        u = (v + g[:, None] * (u.to(tl.float32) - v)).to(u.dtype)
-        store_tile(U + head * D, u, c0, n, BM, D, BD)
 
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
+    d = tl.zeros([BM], tl.float32)
     # Row tiles from the end of the sequence up: tile t has rows blocks · BM − (t + 1) · BN …
     t = 0 * n
     if WINDOW:
         t = (blocks * BM - tl.minimum(j + BM - 1 + window - P, blocks * BM)) // BN
-    end = blocks * R if MODE == "past" else (rank - 1 if MODE == "chain" else rank) * R
-    while t < end:
-        stop = tl.minimum(wait(flag, t // R + 1) * R, end) if MODE == "chain" else end
+    end = blocks * R if MODE == "past" else rank * R
+    near = tl.maximum(end - R, 0) if MODE == "chain" else end
+    while t < near:
+        stop = tl.minimum(wait(flag, t // R + 1) * R, near) if MODE == "chain" else near
         for tile in range(t, stop):
-            r0 = blocks * BM - (tile + 1) * BN
-            q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW,
-                                   BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-            y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
-            rows = r0 + tl.arange(0, BN)
-            delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
-            ds = p * (tl.dot(u, tl.trans(y), input_precision=DOT) - delta[None, :]) * slope
-            du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT)
+            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
+                                  mask_strides, P, window, scale, softcap, du, dk, d, False,
+                                  MODE != "solved" or HAS_GATE, Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED, WINDOW,
+                                  HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         t = stop
 
     if MODE == "past":
-        store_tile(DU + (b * H + h) * P * D, du, c0, P, BM, D, BD)
-        store_tile(DK + (b * H + h) * P * D, dk * scale, c0, P, BM, D, BD)
+        store_tile(DU + (b * H + h) * P * D, du, c0, D, P, BM, D, BD)
+        store_tile(DK + (b * H + h) * P * D, dk * scale, c0, D, P, BM, D, BD)
     else:
-        i = tl.arange(0, BM)
-        q, p, slope = _weights(k, Q, LSE, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
-                               BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        p = tl.where(i[:, None] <= i[None, :], p, 0.0)
-        d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
-        Lt = tl.where(i[:, None] < i[None, :], p, 0.0)
-        if MODE != "solved":
-            S = inverse(Lt * g[:, None] if HAS_GATE else Lt, BM, PRECISION).to(u.dtype)
-            if MODE == "chain":
-                # For the last block of a sequence the rows after it lie outside and weigh nothing.
-                q_next, p_next, slope_next = _weights(k, Q, LSE, j, c0 + BM, n, columns, MASK, mask_strides, P, window,
-                                                      scale, softcap, Q_ROW, BM, BM, D, BD, True, MASKED, WINDOW,
-                                                      HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-                p_next = p_next.to(u.dtype)
-                wait(flag, rank)
-                y_next = load_tile(Y, c0 + BM, D, n, BM, D, BD, True)
-                du = tl.dot(p_next, y_next, du, input_precision=DOT)
-            y = load_tile(DA + head * D, c0, D, n, BM, D, BD, RAGGED).to(tl.float32)
-            y += g[:, None] * du if HAS_GATE else du
-            y = tl.dot(S, y.to(u.dtype), y, input_precision=DOT)
-            # dW is taken from the rounded Y, so δ, its weighted mean, is too.
-            y_own = y.to(u.dtype)
-            a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
-            delta = tl.sum(y_own.to(tl.float32) * a, 1)
-            store_tile(Y, y_own, c0, n, BM, D, BD)
-            tl.store(DELTA + c0 + i, delta, mask=c0 + i < n)
-            if MODE == "chain":
-                publish(flag, rank + 1)
-                delta_next = tl.load(DELTA + c0 + BM + i, mask=c0 + BM + i < n, other=0.0)
-                ds = tl.dot(u, tl.trans(y_next), input_precision=DOT) - delta_next[None, :]
-                dk = tl.dot((p_next * ds * slope_next).to(u.dtype), q_next, dk, input_precision=DOT)
-        else:
-            y_own = load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
-            y = y_own.to(tl.float32)
-            delta = tl.load(DELTA + c0 + i, mask=c0 + i < n, other=0.0)
-        ds = tl.dot(u, tl.trans(y_own), input_precision=DOT)
-        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-        own = tl.sum(y_own.to(tl.float32) * v, 1)
-        ds = tl.where(i[:, None] == i[None, :], own[:, None], ds) - delta[None, :]
-        dk = tl.dot((p * ds * slope).to(u.dtype), q, dk, input_precision=DOT)
-        dv = d[:, None] * y
+        i = c0 + tl.arange(0, BM)
+        A += head * D
         if HAS_GATE:
-            du = tl.dot(Lt.to(u.dtype), y_own, du, input_precision=DOT)
+            GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
+            g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
+        if MODE == "chain":
+            BAND += head * 2 * BM
+            S = load_tile(BAND + BM, c0, 2 * BM, n, BM, BM, BM, RAGGED)
+            link = load_tile(BAND, c0, 2 * BM, n, BM, BM, BM, RAGGED)
+            x = g[:, None] * du if HAS_GATE else du
+            y = load_tile(Y, c0, D, n, BM, D, BD, RAGGED) + x
+            y = tl.dot(S, x.to(S.dtype), y, input_precision=DOT)
+            if rank > 0:
+                wait(flag, rank)
+                y = tl.dot(link, load_tile(Y, c0 + BM, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
+            # dW is taken from the rounded Y, so δ, its weighted mean, is too.
+            y = y.to(u.dtype)
+            delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
+            store_tile(Y, y, c0, D, n, BM, D, BD)
+            tl.store(DELTA + i, delta, mask=i < n)
+            publish(flag, rank + 1)
+        # Last the rows that `du` must not have had before the solve: those of the next block and the block's own.
+        for tile in range(near, end + R):
+            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
+                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, BN,
+                                  BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        dv = d[:, None] * load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
+        if HAS_GATE:
             dv += (1.0 - g)[:, None] * du
+            v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
             a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
-            tl.store(DGATE + head + c0 + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=c0 + i < n)
-        store_tile(DV + head * D, dv, c0, n, BM, D, BD)
-        store_tile(DK + head * D, dk * scale, c0, n, BM, D, BD)
+            tl.store(DGATE + head + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=i < n)
+        store_tile(DV + head * D, dv, c0, D, n, BM, D, BD)
+        store_tile(DK + head * D, dk * scale, c0, D, n, BM, D, BD)
 
 
 @triton.jit
@@ -202,15 +260,15 @@ def _dq_step(q, y, lse, delta, K, U, j, n, k_stride, u_stride, seen, dq, scale, 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def dq_kernel(
-    Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, U, LSE, Y, DELTA, DQ,
+    Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DQ,
     q_strides, k_strides, v_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOLVED: tl.constexpr,
     HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one row block of one head, longest rows first."""
+    """dQ of one row block of one head, longest rows first; with SOLVED also δ, which otherwise is there already."""
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
@@ -230,8 +288,24 @@ def dq_kernel(
     q = load_tile(Q, r0, Q_ROW, n, BM, D, BD, RAGGED)
     y = load_tile(Y + head * D, r0, D, n, BM, D, BD, RAGGED)
     lse = tl.load(LSE + head + rows, mask=rows < n, other=float("inf")) / LN2
-    delta = tl.load(DELTA + head + rows, mask=rows < n, other=0.0)
-    dq = tl.zeros([BM, BD], tl.float32)
+    if SOLVED:
+        delta = tl.sum(y.to(tl.float32) * load_tile(A + head * D, r0, D, n, BM, D, BD, RAGGED), 1)
+        tl.store(DELTA + head + rows, delta, mask=rows < n)
+    else:
+        delta = tl.load(DELTA + head + rows, mask=rows < n, other=0.0)
+    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
+    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
+    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
+    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
+    inside = i[:, None] >= i[None, :]
+    if MASKED:
+        inside = inside & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window,
+                              WINDOW, HAS_MASK)  # fmt: skip
+    p = tl.where(inside, tl.math.exp2(s - lse[:, None]), 0.0)
+    dw = tl.dot(y, tl.trans(u), input_precision=DOT)
+    dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)
+    ds = p * (dw - delta[:, None]) * _slope(s, softcap, SOFTCAP)
+    dq = tl.dot(ds.to(k.dtype), k, input_precision=DOT)
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
@@ -249,17 +323,4 @@ def dq_kernel(
                            mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
         dq = _dq_step(q, y, lse, delta, K, U + head * D, j, n, K_ROW, D, seen, dq, scale, softcap, BN, D, BD,
                       False, MASKED, SOFTCAP, DOT)  # fmt: skip
-    k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
-    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
-    v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
-    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
-    seen = i[:, None] >= i[None, :]
-    if MASKED:
-        seen = seen & visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides, P, window,
-                              WINDOW, HAS_MASK)  # fmt: skip
-    p = tl.where(seen, tl.math.exp2(s - lse[:, None]), 0.0)
-    dw = tl.dot(y, tl.trans(u), input_precision=DOT)
-    dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)
-    ds = p * (dw - delta[:, None]) * _slope(s, softcap, SOFTCAP)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
-    store_tile(DQ + head * D, dq * scale, r0, n, BM, D, BD)
+    store_tile(DQ + head * D, dq * scale, r0, D, n, BM, D, BD)

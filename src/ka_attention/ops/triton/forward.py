@@ -1,10 +1,10 @@
 """The forward kernel: FlashAttention's loop over finished column blocks, then the solve of the diagonal block.
 
-    X   = Σ_{c<b} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
-    A_b = (I − L_bb G)⁻¹ X = X + S X
+    X   = Σ_{c<b−1} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
+    A_b = (I − L_bb G)⁻¹ (X + P_b,b−1 U_b−1) = (I + S) X + C_b U_b−1,     C_b = (I + S) P_b,b−1
 
-All that does not need the newest U, the weights of the last two column blocks and S above all, is computed before the
-program waits for it: the chain from block to block is two matrix products long.
+All that does not need the newest U is computed before the program waits for it: the chain from block to block is one
+matrix product long.
 """
 
 import triton
@@ -43,16 +43,16 @@ def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, total, scale, softc
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def forward_kernel(
-    Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, CORNER, FLAGS,
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row block of one head. MODE: "chain" waits for the blocks before; "single" has only one block a sequence;
-    "corner", for windows up to BM + 1, leaves the block before to `sweep_kernel`: it stores (I + S) P_b,b−1 G for it.
+    """One row block of one head. MODE: "chain" waits for the blocks before; "single" attends to no other block; "band",
+    for rows that reach REACH blocks back at most, leaves those to `sweep_kernel`: it stores (I + S) P_bc G for it.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
@@ -99,8 +99,19 @@ def forward_kernel(
                                     MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
-    # Weights of the block before (`last`) and of the diagonal block; with them the softmax is complete.
+    # The softmax is complete with the weights of the blocks left to the sweep, of the block before (`last`), which may
+    # be one of them, and of the diagonal block.
     i = tl.arange(0, BM)
+    top = m
+    if MODE == "band":
+        for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
+            s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
+                             MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            new = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(new == -float("inf"), 0.0, new)
+            total = total * tl.math.exp2(top - shift) + tl.sum(tl.math.exp2(s - shift[:, None]), 1)
+            top = new
+    before = top
     k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
     s = scores(q, k, scale, softcap, SOFTCAP, DOT)  # [BM, BM]
     s = tl.where(i[:, None] >= i[None, :], s, -float("inf"))
@@ -108,7 +119,7 @@ def forward_kernel(
         seen = visible((P + rows)[:, None], (P + rows)[None, :], P + n, P + n, MASK, mask_strides,
                        P, window, WINDOW, HAS_MASK)  # fmt: skip
         s = tl.where(seen, s, -float("inf"))
-    top = tl.maximum(m, tl.max(s, 1))
+    top = tl.maximum(top, tl.max(s, 1))
     last = tl.zeros([BM, BM], tl.float32)
     if MODE != "single" and r0 > 0:
         k = load_tile(K, r0 - BM, K_ROW, n, BM, D, BD, False)
@@ -121,8 +132,7 @@ def forward_kernel(
         last = tl.math.exp2(last - tl.where(top == -float("inf"), 0.0, top)[:, None])
     shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
     p = tl.math.exp2(s - shift[:, None])
-    alpha = tl.math.exp2(m - shift)
-    total = total * alpha + tl.sum(p, 1) + tl.sum(last, 1)
+    total = total * tl.math.exp2(before - shift) + tl.sum(p, 1) + tl.sum(last, 1)
     r = tl.where(total == 0.0, 0.0, 1.0 / total)
     tl.store(LSE + head + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < n)
 
@@ -131,7 +141,9 @@ def forward_kernel(
     last = (last * r[:, None]).to(v.dtype)
     d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
     L = tl.where(i[:, None] > i[None, :], p, 0.0)
-    x = acc * (alpha * r)[:, None] + d[:, None] * v
+    x = d[:, None] * v
+    if MODE == "chain" or HAS_PAST:
+        x += acc * (tl.math.exp2(m - shift) * r)[:, None]
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
         g = tl.load(GATE + tl.cast(rows, tl.int64) * gate_strides[2], mask=rows < n, other=0.0)
@@ -139,21 +151,55 @@ def forward_kernel(
         L = L * g[None, :]
     S = inverse(L, BM, PRECISION).to(v.dtype)
 
+    if MODE == "band":
+        BAND += head * REACH * BM
+        for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
+            s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
+                             MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            w = (tl.math.exp2(s - shift[:, None]) * r[:, None]).to(v.dtype)
+            w, x = _gated(w, x, V, GATE, c, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
+            w = tl.dot(S, w, w.to(tl.float32), input_precision=DOT)
+            store_tile(BAND + (r0 - c - BM), w, r0, REACH * BM, n, BM, BM, BM)
+    if r0 > 0:
+        if MODE == "band":
+            last, x = _gated(last, x, V, GATE, r0 - BM, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
+        if MODE != "single":
+            last = tl.dot(S, last, last.to(tl.float32), input_precision=DOT).to(v.dtype)
+        if MODE == "band":
+            store_tile(BAND, last, r0, REACH * BM, n, BM, BM, BM)
+    a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "chain" and r0 > 0:
         wait(flag, rank)
         u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
-        x = tl.dot(last, u, x, input_precision=DOT)
-    if MODE == "corner" and r0 > 0:
-        if HAS_GATE:
-            g_last = tl.load(GATE + tl.cast(rows - BM, tl.int64) * gate_strides[2])
-            v_last = load_tile(V, r0 - BM, V_ROW, n, BM, D, BD, False)
-            x = tl.dot((last * (1.0 - g_last)[None, :]).to(v.dtype), v_last, x, input_precision=DOT)
-            last = (last * g_last[None, :]).to(v.dtype)
-        corner = tl.dot(S, last, last.to(tl.float32), input_precision=DOT)
-        store_tile(CORNER + head * BM, corner, r0, n, BM, BM, BM)
-    a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
-    store_tile(A, a, r0, n, BM, D, BD)
+        a = tl.dot(last, u, a, input_precision=DOT)
+    store_tile(A, a, r0, D, n, BM, D, BD)
     if HAS_GATE and MODE == "chain":
-        store_tile(U, v + g[:, None] * (a - v), r0, n, BM, D, BD)
+        store_tile(U, v + g[:, None] * (a - v), r0, D, n, BM, D, BD)
     if MODE == "chain":
         publish(flag, rank + 1)
+
+
+@triton.jit
+def _band_scores(q, K, c, n, K_ROW: tl.constexpr, rows, MASK, mask_strides, P, window, scale, softcap,
+                 BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+                 HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Scores of the rows with the whole column block c …, which lies before them; −∞ where nothing is seen."""
+    k = load_tile(K, c, K_ROW, n, BM, D, BD, False)
+    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
+    if MASKED:
+        seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BM))[None, :], P + n, P + n, MASK, mask_strides, P,
+                       window, WINDOW, HAS_MASK)  # fmt: skip
+        s = tl.where(seen, s, -float("inf"))
+    return s
+
+
+@triton.jit
+def _gated(w, x, V, GATE, c, V_ROW: tl.constexpr, gate_strides, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+           HAS_GATE: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """The weights w of column block c as P G, and x with P (I − G) V added."""
+    if HAS_GATE:
+        g = tl.load(GATE + tl.cast(c + tl.arange(0, BM), tl.int64) * gate_strides[2])
+        v = load_tile(V, c, V_ROW, 0, BM, D, BD, False)
+        x = tl.dot((w * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
+        w = (w * g[None, :]).to(v.dtype)
+    return w, x

@@ -10,14 +10,15 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
+from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
 from ka_attention.ops.triton.forward import forward_kernel
-from ka_attention.ops.triton.sweep import corner_kernel, delta_kernel, sweep_kernel
-from ka_attention.ops.triton.tiles import Tiles, choose, padded
+from ka_attention.ops.triton.sweep import sweep_kernel
+from ka_attention.ops.triton.tiles import Tiles, choose, longest_reach, padded, sweep_stages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 MAX_PLANS = 1024
+SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep owns
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
@@ -27,16 +28,16 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
     a = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tiles = plan.table.forward
-    mode = plan.mode(tiles)
+    mode, reach = plan.mode(tiles)
     u = a if gate is None or mode != "chain" else torch.empty_like(a)
-    corner = plan.corner(q, tiles) if mode == "corner" else None
+    band = plan.band(q, reach * tiles.BM) if mode == "band" else None
     with torch.cuda.device_of(q):
         plan.forward(
-            q, k, v, gate, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, tiles), a, u, lse, corner,
+            q, k, v, gate, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, tiles), a, u, lse, band,
             plan.flags(q, mode),
         )  # fmt: skip
-        if corner is not None:
-            plan.forward_sweep(a, corner, cu_seqlens)
+        if band is not None:
+            plan.forward_sweep(a, band, cu_seqlens)
     return a, lse
 
 
@@ -45,34 +46,43 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
     plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
     tiles = plan.table.columns
-    mode = plan.mode(tiles)
+    mode, reach = plan.mode(tiles)
     da, a, lse = da.to(q.dtype).contiguous(), a.contiguous(), lse.contiguous()
-    y, dk, dv, dq = (torch.empty_like(a) for _ in range(4))
-    delta = torch.empty_like(lse)
+    y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
     dgate = None if gate is None else torch.empty_like(lse)
     dk_past = du_past = None
+
+    def row_gradients() -> Tensor:
+        dq = torch.empty_like(a)
+        rows = plan.schedule(cu_seqlens, plan.row_tiles)
+        plan.rows(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
+        return dq
+
     with torch.cuda.device_of(q):
         schedule = plan.schedule(cu_seqlens, tiles)
-        if mode == "corner":
-            corner = plan.corner(q, tiles)
-            plan.corners(da, q, k, gate, mask, cu_seqlens, schedule, lse, y, corner)
-            plan.backward_sweep(y, corner, cu_seqlens)
-            plan.delta(y, a, delta)
+        band = plan.band(q, (reach + (mode == "chain")) * tiles.BM)
+        plan.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, y, band)
+        if mode == "band":
+            plan.backward_sweep(y, band, cu_seqlens)
+        links = band if mode == "chain" else None
+        del band  # its memory serves for the gradients
+        if mode != "chain":
+            dq = row_gradients()
+        dk, dv = torch.empty_like(a), torch.empty_like(a)
         plan.columns(
-            da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, y, delta, dk, dv, None, dgate,
+            q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, y, delta, links, dk, dv, None, dgate,
             plan.flags(q, mode),
         )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
             plan.past_columns(
-                da, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, y, delta, dk_past, dv, du_past,
-                None, None,
+                q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, y, delta, None, dk_past, None,
+                du_past, None, None,
             )  # fmt: skip
             dk_past = _sum_groups(dk_past, k_past)
-        plan.rows(
-            q, k, v, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, plan.table.dq), u, lse, y, delta, dq
-        )
+        if mode == "chain":
+            dq = row_gradients()
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
 
 
@@ -123,7 +133,7 @@ class _Plan:
 
     def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
         _check(q)
-        self.packed, self.window = cu_seqlens is not None, window
+        self.packed, self.window, self.device = cu_seqlens is not None, window, q.device
         B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.sequences = len(cu_seqlens) - 1 if self.packed else B
@@ -144,17 +154,23 @@ class _Plan:
     @cached_property
     def forward(self) -> Launch:
         tiles = self.table.forward
+        mode, reach = self.mode(tiles)
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode(tiles))
+        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
+
+    @cached_property
+    def prepare(self) -> Launch:
+        tiles = self.table.prepare._replace(BM=self.table.columns.BM)
+        mode, reach = self.mode(tiles)
+        strides = self.q, self.k, self.v, self.gate, self.mask
+        return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
 
     @cached_property
     def columns(self) -> Launch:
         tiles = self.table.columns
-        mode = self.mode(tiles)
+        mode = "chain" if self.mode(tiles)[0] == "chain" else "solved"
         strides = self.q, self.k, self.v, self.gate, None, self.mask
-        return self._launch(
-            columns_kernel, tiles, self.grid(tiles), *strides, MODE="solved" if mode == "corner" else mode
-        )
+        return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode)
 
     @cached_property
     def past_columns(self) -> Launch:
@@ -165,21 +181,16 @@ class _Plan:
             columns_kernel, tiles, self.grid(tiles, self.P), *strides, MODE="past", HAS_GATE=False, K_ROW=row
         )
 
+    @property
+    def row_tiles(self) -> Tiles:
+        return self.table.dq if self.mode(self.table.columns)[0] == "chain" else self.table.solved_dq
+
     @cached_property
     def rows(self) -> Launch:
-        tiles = self.table.dq
+        tiles = self.row_tiles
+        solved = self.mode(self.table.columns)[0] != "chain"
         strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
-        return self._launch(dq_kernel, tiles, self.grid(tiles), *strides)
-
-    @cached_property
-    def corners(self) -> Launch:
-        tiles = self.table.columns
-        return self._launch(corner_kernel, tiles, self.grid(tiles), self.q, self.k, self.gate, self.mask)
-
-    @cached_property
-    def delta(self) -> Launch:
-        rows = self.numbers[2] * self.H * self.T
-        return Launch(delta_kernel, (triton.cdiv(rows, 64),), rows, D=self.D, BD=padded(self.D), BM=64)
+        return self._launch(dq_kernel, tiles, self.grid(tiles), *strides, SOLVED=solved)
 
     @cached_property
     def forward_sweep(self) -> Launch:
@@ -190,11 +201,12 @@ class _Plan:
         return self._sweep(self.table.columns, reverse=True)
 
     def _sweep(self, tiles: Tiles, reverse: bool) -> Launch:
-        """The sequential part of a short window, over slices of the head dimension side by side."""
-        width = min(32, padded(self.D))
+        """The sequential part of a window, over slices of the head dimension side by side."""
+        reach = self.mode(tiles)[1]
         return Launch(
-            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, width)), *self.numbers[2:5],
-            D=self.D, BD=width, BM=tiles.BM, PACKED=self.packed, REVERSE=reverse,
+            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
+            D=self.D, BD=SWEEP_WIDTH, BM=tiles.BM, REACH=reach, STAGES=sweep_stages(self.device, reach),
+            PACKED=self.packed, RAGGED=self.ragged(tiles), REVERSE=reverse,
             DOT="ieee" if self.precision == "half" else self.precision,
         )  # fmt: skip
 
@@ -203,11 +215,14 @@ class _Plan:
         chosen = {name: available[name] for name in kernel.arg_names if name in available}
         return Launch(kernel, grid, *strides, *self.numbers, **chosen, **tiles.options)
 
-    def mode(self, tiles: Tiles) -> str:
-        """How row blocks reach one another: see `forward_kernel`."""
-        if not self.packed and tiles.BM >= self.T:
-            return "single"
-        return "corner" if self.window is not None and self.window <= tiles.BM + 1 else "chain"
+    def mode(self, tiles: Tiles) -> tuple[str, int]:
+        """How row blocks reach one another, see `forward_kernel`, and how many blocks back without waiting."""
+        reach = triton.cdiv(self.T, tiles.BM) - 1
+        if self.window is not None:
+            reach = min(reach, triton.cdiv(self.window - 1, tiles.BM))
+        if reach <= longest_reach(self.device, self.window is not None):
+            return ("band" if reach else "single"), reach
+        return "chain", 1
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
         """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
@@ -237,9 +252,9 @@ class _Plan:
         """The ticket, then the number of published blocks of each sequence and head."""
         return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
 
-    def corner(self, q: Tensor, tiles: Tiles) -> Tensor:
-        """Room for what joins each row block to its neighbour, BM numbers a row."""
-        return q.new_empty(*q.shape[:3], tiles.BM)
+    def band(self, q: Tensor, width: int) -> Tensor:
+        """Room for what joins each row block to its neighbours, `width` numbers a row."""
+        return q.new_empty(*q.shape[:3], width)
 
 
 def _check(q: Tensor) -> None:

@@ -42,12 +42,12 @@ def load_tile(X, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.con
 
 
 @triton.jit
-def store_tile(X, x, row, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Store x [ROWS, BD] as rows row … of the contiguous X [n, D], rounded to X's dtype; nothing outside."""
+def store_tile(X, x, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Store x [ROWS, BD] as rows row … of X [n, D], rounded to X's dtype; nothing outside."""
     r = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, BD)[None, :]
     inside = (row + r < n) & (d < D) if D != BD else row + r < n
-    tl.store(X + tl.cast(row, tl.int64) * D + (r * D + d), x.to(X.dtype.element_ty), mask=inside)
+    tl.store(X + tl.cast(row, tl.int64) * stride + (r * stride + d), x.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit

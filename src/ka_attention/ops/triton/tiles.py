@@ -28,37 +28,56 @@ class Table(NamedTuple):
     """The tiles of each kernel for one architecture, dtype and head dimension."""
 
     forward: Tiles
+    prepare: Tiles  # of its own only warps, stages and registers: BM is that of columns
     columns: Tiles
     dq: Tiles
+    solved_dq: Tiles  # of dq where it runs before columns: a window is short, or all is one block
 
 
 # Keyed by the padded head dimension, for half precision.
 HOPPER = {
-    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
-    128: Table(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(128, 128, 8, 2)),
-    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 4, 2)),
+    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), *[Tiles(64, 64, 4, 3)] * 2),
+    128: Table(
+        Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)
+    ),
+    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 8, 2), *[Tiles(64, 32, 4, 2)] * 2),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
 SMALL = {
-    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2)),
-    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 2)),
-    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 4, 1)),
+    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), *[Tiles(64, 64, 4, 2)] * 2),
+    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), *[Tiles(64, 32, 4, 2)] * 2),
+    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), *[Tiles(32, 32, 4, 1)] * 2),
 }
 FLOAT32 = {
-    64: Table(*[Tiles(32, 32, 4, 1)] * 3),
-    128: Table(*[Tiles(32, 32, 4, 1)] * 3),
-    256: Table(*[Tiles(16, 16, 4, 1)] * 3),
+    64: Table(*[Tiles(32, 32, 4, 1)] * 5),
+    128: Table(*[Tiles(32, 32, 4, 1)] * 5),
+    256: Table(*[Tiles(16, 16, 4, 1)] * 5),
 }
 
 
 def choose(q: Tensor) -> Table:
     """The tiles for queries like `q`."""
     if q.device == INTERPRETED:
-        return Table(Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1), Tiles(32, 16, 1, 1))
+        return Table(*[Tiles(32, 16, 1, 1)] * 5)
     size = padded(q.shape[-1])
     if q.dtype == torch.float32:
         return FLOAT32[size]
-    return (HOPPER if _shared_memory(q.device) >= 200_000 else SMALL)[size]
+    return (HOPPER if _roomy(q.device) else SMALL)[size]
+
+
+def longest_reach(device: torch.device, windowed: bool) -> int:
+    """How many blocks back the sweep may read: beyond, the band costs more memory than keys and values do.
+
+    Without a window the chain is faster even where there are two blocks.
+    """
+    if not windowed:
+        return 0
+    return 8 if _roomy(device) else 4
+
+
+def sweep_stages(device: torch.device, reach: int) -> int:
+    """How many steps ahead the sweep loads `reach` tiles each."""
+    return max(2, min(4, (20 if _roomy(device) else 8) // reach))
 
 
 def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
@@ -67,5 +86,8 @@ def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+def _roomy(device: torch.device) -> bool:
+    """Whether a block may have 200 KB of shared memory."""
+    if device == INTERPRETED:
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200_000  # type: ignore[attr-defined]
