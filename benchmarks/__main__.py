@@ -9,7 +9,7 @@ from benchmarks.harness import machine
 
 
 def main(names: list[str]) -> None:
-    for name in names or (["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"]):
+    for name in names or (["cpu", "gpu", "training"] if torch.cuda.is_available() else ["cpu"]):
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"# {name}: {module.__doc__}\n{machine()}\n")
         for text in module.run():

@@ -113,8 +113,9 @@ def test_dispatch_modes_see_one_operator_a_pass():
     torch.testing.assert_close(problem.run("blocked"), problem.run("reference"))
 
 
-def test_fake_tensors():
-    with FakeTensorMode():
+@pytest.mark.parametrize("shapes_alone", [FakeTensorMode, lambda: torch.device("meta")])
+def test_shapes_alone(shapes_alone):
+    with shapes_alone():
         q, k, v = torch.empty(2, 4, 5, 8, requires_grad=True), torch.empty(2, 2, 5, 8), torch.empty(2, 2, 5, 8)
         out = ka_attention(q, k, v)
         assert out.shape == torch.autograd.grad(out.sum(), q)[0].shape == q.shape

@@ -125,11 +125,12 @@ def attend(*inputs) -> Tensor:
     return (forward if _traced(*inputs[:4]) else _Eager.apply)(*inputs)[0]
 
 
-def _traced(*tensors: Tensor | None) -> bool:
-    """Whether someone else is to see the operator: a compiler, a dispatch mode, a functorch transform, a subclass."""
+def _traced(q: Tensor, *others: Tensor | None) -> bool:
+    """Whether someone else is to see the operator: compilers, dispatch modes, functorch, shapes, subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        or q.is_meta
+        or not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in (q, *others))
     )

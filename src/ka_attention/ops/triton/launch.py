@@ -28,7 +28,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
     a = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tiles = plan.table.forward
-    mode, reach = plan.mode(tiles)
+    mode, reach = plan.forward_mode
     u = a if gate is None or mode != "chain" else torch.empty_like(a)
     band = plan.band(q, reach * tiles.BM) if mode == "band" else None
     with torch.cuda.device_of(q):
@@ -46,7 +46,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
     plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
     tiles = plan.table.columns
-    mode, reach = plan.mode(tiles)
+    mode, reach = plan.backward_mode
     da, a, lse = da.to(q.dtype).contiguous(), a.contiguous(), lse.contiguous()
     y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
@@ -137,7 +137,9 @@ class _Plan:
         B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.sequences = len(cu_seqlens) - 1 if self.packed else B
-        self.table = choose(q)
+        table = self.table = choose(q)
+        self.forward_mode, self.backward_mode = self.mode(table.forward), self.mode(table.columns)
+        self.row_tiles = table.dq if self.backward_mode[0] == "chain" else table.solved_dq
         self.q, self.k, self.v, self.gate = map(_strides, (q, k, v, gate))
         self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
         self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
@@ -154,21 +156,21 @@ class _Plan:
     @cached_property
     def forward(self) -> Launch:
         tiles = self.table.forward
-        mode, reach = self.mode(tiles)
+        mode, reach = self.forward_mode
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
         return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
 
     @cached_property
     def prepare(self) -> Launch:
         tiles = self.table.prepare._replace(BM=self.table.columns.BM)
-        mode, reach = self.mode(tiles)
+        mode, reach = self.backward_mode
         strides = self.q, self.k, self.v, self.gate, self.mask
         return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
 
     @cached_property
     def columns(self) -> Launch:
         tiles = self.table.columns
-        mode = "chain" if self.mode(tiles)[0] == "chain" else "solved"
+        mode = "chain" if self.backward_mode[0] == "chain" else "solved"
         strides = self.q, self.k, self.v, self.gate, None, self.mask
         return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode)
 
@@ -181,14 +183,10 @@ class _Plan:
             columns_kernel, tiles, self.grid(tiles, self.P), *strides, MODE="past", HAS_GATE=False, K_ROW=row
         )
 
-    @property
-    def row_tiles(self) -> Tiles:
-        return self.table.dq if self.mode(self.table.columns)[0] == "chain" else self.table.solved_dq
-
     @cached_property
     def rows(self) -> Launch:
         tiles = self.row_tiles
-        solved = self.mode(self.table.columns)[0] != "chain"
+        solved = self.backward_mode[0] != "chain"
         strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
         return self._launch(dq_kernel, tiles, self.grid(tiles), *strides, SOLVED=solved)
 
