@@ -88,3 +88,21 @@ def test_walk_checks_too():
         walk(Q, KV, window=0)
     with pytest.raises(ValueError, match=r"past\[0\] \(k_past\) must be"):
         walk(Q, KV, k_past=PAST[1])
+
+
+def test_values_of_cu_seqlens_are_read_once_a_tensor_and_again_when_they_change(monkeypatch):
+    q = torch.randn(1, 2, 5, 8)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x, read=torch.Tensor.tolist: reads.append(x) or read(x))
+    ka_attention(q, q, q, cu_seqlens=cu, backend="reference")
+    once = len(reads)
+    ka_attention(q, q, q, cu_seqlens=cu, backend="reference")
+    assert sum(x is cu for x in reads[once:]) == sum(x is cu for x in reads[:once]) - 1
+    with pytest.raises(ValueError, match="from 0 to T = 4"):
+        ka_attention(*(x[:, :, :4] for x in (q, q, q)), cu_seqlens=cu)
+    cu[1] = 7
+    with pytest.raises(ValueError, match="without falling"):
+        ka_attention(q, q, q, cu_seqlens=cu)
+    with torch.inference_mode():
+        ka_attention(q, q, q, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))

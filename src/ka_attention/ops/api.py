@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ka_attention.ops import operator, reference
 
 BACKENDS = ("reference", "blocked", "triton")
+_checked = WeakTensorKeyDictionary()  # of each cu_seqlens that was right: its version and T then
 
 
 def ka_attention(
@@ -43,7 +45,8 @@ def ka_attention(
         past: cached prefix (k_past [B, Hkv, P, D], u_past [B, Hq, P, D]); `cache_values` makes the second.
         attn_mask: bool, True may be attended; [B, P + T] (real tokens, as in transformers) or 4-D, broadcastable to
             [B, Hq, T, P + T]. Causality applies besides.
-        cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without past and attn_mask.
+        cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without past and attn_mask. The
+            values are checked, which waits for the device, once a tensor and not in every layer.
         softcap: scores become softcap · tanh(scores / softcap).
         dropout: only 0.0; attention that feeds itself has no established dropout.
         backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose by
@@ -173,9 +176,14 @@ def _check_cu_seqlens(cu: Tensor, q: Tensor) -> None:
         )
     if torch.compiler.is_compiling() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # the values cannot be looked at here
+    seen = None if cu.is_inference() else (cu._version, q.shape[2])
+    if seen is not None and _checked.get(cu) == seen:
+        return
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != q.shape[2] or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[2]} without falling, got {ends}")
+    if seen is not None:
+        _checked[cu] = seen
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] | None) -> None:
