@@ -97,7 +97,7 @@ class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
 
     name: str
     summary: str
-    arms: tuple[str, ...] = ("softmax", "ka", "softmax-w16", "ka-w16")
+    arms: tuple[str, ...] = ("softmax", "ka", "ka-head", "softmax-w16", "ka-w16")
     cache_samples: int
 
     def __post_init__(self) -> None:
