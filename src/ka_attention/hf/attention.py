@@ -77,8 +77,11 @@ def attention_forward(
 
     device = query.device.type
     autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        state = value if isinstance(value, KAState) else None
+    state = value if isinstance(value, KAState) else None
+    adapter = module._modules.get("ka_adapter")
+    # The operator does not heed autocast, modules and PyTorch's own attention do.
+    plain = is_ka and ka.gate == "fixed" and adapter is None and state is None
+    with torch.autocast(device, enabled=False) if autocast and not plain else nullcontext():
         if state is not None:
             key, value = state.keys, state.values
             if value.shape[1] != (query.shape[1] if is_ka else key.shape[1]):
@@ -105,7 +108,6 @@ def attention_forward(
         packed = kwargs.get("cu_seq_lens_q") if state is None else None
         if packed is not None:
             mask = None  # it says the same
-        adapter = getattr(module, "ka_adapter", None)
         if query.shape[2] > 1 and adapter is not None:
             mask = _band(mask, query.shape[2], key.shape[2], window, query.device)
             out, read = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)

@@ -196,7 +196,7 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...]
         raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if shape is not None and any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
+    if shape is not None and x.shape != shape and any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
         wanted = ["any" if want is None else want for want in shape]
         raise ValueError(f"{name} must be {wanted} for q {list(q.shape)}, got {list(x.shape)}")
 

@@ -98,17 +98,18 @@ class Launch:
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
         self.launch: Callable | None = None
+        self.rest: tuple = ()
 
     def __call__(self, *tensors: Tensor | None) -> None:
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
         aligned = reduce(or_, pointers) % 16 == 0
         if aligned and self.launch is not None:
-            return self.launch(*pointers, *self.numbers)
+            return self.launch(*pointers, *self.rest)
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         if aligned and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-            constants = [self.constants[name] for name in names]
-            self.launch = lambda *arguments: compiled[self.grid](*arguments, *constants)
+            self.rest = (*self.numbers, *(self.constants[name] for name in names))
+            self.launch = compiled[self.grid]
 
 
 _plans: dict[tuple, "_Plan"] = {}
@@ -116,7 +117,11 @@ _plans: dict[tuple, "_Plan"] = {}
 
 def _plan(*arguments) -> "_Plan":
     """The plan for calls whose arguments differ in nothing but the tensors' contents."""
-    key = (torch.backends.cuda.matmul.allow_tf32, *(_layout(x) if isinstance(x, Tensor) else x for x in arguments))
+    q, *_, scale, window, softcap = arguments
+    key = [q.dtype, q.device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap]
+    for x in arguments[:8]:  # all on q's device, of dtypes that follow from q's
+        key += (None, None) if x is None else (x.shape, x.stride())
+    key = tuple(key)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MAX_PLANS:
@@ -268,10 +273,6 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _layout(x: Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype, x.device
-
-
 def _strides(x: Tensor | None) -> Any:
     """Strides in elements, 0 along broadcast dimensions."""
     if x is None:
@@ -281,4 +282,4 @@ def _strides(x: Tensor | None) -> Any:
 
 def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
     """Sum gradients of query heads over the group that shares a key head."""
-    return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2)
+    return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=x.dtype)
