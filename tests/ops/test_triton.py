@@ -192,6 +192,15 @@ def test_same_bits_every_time(window):
 
 
 @kernels
+def test_autocast_leaves_it_alone():
+    tensors, options = on_device(Problem(**SMALL | {"T": 40, "P": 20}, dtype=torch.float16))
+    da = torch.randn_like(tensors[0])
+    truth = triton_pass(tensors, options, da)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        torch.testing.assert_close(triton_pass(tensors, options, da), truth, rtol=0, atol=0)
+
+
+@kernels
 def test_layouts_of_models_give_the_same_bits():
     tensors, options = on_device(Problem(**SMALL | {"P": 20, "B": 2}, dtype=torch.float32))
     da = torch.randn_like(tensors[0])

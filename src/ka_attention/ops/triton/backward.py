@@ -58,7 +58,7 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def prepare_kernel(
-    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, Y, BAND,
+    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, Y, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -68,12 +68,15 @@ def prepare_kernel(
 ):  # fmt: skip
     """What of one column block's solve waits for nothing: (I + S) dA, into Y, and into BAND, side by side, the tiles
     C_i = (I + S) G W_ijᵀ of the REACH row blocks after it, so that Y_j = (I + S) (dA_j + G …) + Σ_i C_i Y_i, and for
-    MODE "chain" S. With a gate also U.
+    MODE "chain" S, for which FLAGS become 0. With a gate also U.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     WIDTH: tl.constexpr = (REACH + (MODE == "chain")) * BM
-    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
+    sequence, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
+    if MODE == "chain":
+        tl.store(FLAGS, 0)
+        tl.store(FLAGS + 1 + sequence * H + h, 0)
     c0 = rank * BM
     if PACKED and c0 >= n:
         return

@@ -34,7 +34,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
     with torch.cuda.device_of(q):
         plan.forward(
             q, k, v, gate, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, tiles), a, u, lse, band,
-            plan.flags(q, mode),
+            plan.flags(mode, q.new_zeros),
         )  # fmt: skip
         if band is not None:
             plan.forward_sweep(a, band, cu_seqlens)
@@ -62,7 +62,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
     with torch.cuda.device_of(q):
         schedule = plan.schedule(cu_seqlens, tiles)
         band = plan.band(q, (reach + (mode == "chain")) * tiles.BM)
-        plan.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, y, band)
+        flags = plan.flags(mode, q.new_empty)
+        plan.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, y, band, flags)
         if mode == "band":
             plan.backward_sweep(y, band, cu_seqlens)
         links = band if mode == "chain" else None
@@ -72,7 +73,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
         dk, dv = torch.empty_like(a), torch.empty_like(a)
         plan.columns(
             q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, y, delta, links, dk, dv, None, dgate,
-            plan.flags(q, mode),
+            flags,
         )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -117,11 +118,11 @@ _plans: dict[tuple, "_Plan"] = {}
 
 def _plan(*arguments) -> "_Plan":
     """The plan for calls whose arguments differ in nothing but the tensors' contents."""
-    q, *_, scale, window, softcap = arguments
-    key = [q.dtype, q.device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap]
-    for x in arguments[:8]:  # all on q's device, of dtypes that follow from q's
-        key += (None, None) if x is None else (x.shape, x.stride())
-    key = tuple(key)
+    *tensors, scale, window, softcap = arguments
+    parts = [tensors[0].dtype, tensors[0].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap]
+    for x in tensors:  # all on q's device, of dtypes that follow from q's
+        parts += (None, None) if x is None else (x.shape, x.stride())
+    key = tuple(parts)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MAX_PLANS:
@@ -251,9 +252,9 @@ class _Plan:
         order = rank.argsort(stable=True)
         return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
 
-    def flags(self, q: Tensor, mode: str) -> Tensor | None:
+    def flags(self, mode: str, new: Callable) -> Tensor | None:
         """The ticket, then the number of published blocks of each sequence and head."""
-        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
+        return new(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
 
     def band(self, q: Tensor, width: int) -> Tensor:
         """Room for what joins each row block to its neighbours, `width` numbers a row."""
