@@ -29,6 +29,18 @@ def test_token_loop_is_dense_solve_is_blocked(name):
         assert_agree(problem, "token loop")
 
 
+@pytest.mark.parametrize("gate", ["number", "token"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"Hkv": 4, "mask": "any"}, {"window": 3, "mask": "full"}, {"window": 1}, {"softcap": 1.5, "mask": "left"}],
+)
+def test_one_token_after_a_past(options, gate):
+    problem = Problem(B=4, T=1, P=5, gate=gate, **options)
+    out, truth = problem.run(None), problem.run("reference")
+    torch.testing.assert_close(out, truth)
+    torch.testing.assert_close(problem.gradients(out), problem.gradients(truth))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     shape=st.fixed_dictionaries(

@@ -61,9 +61,11 @@ def test_library_operator(name):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
-def test_autocast_leaves_it_alone(backend):
-    problem = Problem(dtype=torch.float32, gate="token")
+@pytest.mark.parametrize(
+    ("backend", "options"), [("reference", {"gate": "token"}), ("blocked", {"gate": "token"}), (None, {"T": 1, "P": 5})]
+)
+def test_autocast_leaves_it_alone(backend, options):
+    problem = Problem(dtype=torch.float32, **options)
     truth = problem.run(backend)
     with torch.autocast("cpu", torch.bfloat16):
         out = problem.run(backend)

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from ka_attention.hf.cache import KAState
 from ka_attention.hf.config import KAConfig
 from ka_attention.ops import cache_values, ka_attention
+from ka_attention.ops.api import attend_one, repeat_heads
 
 NAME = "ka"
 
@@ -149,11 +150,6 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
     return ~hidden
 
 
-def _repeat(x: Tensor, q: Tensor) -> Tensor:
-    groups = q.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
 def _band(mask: Tensor | None, n: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """The mask with causality and the window added, for ``n`` queries at the end of ``length`` keys."""
     distance = torch.arange(length - n, length, device=device)[:, None] - torch.arange(length, device=device)
@@ -181,13 +177,13 @@ def _softmax(
     if softcap is None:
         return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale)
     weights = F.dropout(_weights(q, k, mask, scale, softcap), dropout)
-    return (weights @ _repeat(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous(), None
+    return (weights @ repeat_heads(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous(), None
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Softmax weights ``[B, Hq, n, S]`` in float32 or better; a row that may attend nothing is 0."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ _repeat(k, q).to(dtype).transpose(-1, -2) * scale
+    scores = q.to(dtype) @ repeat_heads(k, q).to(dtype).transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -223,29 +219,13 @@ def _ka(
             cu_seqlens=packed,
             softcap=softcap,
         )
-    if window is not None and window <= past:
-        k, values = k[:, :, -window:], values[:, :, -window:]
-        mask = None if mask is None else mask[..., -window:]
-    return _attend_one(q, k, _repeat(values, q), mask, scale, softcap)
-
-
-def _attend_one(
-    q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """One query against all keys and the query heads' own values: ordinary attention, nothing of the past is copied."""
-    if softcap is not None:
-        weights = _weights(q, k, mask, scale, softcap)
-        return (weights @ values.to(weights.dtype)).to(q.dtype)
-    B, Hq, _, D = q.shape
-    Hkv, S = k.shape[1:3]
-    if Hkv == Hq:
-        return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale)
-    # Key heads become batch entries, so that query heads share a key head through a stride of 0.
-    groups = Hq // Hkv
-    q, values = q.reshape(B * Hkv, groups, 1, D), values.reshape(B * Hkv, groups, S, D)
-    k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
-    mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
-    return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
+    values = repeat_heads(values, q)
+    if softcap is None:
+        return attend_one(q, k, values, mask, scale, window)
+    if window is not None:
+        mask = _band(mask, 1, k.shape[2], window, q.device)
+    weights = _weights(q, k, mask, scale, softcap)
+    return (weights @ values.to(weights.dtype)).to(q.dtype)
 
 
 def _token_by_token(
@@ -263,8 +243,8 @@ def _token_by_token(
     n = q.shape[2]
     past = k.shape[2] - n
     weights = _weights(q, k, mask, scale, softcap)
-    of_past = weights[..., :past] @ _repeat(values[:, :, :past], q).to(weights.dtype)
-    v = _repeat(v, q)
+    of_past = weights[..., :past] @ repeat_heads(values[:, :, :past], q).to(weights.dtype)
+    v = repeat_heads(v, q)
     outputs: list[Tensor] = []
     adapted: list[Tensor] = []
     read: list[Tensor] = []

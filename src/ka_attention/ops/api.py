@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,8 +50,9 @@ def ka_attention(
             values are checked, which waits for the device, once a tensor and not in every layer.
         softcap: scores become softcap · tanh(scores / softcap).
         dropout: only 0.0; attention that feeds itself has no established dropout.
-        backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose by
-            device. A named backend that cannot serve the call raises RuntimeError.
+        backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose: by
+            device, but for one token after a past PyTorch's own attention, which is the same then. A named backend that
+            cannot serve the call raises RuntimeError.
 
     Returns:
         A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
@@ -68,8 +70,39 @@ def ka_attention(
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.dense(*call.tensors, **call.options)
+    g, k_past, u_past, mask = call.tensors[3:7]
+    trains_gate = g is not None and g.requires_grad  # its gradient is 0 then, not absent
+    if backend is None and q.shape[2] == 1 and k_past is not None and softcap is None and not trains_gate:
+        with torch.autocast(q.device.type, enabled=False):
+            k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
+            return attend_one(q, k, u, mask, call.options["scale"], window)
     backend = backend or ("triton" if q.device.type == "cuda" else "blocked")
     return operator.attend(*call.tensors, call.options["scale"], window, call.options["softcap"], backend)
+
+
+def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None) -> Tensor:
+    """A of one new token, [B, Hq, 1, D]: softmax attention to k [B, Hkv, S, D] with the query heads' own values
+    u [B, Hq, S, D], which are U of the past and, last, V. `mask` is bool, broadcastable to [B, Hq, 1, S].
+    """
+    if window is not None and window < k.shape[2]:
+        k, u = k[:, :, -window:], u[:, :, -window:]
+        mask = None if mask is None else mask[..., -window:]
+    B, Hq, _, D = q.shape
+    Hkv, S = k.shape[1:3]
+    if Hkv == Hq:
+        return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale)
+    # Key heads become batch entries, so that query heads share a key head through a stride of 0.
+    groups = Hq // Hkv
+    q, u = q.reshape(B * Hkv, groups, 1, D), u.reshape(B * Hkv, groups, S, D)
+    k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
+    mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
+    return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
+
+
+def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """x [B, Hkv, …] for every query head of q, [B, Hq, …]."""
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
@@ -82,7 +115,7 @@ def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
     g = expand_gate(gate, a)
     if g is None:
         return a
-    v = v.repeat_interleave(a.shape[1] // v.shape[1], dim=1)
+    v = repeat_heads(v, a)
     return (v + g[..., None] * (a - v)).to(a.dtype)
 
 
@@ -196,7 +229,9 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...]
         raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if shape is not None and x.shape != shape and any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
+    if shape in (None, x.shape):
+        return
+    if any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
         wanted = ["any" if want is None else want for want in shape]
         raise ValueError(f"{name} must be {wanted} for q {list(q.shape)}, got {list(x.shape)}")
 
