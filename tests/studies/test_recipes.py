@@ -104,6 +104,13 @@ def test_an_unknown_arm_is_refused(name):
         arm(name)
 
 
+def test_the_mean_learning_rate_of_a_schedule_that_falls_to_zero_is_half_its_peak():
+    rates = {
+        kind: dataclasses.replace(QUICK, schedule=kind).mean_learning_rate for kind in ("constant", "linear", "cosine")
+    }
+    assert rates == {"constant": QUICK.learning_rate} | dict.fromkeys(("linear", "cosine"), QUICK.learning_rate / 2)
+
+
 def test_arms_are_attention_configurations():
     assert arm("softmax").ka is None
     assert (arm("softmax-w16").ka.window, arm("softmax-w16").ka.gate_init) == (16, 0.0)

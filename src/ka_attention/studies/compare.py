@@ -104,13 +104,12 @@ def _heads(of: Trained) -> dict[str, Json]:
 def _conversion(of: Trained) -> dict[str, Json]:
     if not of.repairable:
         return {}
-    rate = of.recipe.learning_rate
     return conversion.evaluate(
         of.model,
         of.text.train,
         of.sample,
         original_tokens=of.tokens,
-        learning_rate=rate,
+        learning_rate=of.recipe.mean_learning_rate,  # at the peak of a schedule even softmax would get worse
         batch_size=BATCH,
         seed=of.seed,
     )

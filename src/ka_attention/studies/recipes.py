@@ -86,6 +86,11 @@ class TrainingSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.01
 
+    @property
+    def mean_learning_rate(self) -> float:
+        """Over the whole training, warm-up left aside."""
+        return self.learning_rate / (1 if self.schedule == "constant" else 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
