@@ -110,7 +110,7 @@ def test_windows_do_not_read_beyond_themselves_in_one_softmax_layer_and_do_in_on
         assert (not torch.equal(before, after)) is reaches
 
 
-@pytest.mark.parametrize("setting", ["lengths=512,128", "task_length=3"])
+@pytest.mark.parametrize("setting", ["lengths=512,128", "task_length=3", "hidden_size=20"])
 def test_settings_that_make_no_sense_are_refused(setting):
     with pytest.raises(UserError, match=f"--set {setting.partition('=')[0]}"):
         override(RECIPES["quick"], [setting])

@@ -87,6 +87,7 @@ class WindowRecipe(PositionRecipe):
     task_layers: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise UserError(f"--set lengths: expected ascending numbers, got {','.join(map(str, self.lengths))}")
         if self.task_length < 16:
