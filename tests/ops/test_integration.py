@@ -56,7 +56,7 @@ def test_library_operator(name):
     )
     torch.library.opcheck(
         operator.forward,
-        (*call.tensors, *call.options.values(), "blocked"),
+        (*call.tensors, *call.options.values(), True, "blocked"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

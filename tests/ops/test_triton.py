@@ -83,11 +83,12 @@ def on_device(problem: Problem):
 
 
 def triton_pass(tensors, options, da):
-    from ka_attention.ops.triton import backward, forward
+    from ka_attention.ops.triton import backward, forward, saved_shape
 
-    a, lse = forward(*tensors, **options)
-    grads = backward(da, *tensors, a, lse, **options)
-    return [a, *(grad for grad in grads if grad is not None)]
+    results = forward(*tensors, **options, save=True)
+    assert results[2].shape == saved_shape(tensors[0])
+    grads = backward(da, *tensors, *results, **options)
+    return [results[0], *(grad for grad in grads if grad is not None)]
 
 
 def differentiate(function, tensors, options, da, dtype):
@@ -163,12 +164,14 @@ def test_hard_rows(kind):
 
 
 @kernels
-@pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token"])
-def test_longer_reaches_wait_from_block_to_block(name, monkeypatch):
+@pytest.mark.parametrize("links", [1, 2])
+@pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token", "packed", "padding"])
+def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
     from ka_attention.ops.triton import launch
 
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "longest_reach", lambda *_: 0)
+    monkeypatch.setattr(launch, "links", lambda *_: links)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
 
 
@@ -219,8 +222,8 @@ def test_packed_schedule_covers_every_block_in_order(lengths):
     cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
     q = torch.zeros(1, 1, sum(lengths), 16, device=DEVICE)
     tiles = Tiles(32, 32, 4, 1)
-    plan = _Plan(q, q, q, None, None, None, None, cu, 1.0, None, None)
-    schedule = plan.schedule(cu, tiles).tolist()
+    plan = _Plan(q, q, q, None, None, None, None, cu, 1.0, None, None, True)
+    schedule = plan.schedule(cu, tiles.BM).tolist()
     assert len(schedule) == plan.grid(tiles)[0]
     real = [(n, rank) for n, rank in schedule if rank * 32 < lengths[n]]
     assert sorted(real) == [(n, rank) for n, length in enumerate(lengths) for rank in range(-(-length // 32))]
@@ -277,7 +280,7 @@ def test_plans_are_shared_by_calls_of_one_layout_alone_and_keep_no_tensors():
 
     def plan(T=8, scale=1.0, copy=lambda x: x, mask=None):
         q = torch.zeros(2, 2, T, 16, device=DEVICE)
-        return _plan(q, copy(q), q, None, None, None, mask, None, scale, None, None)
+        return _plan(q, copy(q), q, None, None, None, mask, None, scale, None, None, True)
 
     first = plan()
     assert plan() is first

@@ -77,7 +77,7 @@ def ka_attention(
             k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
             return attend_one(q, k, u, mask, call.options["scale"], window)
     backend = backend or ("triton" if q.device.type == "cuda" else "blocked")
-    return operator.attend(*call.tensors, call.options["scale"], window, call.options["softcap"], backend)
+    return operator.attend(*call.tensors, call.options["scale"], window, call.options["softcap"], backend=backend)
 
 
 def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None) -> Tensor:

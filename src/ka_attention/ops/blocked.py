@@ -23,14 +23,19 @@ LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
-def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
+def saved_shape(q: Tensor) -> tuple[int, ...]:
+    """Nothing is saved for `backward`."""
+    return (0,)
+
+
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
     if cu_seqlens is not None:
         options = {"scale": scale, "window": window, "softcap": softcap}
         parts = [
-            forward(q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None, **options)
+            forward(q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None, **options)[:2]
             for s in _sequences(cu_seqlens)
         ]
-        return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return *(torch.cat(part, dim=2) for part in zip(*parts, strict=True)), None
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
     P, v, g = blocks.P, blocks.flat(v), None if gate is None else gate.flatten(0, 1)[..., None]
     u = torch.zeros_like(blocks.k)
@@ -76,15 +81,15 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             a[n, b] = a_b = _solve(L, x)
             if g is not None:
                 torch.add(v_b, g[n, b] * (a_b - v_b), out=u[n, before.stop : c.stop])
-    return a.reshape(q.shape).to(q.dtype), lse.view(q.shape[:3])
+    return a.reshape(q.shape).to(q.dtype), lse.view(q.shape[:3]), None
 
 
-def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, scale, window, softcap):
+def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, *, scale, window, softcap):
     if cu_seqlens is not None:
         options = {"scale": scale, "window": window, "softcap": softcap}
         parts = [
             backward(da[:, :, s], q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None,
-                     a[:, :, s], lse[:, :, s], **options)
+                     a[:, :, s], lse[:, :, s], None, **options)
             for s in _sequences(cu_seqlens)
         ]  # fmt: skip
         return tuple(None if part[0] is None else torch.cat(part, dim=2) for part in zip(*parts, strict=True))

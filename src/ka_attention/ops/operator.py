@@ -45,14 +45,18 @@ def _forward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(A [B, Hq, T, D], log-sum-exp [B, Hq, T]) from a backend; tensors as docs/architecture.md describes them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A [B, Hq, T, D], log-sum-exp [B, Hq, T], with `save` what the backend wants back in `_backward`, else empty).
+
+    Tensors as docs/architecture.md describes them.
+    """
     with _without_autocast(q, backend):
-        a, lse = _load(backend).forward(
-            q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap
+        a, lse, saved = _load(backend).forward(
+            q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap, save=save
         )
-    return a.contiguous(), lse.contiguous()
+    return a.contiguous(), lse.contiguous(), q.new_empty(0) if saved is None else saved
 
 
 def _backward(
@@ -67,6 +71,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     a: Tensor,
     lse: Tensor,
+    saved: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -75,26 +80,27 @@ def _backward(
     """Gradients of those of q, k, v, gate, k_past, u_past that are present, in this order."""
     with _without_autocast(q, backend):
         grads = _load(backend).backward(
-            da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, scale=scale, window=window, softcap=softcap
-        )
+            da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
+            scale=scale, window=window, softcap=softcap,
+        )  # fmt: skip
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend = inputs
+    *tensors, ctx.scale, ctx.window, ctx.softcap, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
 
 
-def _differentiate(ctx, da, _):
+def _differentiate(ctx, da, *_):
     if da is None:
-        return (None,) * 12
+        return (None,) * 13
     tensors = ctx.saved_tensors
     seen = torch.is_grad_enabled() or _traced(da)  # the library operator refuses a second derivative
     run: Callable = backward if seen else _backward
     grads = iter(run(da, *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend))
-    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 6
+    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 7
 
 
 class _Eager(torch.autograd.Function):
@@ -114,18 +120,21 @@ backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_
 
 
 @forward.register_fake
-def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend):
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse, q.new_empty(_load(backend).saved_shape(q) if save else 0)
 
 
 @backward.register_fake
-def _(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, scale, window, softcap, backend):
+def _(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, scale, window, softcap, backend):
     return [x.new_empty(x.shape) for x in (q, k, v, gate, k_past, u_past) if x is not None]
 
 
-def attend(*inputs) -> Tensor:
+def attend(*inputs, backend: str) -> Tensor:
     """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call."""
-    return (forward if _traced(*inputs[:4]) else _apply)(*inputs)[0]
+    traced = _traced(*inputs[:4])
+    save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
+    return (forward if traced else _apply)(*inputs, save, backend)[0]
 
 
 def _traced(q: Tensor, *others: Tensor | None) -> bool:

@@ -2,10 +2,12 @@
 
 With dU_j = Σ_{i>j} W_ij Y_i and everything below transposed (columns j are the rows of a tile):
 
-    Y_j  = dA_j + g_j dU_j = (I + S_j) (dA_j + g_j Σ_{blocks i>j} W_ijᵀ Y_i),     I + S_j = (I − G L_jjᵀ)⁻¹
+    Y_j  = dA_j + g_j dU_j = (I + S_jᵀ) (dA_j + g_j Σ_{blocks i>j} W_ijᵀ Y_i),     I + S_jᵀ = (I − G L_jjᵀ)⁻¹
     dV_j = d_j Y_j + (1 − g_j) dU_j,        dg_j = dU_j · (A_j − V_j)
     dS   = W ∘ (Y Uᵀ − δ),  δ_i = Y_i · A_i,  with Y_i · V_i on the diagonal
     dK   = scale dSᵀ Q,     dQ = scale dS K
+
+The forward saved S, so no system is solved again.
 """
 
 import triton
@@ -14,7 +16,6 @@ import triton.language as tl
 from ka_attention.ops.triton.primitives import (
     LN2,
     LOG2E,
-    inverse,
     load_tile,
     locate,
     publish,
@@ -56,27 +57,28 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
     return q, p, _slope(s, softcap, SOFTCAP)
 
 
+@triton.jit
+def _solve(SOLVE, c0, n, BM: tl.constexpr, GUARD: tl.constexpr):
+    """Sᵀ of the block at c0."""
+    return tl.trans(load_tile(SOLVE, c0, BM, n, BM, BM, BM, GUARD))
+
+
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def prepare_kernel(
-    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, Y, BAND, FLAGS,
+    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, BAND,
     q_strides, k_strides, v_strides, gate_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MODE: tl.constexpr, REACH: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What of one column block's solve waits for nothing: (I + S) dA, into Y, and into BAND, side by side, the tiles
-    C_i = (I + S) G W_ijᵀ of the REACH row blocks after it, so that Y_j = (I + S) (dA_j + G …) + Σ_i C_i Y_i, and for
-    MODE "chain" S, for which FLAGS become 0. With a gate also U.
+    """What the sweep needs of one column block: (I + Sᵀ) dA, into Y, and into BAND, side by side, the tiles
+    C_i = (I + Sᵀ) G W_ijᵀ of the REACH row blocks after it. With a gate also U.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
-    WIDTH: tl.constexpr = (REACH + (MODE == "chain")) * BM
-    sequence, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
-    if MODE == "chain":
-        tl.store(FLAGS, 0)
-        tl.store(FLAGS + 1 + sequence * H + h, 0)
+    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
     c0 = rank * BM
     if PACKED and c0 >= n:
         return
@@ -85,14 +87,9 @@ def prepare_kernel(
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     LSE += head
-    BAND += head * WIDTH
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     i = tl.arange(0, BM)
-    k = load_tile(K, c0, K_ROW, n, BM, D, BD, RAGGED)
-    _, p, _ = _weights(k, Q, LSE, P + c0, c0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM, D,
-                       BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-    p = tl.where(i[:, None] < i[None, :], p, 0.0)
     if HAS_GATE:
         V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
         GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
@@ -100,19 +97,19 @@ def prepare_kernel(
         v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
         a = load_tile(A + head * D, c0, D, n, BM, D, BD, RAGGED)
         store_tile(U + head * D, v + g[:, None] * (a.to(tl.float32) - v), c0, D, n, BM, D, BD)
-        p *= g[:, None]
     da = load_tile(DA + head * D, c0, D, n, BM, D, BD, RAGGED)
-    S = inverse(p, BM, PRECISION).to(da.dtype)
+    S = _solve(SOLVE + head * BM, c0, n, BM, RAGGED)
     store_tile(Y + head * D, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), c0, D, n, BM, D, BD)
-    if MODE == "chain":
-        store_tile(BAND + REACH * BM, S, c0, WIDTH, n, BM, BM, BM)
-    for r0 in range(c0 + BM, tl.minimum(c0 + (REACH + 1) * BM, n), BM):
-        _, p, _ = _weights(k, Q, LSE, P + c0, r0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
-                           BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        if HAS_GATE:
-            p *= g[:, None]
-        p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT)
-        store_tile(BAND + (r0 - c0 - BM), p, c0, WIDTH, n, BM, BM, BM)
+    if REACH > 0:
+        BAND += head * REACH * BM
+        k = load_tile(K, c0, K_ROW, n, BM, D, BD, RAGGED)
+        for r0 in range(c0 + BM, tl.minimum(c0 + (REACH + 1) * BM, n), BM):
+            p = _weights(k, Q, LSE, P + c0, r0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM,
+                         D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
+            if HAS_GATE:
+                p *= g[:, None]
+            p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT)
+            store_tile(BAND + (r0 - c0 - BM), p, c0, REACH * BM, n, BM, BM, BM)
 
 
 @triton.jit
@@ -144,22 +141,24 @@ def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strid
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def columns_kernel(
-    Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, BAND, DK, DV, DU, DGATE, FLAGS,
+    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One column block of one head, last block first: all that flows back into its keys and values.
 
-    MODE: "chain" finishes Y of the block, which `prepare_kernel` began, waiting for the blocks after it; "solved" finds
-    Y and δ complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
+    MODE: "chain" finds Y and δ of the block, waiting for the blocks after it, and with a gate U. The REACH nearest of
+    them it meets with (I + Sᵀ) G W_ijᵀ, formed before it waits, so that one product lies between two blocks. "solved"
+    finds all this complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK or MODE == "past"
     R: tl.constexpr = BM // BN
+    APART: tl.constexpr = R * REACH if MODE == "chain" else 0  # row tiles that wait for the last moment
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
     blocks = tl.cdiv(n, BM)
@@ -185,8 +184,19 @@ def columns_kernel(
         U_PAST += b * u_strides[0] + h * u_strides[1]
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
     else:
-        u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
+        i = c0 + tl.arange(0, BM)
+        A += head * D
         V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
+        if HAS_GATE:
+            GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
+            g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
+        if HAS_GATE and MODE == "chain":
+            v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
+            u = v + g[:, None] * (load_tile(A, c0, D, n, BM, D, BD, RAGGED).to(tl.float32) - v)
+            u = u.to(k.dtype)
+            store_tile(U + head * D, u, c0, D, n, BM, D, BD)
+        else:
+            u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
 
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
@@ -196,7 +206,7 @@ def columns_kernel(
     if WINDOW:
         t = (blocks * BM - tl.minimum(j + BM - 1 + window - P, blocks * BM)) // BN
     end = blocks * R if MODE == "past" else rank * R
-    near = tl.maximum(end - R, 0) if MODE == "chain" else end
+    near = tl.maximum(end - APART, 0)
     while t < near:
         stop = tl.minimum(wait(flag, t // R + 1) * R, near) if MODE == "chain" else near
         for tile in range(t, stop):
@@ -210,28 +220,27 @@ def columns_kernel(
         store_tile(DU + (b * H + h) * P * D, du, c0, D, P, BM, D, BD)
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, D, P, BM, D, BD)
     else:
-        i = c0 + tl.arange(0, BM)
-        A += head * D
-        if HAS_GATE:
-            GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
-            g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
         if MODE == "chain":
-            BAND += head * 2 * BM
-            S = load_tile(BAND + BM, c0, 2 * BM, n, BM, BM, BM, RAGGED)
-            link = load_tile(BAND, c0, 2 * BM, n, BM, BM, BM, RAGGED)
-            x = g[:, None] * du if HAS_GATE else du
-            y = load_tile(Y, c0, D, n, BM, D, BD, RAGGED) + x
-            y = tl.dot(S, x.to(S.dtype), y, input_precision=DOT)
-            if rank > 0:
-                wait(flag, rank)
-                y = tl.dot(link, load_tile(Y, c0 + BM, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
+            S = _solve(SOLVE + head * BM, c0, n, BM, RAGGED)
+            y = load_tile(DA + head * D, c0, D, n, BM, D, BD, RAGGED) + (g[:, None] * du if HAS_GATE else du)
+            y = tl.dot(S, y.to(S.dtype), y, input_precision=DOT)
+            if REACH > 0:
+                for before in tl.range(near // R, rank, num_stages=1):
+                    r0 = (blocks - 1 - before) * BM
+                    p = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
+                                 BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
+                    if HAS_GATE:
+                        p *= g[:, None]
+                    p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype)
+                    wait(flag, before + 1)
+                    y = tl.dot(p, load_tile(Y, r0, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
             y = y.to(u.dtype)
             delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
             store_tile(Y, y, c0, D, n, BM, D, BD)
             tl.store(DELTA + i, delta, mask=i < n)
             publish(flag, rank + 1)
-        # Last the rows that `du` must not have had before the solve: those of the next block and the block's own.
+        # Last the rows that `du` must not have had before the solve: those of a link, and the block's own.
         for tile in range(near, end + R):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
                                   mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, BN,

@@ -43,13 +43,13 @@ def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, total, scale, softc
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
 def forward_kernel(
-    Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, BAND, FLAGS,
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
-    REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    REACH: tl.constexpr, SAVE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row block of one head. MODE: "chain" waits for the blocks before; "single" attends to no other block; "band",
     for rows that reach REACH blocks back at most, leaves those to `sweep_kernel`: it stores (I + S) P_bc G for it.
@@ -88,8 +88,9 @@ def forward_kernel(
                                     scale, softcap, BN, D, BD, True, True, SOFTCAP, DOT)  # fmt: skip
     if MODE == "chain":
         j = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else r0 * 0
-        while j < r0 - BM:
-            stop = tl.minimum(wait(flag, j // BM + 1) * BM, r0 - BM)
+        far = r0 - REACH * BM
+        while j < far:
+            stop = tl.minimum(wait(flag, j // BM + 1) * BM, far)
             for c in range(j, stop, BN):
                 seen = True
                 if MASKED:
@@ -103,8 +104,9 @@ def forward_kernel(
     # be one of them, and of the diagonal block.
     i = tl.arange(0, BM)
     top = m
-    if MODE == "band":
-        for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
+    near = tl.maximum(r0 - REACH * BM, 0)
+    if REACH > 1:
+        for c in tl.range(near, r0 - BM, BM):
             s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
                              MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
@@ -150,16 +152,28 @@ def forward_kernel(
         x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
         L = L * g[None, :]
     S = inverse(L, BM, PRECISION).to(v.dtype)
+    if SAVE:
+        store_tile(SOLVE + head * BM, S, r0, BM, n, BM, BM, BM)
 
+    a = x
+    if MODE == "chain":
+        a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "band":
         BAND += head * REACH * BM
-        for c in range(tl.maximum(r0 - REACH * BM, 0), r0 - BM, BM):
+    if REACH > 1:
+        for c in tl.range(near, r0 - BM, BM, num_stages=1):
             s = _band_scores(q, K, c, n, K_ROW, rows, MASK, mask_strides, P, window, scale, softcap, BM, D, BD,
                              MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
             w = (tl.math.exp2(s - shift[:, None]) * r[:, None]).to(v.dtype)
-            w, x = _gated(w, x, V, GATE, c, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
+            if MODE == "band":
+                w, x = _gated(w, x, V, GATE, c, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
             w = tl.dot(S, w, w.to(tl.float32), input_precision=DOT)
-            store_tile(BAND + (r0 - c - BM), w, r0, REACH * BM, n, BM, BM, BM)
+            if MODE == "band":
+                store_tile(BAND + (r0 - c - BM), w, r0, REACH * BM, n, BM, BM, BM)
+            else:
+                wait(flag, c // BM + 1)
+                u = load_tile(U, c, D, n, BM, D, BD, False)
+                a = tl.dot(w.to(u.dtype), u, a, input_precision=DOT)
     if r0 > 0:
         if MODE == "band":
             last, x = _gated(last, x, V, GATE, r0 - BM, V_ROW, gate_strides, BM, D, BD, HAS_GATE, DOT)
@@ -167,7 +181,8 @@ def forward_kernel(
             last = tl.dot(S, last, last.to(tl.float32), input_precision=DOT).to(v.dtype)
         if MODE == "band":
             store_tile(BAND, last, r0, REACH * BM, n, BM, BM, BM)
-    a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
+    if MODE != "chain":
+        a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "chain" and r0 > 0:
         wait(flag, rank)
         u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)

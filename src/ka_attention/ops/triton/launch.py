@@ -13,7 +13,7 @@ from triton.compiler import CompiledKernel
 from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import Tiles, choose, longest_reach, padded, sweep_stages
+from ka_attention.ops.triton.tiles import Tiles, choose, links, longest_reach, padded, sweep_stages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -21,32 +21,32 @@ MAX_PLANS = 1024
 SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep owns
 
 
-def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap):
-    """A [B, Hq, T, D] and the log-sum-exp [B, Hq, T], both contiguous. Same input, same bits."""
+def saved_shape(q: Tensor) -> tuple[int, ...]:
+    """What `forward` saves for `backward`: S of each diagonal block, (I − L G)⁻¹ = I + S, as rows."""
+    return *q.shape[:3], choose(q).columns.BM
+
+
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
+    """A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, S, all contiguous. Same input, same bits."""
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
-    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
     a = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = plan.table.forward
-    mode, reach = plan.forward_mode
-    u = a if gate is None or mode != "chain" else torch.empty_like(a)
-    band = plan.band(q, reach * tiles.BM) if mode == "band" else None
+    solve = q.new_empty(saved_shape(q)) if save else None
+    u = a if gate is None or plan.mode != "chain" else torch.empty_like(a)
+    band, flags = plan.band(q), plan.flags(q)
     with torch.cuda.device_of(q):
-        plan.forward(
-            q, k, v, gate, k_past, u_past, mask, cu_seqlens, plan.schedule(cu_seqlens, tiles), a, u, lse, band,
-            plan.flags(mode, q.new_zeros),
-        )  # fmt: skip
-        if band is not None:
+        schedule = plan.schedule(cu_seqlens, plan.BM)
+        plan.forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, schedule, a, u, lse, solve, band, flags)
+        if plan.mode == "band":
             plan.forward_sweep(a, band, cu_seqlens)
-    return a, lse
+    return a, lse, solve
 
 
-def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, scale, window, softcap):
+def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve, *, scale, window, softcap):
     """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
-    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
-    tiles = plan.table.columns
-    mode, reach = plan.backward_mode
+    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, True)
     da, a, lse = da.to(q.dtype).contiguous(), a.contiguous(), lse.contiguous()
     y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
@@ -55,34 +55,32 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, *, sca
 
     def row_gradients() -> Tensor:
         dq = torch.empty_like(a)
-        rows = plan.schedule(cu_seqlens, plan.row_tiles)
+        rows = plan.schedule(cu_seqlens, plan.row_tiles.BM)
         plan.rows(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
         return dq
 
     with torch.cuda.device_of(q):
-        schedule = plan.schedule(cu_seqlens, tiles)
-        band = plan.band(q, (reach + (mode == "chain")) * tiles.BM)
-        flags = plan.flags(mode, q.new_empty)
-        plan.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, y, band, flags)
-        if mode == "band":
-            plan.backward_sweep(y, band, cu_seqlens)
-        links = band if mode == "chain" else None
-        del band  # its memory serves for the gradients
-        if mode != "chain":
+        schedule = plan.schedule(cu_seqlens, plan.BM)
+        if plan.mode != "chain":
+            band = plan.band(q)
+            plan.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, solve, y, band)
+            if plan.mode == "band":
+                plan.backward_sweep(y, band, cu_seqlens)
+            del band  # its memory serves for the gradients
             dq = row_gradients()
         dk, dv = torch.empty_like(a), torch.empty_like(a)
         plan.columns(
-            q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, y, delta, links, dk, dv, None, dgate,
-            flags,
+            da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, solve, y, delta, dk, dv, None, dgate,
+            plan.flags(q),
         )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
             plan.past_columns(
-                q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, y, delta, None, dk_past, None,
+                None, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, None, y, delta, dk_past, None,
                 du_past, None, None,
             )  # fmt: skip
             dk_past = _sum_groups(dk_past, k_past)
-        if mode == "chain":
+        if plan.mode == "chain":
             dq = row_gradients()
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), dgate, dk_past, du_past
 
@@ -118,8 +116,8 @@ _plans: dict[tuple, "_Plan"] = {}
 
 def _plan(*arguments) -> "_Plan":
     """The plan for calls whose arguments differ in nothing but the tensors' contents."""
-    *tensors, scale, window, softcap = arguments
-    parts = [tensors[0].dtype, tensors[0].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap]
+    *tensors, scale, window, softcap, save = arguments
+    parts = [tensors[0].dtype, tensors[0].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap, save]
     for x in tensors:  # all on q's device, of dtypes that follow from q's
         parts += (None, None) if x is None else (x.shape, x.stride())
     key = tuple(parts)
@@ -137,15 +135,16 @@ class _Plan:
     It keeps no tensors.
     """
 
-    def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
+    def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
         _check(q)
         self.packed, self.window, self.device = cu_seqlens is not None, window, q.device
         B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.sequences = len(cu_seqlens) - 1 if self.packed else B
         table = self.table = choose(q)
-        self.forward_mode, self.backward_mode = self.mode(table.forward), self.mode(table.columns)
-        self.row_tiles = table.dq if self.backward_mode[0] == "chain" else table.solved_dq
+        self.BM = table.columns.BM
+        self.mode, self.reach = self._mode()
+        self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
         self.q, self.k, self.v, self.gate = map(_strides, (q, k, v, gate))
         self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
         self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
@@ -156,77 +155,72 @@ class _Plan:
             "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
             "HAS_PAST": k_past is not None, "HAS_MASK": mask is not None, "PACKED": self.packed,
             "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "WINDOW": window is not None,
-            "SOFTCAP": softcap is not None, "PRECISION": self.precision,
+            "SOFTCAP": softcap is not None, "SAVE": save, "PRECISION": self.precision,
         }  # fmt: skip
 
     @cached_property
     def forward(self) -> Launch:
-        tiles = self.table.forward
-        mode, reach = self.forward_mode
+        tiles = self.table.band if self.mode == "band" else self.table.forward
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
+        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode, REACH=self.reach)
 
     @cached_property
     def prepare(self) -> Launch:
-        tiles = self.table.prepare._replace(BM=self.table.columns.BM)
-        mode, reach = self.backward_mode
+        tiles = self.table.prepare
         strides = self.q, self.k, self.v, self.gate, self.mask
-        return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=reach)
+        return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, REACH=self.reach)
 
     @cached_property
     def columns(self) -> Launch:
         tiles = self.table.columns
-        mode = "chain" if self.backward_mode[0] == "chain" else "solved"
+        mode = "chain" if self.mode == "chain" else "solved"
         strides = self.q, self.k, self.v, self.gate, None, self.mask
-        return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode)
+        return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=self.reach)
 
     @cached_property
     def past_columns(self) -> Launch:
         tiles = self.table.columns
         strides = self.q, self.k_past, self.v, None, self.u_past, self.mask
-        row = self.k_past[2]
-        return self._launch(
-            columns_kernel, tiles, self.grid(tiles, self.P), *strides, MODE="past", HAS_GATE=False, K_ROW=row
-        )
+        constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
+        return self._launch(columns_kernel, tiles, self.grid(tiles, self.P), *strides, **constants)
 
     @cached_property
     def rows(self) -> Launch:
         tiles = self.row_tiles
-        solved = self.backward_mode[0] != "chain"
+        solved = self.mode != "chain"
         strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
         return self._launch(dq_kernel, tiles, self.grid(tiles), *strides, SOLVED=solved)
 
     @cached_property
     def forward_sweep(self) -> Launch:
-        return self._sweep(self.table.forward, reverse=False)
+        return self._sweep(reverse=False)
 
     @cached_property
     def backward_sweep(self) -> Launch:
-        return self._sweep(self.table.columns, reverse=True)
+        return self._sweep(reverse=True)
 
-    def _sweep(self, tiles: Tiles, reverse: bool) -> Launch:
+    def _sweep(self, reverse: bool) -> Launch:
         """The sequential part of a window, over slices of the head dimension side by side."""
-        reach = self.mode(tiles)[1]
         return Launch(
             sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
-            D=self.D, BD=SWEEP_WIDTH, BM=tiles.BM, REACH=reach, STAGES=sweep_stages(self.device, reach),
-            PACKED=self.packed, RAGGED=self.ragged(tiles), REVERSE=reverse,
+            D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach, STAGES=sweep_stages(self.device, self.reach),
+            PACKED=self.packed, RAGGED=self.ragged(self.BM), REVERSE=reverse,
             DOT="ieee" if self.precision == "half" else self.precision,
         )  # fmt: skip
 
     def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:
-        available = self.constants | {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles)} | constants
+        available = self.constants | {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles.BM)} | constants
         chosen = {name: available[name] for name in kernel.arg_names if name in available}
         return Launch(kernel, grid, *strides, *self.numbers, **chosen, **tiles.options)
 
-    def mode(self, tiles: Tiles) -> tuple[str, int]:
-        """How row blocks reach one another, see `forward_kernel`, and how many blocks back without waiting."""
-        reach = triton.cdiv(self.T, tiles.BM) - 1
+    def _mode(self) -> tuple[str, int]:
+        """How row blocks reach one another, see `forward_kernel`, and how many blocks back by links."""
+        reach = triton.cdiv(self.T, self.BM) - 1
         if self.window is not None:
-            reach = min(reach, triton.cdiv(self.window - 1, tiles.BM))
+            reach = min(reach, triton.cdiv(self.window - 1, self.BM))
         if reach <= longest_reach(self.device, self.window is not None):
             return ("band" if reach else "single"), reach
-        return "chain", 1
+        return "chain", links(self.device, self.sequences * self.H)
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
         """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
@@ -234,31 +228,31 @@ class _Plan:
             return ((self.T // tiles.BM + self.sequences) * self.H,)
         return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
 
-    def ragged(self, tiles: Tiles) -> bool:
+    def ragged(self, BM: int) -> bool:
         """Whether a sequence may end within a row block."""
-        return self.packed or self.T % tiles.BM != 0
+        return self.packed or self.T % BM != 0
 
-    def schedule(self, cu_seqlens: Tensor | None, tiles: Tiles) -> Tensor | None:
+    def schedule(self, cu_seqlens: Tensor | None, BM: int) -> Tensor | None:
         """(sequence, rank) of each slot of a packed grid, int32 [slots, 2], by rank; spare slots lie beyond the length.
 
         Sequence s owns the slots from cu[s] // BM + s, which are at least as many as its blocks.
         """
         if cu_seqlens is None:
             return None
-        first = cu_seqlens // tiles.BM + torch.arange(self.sequences + 1, device=cu_seqlens.device)
-        slots = torch.arange(self.T // tiles.BM + self.sequences, device=cu_seqlens.device)
+        first = cu_seqlens // BM + torch.arange(self.sequences + 1, device=cu_seqlens.device)
+        slots = torch.arange(self.T // BM + self.sequences, device=cu_seqlens.device)
         sequence = torch.searchsorted(first, slots, right=True) - 1
         rank = slots - first[sequence]
         order = rank.argsort(stable=True)
         return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
 
-    def flags(self, mode: str, new: Callable) -> Tensor | None:
-        """The ticket, then the number of published blocks of each sequence and head."""
-        return new(1 + self.sequences * self.H, dtype=torch.int32) if mode == "chain" else None
+    def flags(self, q: Tensor) -> Tensor | None:
+        """For a chain the ticket, then the number of published blocks of each sequence and head."""
+        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if self.mode == "chain" else None
 
-    def band(self, q: Tensor, width: int) -> Tensor:
-        """Room for what joins each row block to its neighbours, `width` numbers a row."""
-        return q.new_empty(*q.shape[:3], width)
+    def band(self, q: Tensor) -> Tensor | None:
+        """Room for what joins each row block of a band to those it reaches, side by side."""
+        return q.new_empty(*q.shape[:3], self.reach * self.BM) if self.mode == "band" else None
 
 
 def _check(q: Tensor) -> None:

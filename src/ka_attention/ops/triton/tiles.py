@@ -28,37 +28,48 @@ class Table(NamedTuple):
     """The tiles of each kernel for one architecture, dtype and head dimension."""
 
     forward: Tiles
-    prepare: Tiles  # of its own only warps, stages and registers: BM is that of columns
-    columns: Tiles
+    band: Tiles  # of forward where a sweep follows
+    prepare: Tiles
+    columns: Tiles  # BM of all those above is the same: they share the systems of the diagonal blocks
     dq: Tiles
     solved_dq: Tiles  # of dq where it runs before columns: a window is short, or all is one block
 
 
+def _table(rows: Tiles, columns: Tiles | None = None) -> Table:
+    """The same tiles for all kernels, but for `columns`."""
+    return Table(rows, rows, rows._replace(stages=1), columns or rows, rows, rows)
+
+
 # Keyed by the padded head dimension, for half precision.
 HOPPER = {
-    64: Table(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), *[Tiles(64, 64, 4, 3)] * 2),
+    64: _table(Tiles(64, 64, 4, 3), columns=Tiles(64, 64, 4, 1)),
     128: Table(
-        Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)
+        forward=Tiles(64, 32, 4, 3),
+        band=Tiles(64, 64, 4, 1, 168),
+        prepare=Tiles(64, 64, 4, 1),
+        columns=Tiles(64, 32, 4, 2),
+        dq=Tiles(128, 64, 8, 3),
+        solved_dq=Tiles(64, 64, 4, 2),
     ),
-    256: Table(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 8, 2), *[Tiles(64, 32, 4, 2)] * 2),
+    256: _table(Tiles(64, 32, 4, 2), columns=Tiles(64, 32, 8, 2)),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
 SMALL = {
-    64: Table(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), *[Tiles(64, 64, 4, 2)] * 2),
-    128: Table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), *[Tiles(64, 32, 4, 2)] * 2),
-    256: Table(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), *[Tiles(32, 32, 4, 1)] * 2),
+    64: _table(Tiles(64, 64, 4, 2), columns=Tiles(64, 64, 4, 1)),
+    128: _table(Tiles(64, 32, 4, 2), columns=Tiles(64, 32, 4, 1)),
+    256: _table(Tiles(32, 32, 4, 1), columns=Tiles(32, 16, 4, 1)),
 }
 FLOAT32 = {
-    64: Table(*[Tiles(32, 32, 4, 1)] * 5),
-    128: Table(*[Tiles(32, 32, 4, 1)] * 5),
-    256: Table(*[Tiles(16, 16, 4, 1)] * 5),
+    64: _table(Tiles(32, 32, 4, 1)),
+    128: _table(Tiles(32, 32, 4, 1)),
+    256: _table(Tiles(16, 16, 4, 1)),
 }
 
 
 def choose(q: Tensor) -> Table:
     """The tiles for queries like `q`."""
     if q.device == INTERPRETED:
-        return Table(*[Tiles(32, 16, 1, 1)] * 5)
+        return _table(Tiles(32, 16, 1, 1))
     size = padded(q.shape[-1])
     if q.dtype == torch.float32:
         return FLOAT32[size]
@@ -73,6 +84,15 @@ def longest_reach(device: torch.device, windowed: bool) -> int:
     if not windowed:
         return 0
     return 8 if _roomy(device) else 4
+
+
+def links(device: torch.device, heads: int) -> int:
+    """How many of the nearest blocks a block of the chain waits for one by one, all else being ready before.
+
+    With few heads what a block computes beside the loop decides how fast the chain advances; with many it is only work.
+    """
+    processors = 16 if device == INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 if heads * 8 <= processors else 1
 
 
 def sweep_stages(device: torch.device, reach: int) -> int:
