@@ -22,6 +22,13 @@ def test_the_reports_recipes_build_the_reports_model(name):
     assert model.gpt_neox.rotary_emb.inv_freq.numel() * 2 == 512 // 8 // 4
 
 
+def test_the_rotary_settings_reach_the_model():
+    recipe = override(QUICK, ["rotary_share=0.5", "rotary_base=81"])
+    frequencies = build(arm("ka"), recipe, seed=0).gpt_neox.rotary_emb.inv_freq
+    turned = recipe.hidden_size // recipe.heads // 2
+    torch.testing.assert_close(frequencies, 81.0 ** -(torch.arange(0, turned, 2) / turned))
+
+
 def test_the_reports_settings():
     first, second = COMPARE["pythia-70m-training"], COMPARE["pythia-70m-cache"]
     assert (first.train_samples, first.batch_size) == (10_000, 32)
@@ -70,6 +77,8 @@ def test_override_parses_optional_and_boolean_settings_of_other_studies():
         ("learning_rate=nan", "--set learning_rate: expected a positive number, got nan"),
         ("learning_rate=-1", "--set learning_rate: expected a positive number"),
         ("hidden_size=100", "--set hidden_size"),
+        ("rotary_share=2", "--set rotary_share: expected at most 1"),
+        ("rotary_share=0.2", "--set rotary_share: expected at most 1 and an even number of a head's 16 dimensions"),
         ("sequence_length=1", "--set sequence_length"),
         ("schedule=step", "--set schedule: expected constant, linear, cosine"),
         ("batch_size=100000", "--set batch_size"),
