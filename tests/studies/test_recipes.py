@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from ka_attention.errors import UserError
 from ka_attention.studies.arms import arm, build
@@ -27,6 +28,23 @@ def test_the_rotary_settings_reach_the_model():
     frequencies = build(arm("ka"), recipe, seed=0).gpt_neox.rotary_emb.inv_freq
     turned = recipe.hidden_size // recipe.heads // 2
     torch.testing.assert_close(frequencies, 81.0 ** -(torch.arange(0, turned, 2) / turned))
+
+
+def test_locality_makes_scores_fall_with_distance_in_every_arm_and_draws_nothing():
+    """Scores from the biases alone, rotated by transformers, against the docstring's sum in float64."""
+    recipe = override(QUICK, ["locality=2"])
+    plain, model = (build(arm("ka"), each, seed=0) for each in (override(QUICK, ["locality=0"]), recipe))
+    for name, weight in plain.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)) != name.endswith("query_key_value.bias")
+    rotary, distance = model.gpt_neox.rotary_emb, torch.arange(50.0)
+    for layer in model.gpt_neox.layers:
+        q, k, _ = layer.attention.query_key_value.bias.view(1, recipe.heads, 1, -1).expand(-1, -1, 50, -1).chunk(3, -1)
+        q, k = apply_rotary_pos_emb(q, k, *rotary(q, distance[None]))
+        found = (q[:, :, -1:] * k).sum(-1)[0].flip(-1)
+        strength = 2 * torch.arange(recipe.heads, dtype=torch.float64) / (recipe.heads - 1)
+        angles = distance.double()[:, None] * rotary.inv_freq
+        expected = strength[:, None] ** 2 * angles.cos().sum(-1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_reports_settings():

@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
 from ka_attention.hf.config import KAConfig
+from ka_attention.hf.support import attention_modules
 from ka_attention.studies.recipes import ModelSettings
 
 NAME = re.compile(r"(?P<attention>softmax|ka|ka-head|ka-token)(-w(?P<window>[1-9]\d*))?")
@@ -51,4 +53,19 @@ def build(arm: Arm, settings: ModelSettings, seed: int) -> GPTNeoXForCausalLM:
     set_seed(seed)
     config = settings.config()
     config._attn_implementation = "sdpa"
-    return arm.install(GPTNeoXForCausalLM(config))
+    model = GPTNeoXForCausalLM(config)
+    _prefer_near_tokens(model, settings)
+    return arm.install(model)
+
+
+@torch.no_grad()
+def _prefer_near_tokens(model: GPTNeoXForCausalLM, settings: ModelSettings) -> None:
+    """Start the biases of queries and keys as ``settings.locality`` asks.
+
+    Adam moves a bias by about the learning rate a step, so that a short training hardly gets them there.
+    """
+    strength = torch.linspace(0, settings.locality, settings.heads)[:, None, None]
+    pairs = len(model.gpt_neox.rotary_emb.inv_freq)
+    for module in attention_modules(model):
+        bias = module.query_key_value.bias.view(settings.heads, 3, -1)  # queries, keys, values
+        bias[:, :2, :pairs] = strength  # a rotary pair is dimensions i and i + pairs: this turns with the position

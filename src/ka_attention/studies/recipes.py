@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 SCHEDULES = ("constant", "linear", "cosine")
-MAY_BE_ZERO = ("warmup_steps", "weight_decay")
+MAY_BE_ZERO = ("warmup_steps", "weight_decay", "locality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class ModelSettings:
 
     rotary_share: how much of each head the rotary embeddings turn; Pythia's choice is a quarter.
     rotary_base:  pair i of a head's n turned dimensions goes round once in 2π · base^(2i/n) tokens.
+    locality:     how much heads prefer near tokens before training: the biases of head h of H add
+                  c² Σ_i cos(distance · base^(−2i/n)), c = locality · h / (H − 1), to q · k. 0 is transformers' start.
     """
 
     vocab_size: int
@@ -50,6 +52,7 @@ class ModelSettings:
     intermediate_size: int
     rotary_share: float = 0.25
     rotary_base: float = 10_000.0
+    locality: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 8:
@@ -162,6 +165,7 @@ COMPARE = {
             # A quarter of so small a head leaves two wavelengths, 6 and 628 tokens; these are eight, from 6 to 353.
             rotary_share=1.0,
             rotary_base=100.0,
+            locality=3.0,
             # Few sequences, read until the validation loss stops falling, as in the reports.
             train_samples=640,
             validation_samples=256,
