@@ -87,6 +87,13 @@ def test_gradcheck(name):
         assert torch.autograd.gradcheck(call, problem.leaves)
 
 
+def test_what_the_forward_saves_outlives_a_backward():
+    problem = Problem(T=130, gate="token", P=3)
+    out = problem.run("blocked")
+    first, second = (torch.autograd.grad(out.sum(), problem.leaves, retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
 def test_long_sequence():
     problem = Problem(B=1, Hq=2, Hkv=1, T=300, gate="token", D=16)
     assert_agree(problem)

@@ -7,11 +7,14 @@ that ends in a triangle on the diagonal:
     forward     X_b += W_bc U_c                     A_b = (I − L G)⁻¹ (X_b + (L (I − G) + diag(d)) V_b)
     backward    Y_b = (I − G Lᵀ)⁻¹ (dA_b + G dU_b)  dU_c += W_bcᵀ Y_b        dS = W ∘ (Y Uᵀ − Y·A)
 
-What a row has gathered is kept normalised beside its log-sum-exp, as FlashAttention does between blocks. On a CPU
-rectangles without mask, window and soft cap are calls of PyTorch's fused attention, forward and backward.
+What a row has gathered is kept normalised beside its log-sum-exp, as FlashAttention does between blocks. Heads are
+computed some at a time, so that their tensors stay in the cache. On a CPU rectangles without mask, window and soft cap
+are calls of PyTorch's fused attention, forward and backward. Where tokens are few, strips are most of W, and their
+weights are saved for the backward pass.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import pairwise
 
 import torch
@@ -24,25 +27,41 @@ SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
 def saved_shape(q: Tensor) -> tuple[int, ...]:
-    """Nothing is saved for `backward`."""
-    return (0,)
+    """The weights of the strips where they are few, [B, Hq, T, 2 · rows], in the dtype of the computation."""
+    few = q.shape[2] <= 2 * ROWS and q.dtype in (torch.float32, torch.float64)
+    return (*q.shape[:3], 2 * _rows(q.shape[2])) if few else (0,)
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
+    saved = q.new_empty(saved_shape(q)) if save else None
     if cu_seqlens is not None:
         options = {"scale": scale, "window": window, "softcap": softcap}
         parts = [
             forward(q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None, **options)[:2]
             for s in _sequences(cu_seqlens)
         ]
-        return *(torch.cat(part, dim=2) for part in zip(*parts, strict=True)), None
+        return *(torch.cat(part, dim=2) for part in zip(*parts, strict=True)), saved
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
-    P, v, g = blocks.P, blocks.flat(v), None if gate is None else gate.flatten(0, 1)[..., None]
-    u = torch.zeros_like(blocks.k)
+    past = None if u_past is None else blocks.flat(u_past)
+    g = None if gate is None else gate.flatten(0, 1)[..., None]
+    given = (blocks.flat(v), g, past, blocks.kept(saved))
+    a = torch.empty_like(blocks.q)
+    lse = torch.empty_like(a[..., 0])
+    for part, heads in blocks.parts():
+        _forward(part, *(None if x is None else x[heads] for x in (*given, a, lse)))
+    return a.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), saved
+
+
+def _forward(blocks: "_Blocks", v, g, u_past, saved, a, lse) -> None:
+    """Fill saved, a and lse of some heads."""
+    P = blocks.P
+    a.zero_()
+    lse.fill_(blocks.nothing)
+    u = a
+    if g is not None or u_past is not None:
+        u = torch.empty_like(blocks.k)
     if u_past is not None:
-        u[:, :P] = u_past.flatten(0, 1)
-    a = u[:, P:] if g is None else torch.zeros_like(v)
-    lse = torch.full_like(v[..., 0], blocks.nothing)
+        u[:, :P] = u_past
     for b, c in blocks.order():
         if c.stop <= P + b.start:
             for n, r, x, lse_x in blocks.attend(b, c, u):
@@ -51,25 +70,19 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
                 a[n, r] += x.mul_((lse_x - both).exp_()[..., None])
                 lse[n, r] = both
             continue
-        before = slice(c.start, P + b.start)
+        before, own = slice(c.start, P + b.start), slice(P + b.start, c.stop)
         for n in blocks.heads(b, c):
-            s, hidden, _ = blocks.scores(n, b, c)
-            top = s.amax(-1)
-            w = torch.softmax(s, -1, out=s)
-            lse_b = top - w.amax(-1).log_()
+            w, lse_b, _ = blocks.weights(n, b, c)
             gathered = None
             if c.start > 0:  # rectangles cover the columns before the strip
                 both = torch.logaddexp(lse[n, b], lse_b)
                 w *= (lse_b - both).exp_()[..., None]
                 gathered = a[n, b] * (lse[n, b] - both).exp_()[..., None]
                 lse_b = both
-            if hidden is not None:
-                w.masked_fill_(hidden, 0)
-                idle = lse_b <= blocks.nothing / 2
-                lse_b = lse_b.masked_fill(idle, -torch.inf)
-                gathered = None if gathered is None else gathered.masked_fill(idle[..., None], 0)
-            lse[n, b] = lse_b
-            v_b, L = v[n, b], w[:, :, before.stop - c.start :]
+            lse[n, b] = lse_b if blocks.mask is None else lse_b.masked_fill(lse_b <= blocks.nothing / 2, -torch.inf)
+            if saved is not None:
+                saved[n, b, : w.shape[2]] = w
+            v_b, L = v[n, b], w[:, :, own.start - c.start :]
             x = _take_diagonal(L) * v_b
             if gathered is not None:
                 x += gathered
@@ -79,9 +92,8 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
                 x.baddbmm_(L, v_b - g[n, b] * v_b)
                 L = L * g[n, b].mT
             a[n, b] = a_b = _solve(L, x)
-            if g is not None:
-                torch.add(v_b, g[n, b] * (a_b - v_b), out=u[n, before.stop : c.stop])
-    return a.reshape(q.shape).to(q.dtype), lse.view(q.shape[:3]), None
+            if u is not a:
+                u[n, own] = a_b if g is None else v_b + g[n, b] * (a_b - v_b)
 
 
 def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, *, scale, window, softcap):
@@ -94,29 +106,40 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
         ]  # fmt: skip
         return tuple(None if part[0] is None else torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
-    P, da, a, values = blocks.P, blocks.flat(da), blocks.flat(a), blocks.flat(v)
+    g = None if gate is None else gate.flatten(0, 1)[..., None]
     lse = lse.flatten(0, 1)
     if mask is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0)  # rows that attend nothing: exp(score − lse) is 0 then
-    g = None if gate is None else gate.flatten(0, 1)[..., None]
-    u = a if g is None else values + g * (a - values)
+    dq, dk, du = (torch.empty_like(x) for x in (blocks.q, blocks.k, blocks.k))
+    dgate = None if g is None else torch.empty_like(lse)
+    past = None if u_past is None else blocks.flat(u_past)
+    given = (blocks.flat(da), blocks.flat(v), g, past, blocks.flat(a), lse, blocks.kept(saved))
+    for part, heads in blocks.parts():
+        _backward(part, *(None if x is None else x[heads] for x in (*given, dq, dk, du, dgate)))
+    P = blocks.P
+    before = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
+    present = None if dgate is None else dgate.view(q.shape[:3])
+    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), present, *before
+
+
+def _backward(blocks: "_Blocks", da, v, g, u_past, a, lse, saved, dq, dk, du, dgate) -> None:
+    """Fill dq, dk, du, which becomes dV where the tokens are new, and dgate of some heads."""
+    P = blocks.P
+    dk.zero_()
+    du.zero_()
+    u = a if g is None else v + g * (a - v)
     if u_past is not None:
-        u = torch.cat([blocks.flat(u_past), u], dim=1)
-    y, dq = torch.empty_like(a), torch.empty_like(a)
-    dk, du = torch.zeros_like(blocks.k), torch.zeros_like(blocks.k)
-    delta, dgate = torch.empty_like(lse), torch.empty_like(lse)
+        u = torch.cat([u_past, u], dim=1)
+    y, delta = torch.empty_like(a), torch.empty_like(lse)
     for b, c in reversed(list(blocks.order())):
         if c.stop <= P + b.start:
             blocks.attend_backward(b, c, y, u, a, lse, delta, dq, dk, du)
             continue
         before, own = slice(c.start, P + b.start), slice(P + b.start, c.stop)
         for n in blocks.heads(b, c):
-            s, hidden, slope = blocks.scores(n, b, c)
-            w = s.sub_(lse[n, b, None]).exp_()
-            if hidden is not None:
-                w.masked_fill_(hidden, 0)
+            w, slope = blocks.weights_of_rows(n, b, c, lse, saved)
             L = w[:, :, own.start - c.start :]
-            v_b, a_b, du_b, d = values[n, b], a[n, b], du[n, own], _take_diagonal(L)
+            v_b, a_b, du_b, d = v[n, b], a[n, b], du[n, own], _take_diagonal(L)
             # Nobody reads this block's dU again: its place becomes dV.
             if g is None:
                 y[n, b] = y_b = _solve(L.mT, da[n, b] + du_b, upper=True)
@@ -136,11 +159,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
             ds[:, :, own.start - c.start :].diagonal(dim1=1, dim2=2).copy_(ds_ii[..., 0])
             if slope is not None:
                 ds *= slope
-            torch.mul(ds @ blocks.k[n, c], scale, out=dq[n, b])
-            dk[n, c].add_(ds.mT @ blocks.q[n, b], alpha=scale)
-    past = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
-    present = None if gate is None else dgate.view(gate.shape)
-    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), present, *past
+            torch.mul(ds @ blocks.k[n, c], blocks.scale, out=dq[n, b])
+            dk[n, c].add_(ds.mT @ blocks.q[n, b], alpha=blocks.scale)
 
 
 class _Blocks:
@@ -155,8 +175,9 @@ class _Blocks:
         self.k = self.flat(k if k_past is None else torch.cat([k_past, k], dim=2))
         self.mask, self.window, self.softcap = mask, window, softcap
         self.fused = q.device.type == "cpu" and mask is None and window is None and softcap is None
-        self.rows = min(self.T, ROWS if self.T > 2 * ROWS else ROWS // 2)
+        self.rows = _rows(self.T)
         self.buffers: dict[int, Tensor] = {}
+        self.first = 0  # head
         self.ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=self.dtype, device=q.device).triu(1)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -169,6 +190,15 @@ class _Blocks:
         if which not in self.buffers or self.buffers[which].numel() < size:
             self.buffers[which] = self.q.new_empty(size)
         return self.buffers[which][:size].view(shape)
+
+    def parts(self) -> Iterator[tuple["_Blocks", slice]]:
+        """The blocks of some heads at a time, few enough for the cache, and these heads."""
+        step = max(torch.get_num_threads(), SCORES // (2 * self.rows**2))
+        for start in range(0, len(self.q), step):
+            heads = slice(start, start + step)
+            part = copy(self)
+            part.q, part.k, part.first = self.q[heads], self.k[heads], start
+            yield part, heads
 
     def order(self) -> Iterator[tuple[slice, slice]]:
         """(rows, columns) of the rectangles and strips in the order of the forward pass; a strip ends at its rows."""
@@ -212,8 +242,8 @@ class _Blocks:
             for n in self.heads(r, c):
                 yield n, r
 
-    def scores(self, n: slice, b: slice, c: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores of rows b against columns c, which entries mask and window hide, and the slope of the soft cap."""
+    def weights(self, n: slice, b: slice, c: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Softmax of rows b over columns c alone, 0 where hidden, its log-sum-exp, and the slope of the soft cap."""
         q, k = self.q[n, b], self.k[n, c]
         s = self.buffer(0, torch.Size((len(q), q.shape[1], k.shape[1])))
         torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale, out=s)
@@ -227,7 +257,23 @@ class _Blocks:
             s.masked_fill_(hidden, self.nothing)
         if c.stop > self.P + b.start:
             s[:, :, self.P + b.start - c.start :] += self.ahead[: q.shape[1], : q.shape[1]]
-        return s, hidden, slope
+        top = s.amax(-1)
+        w = torch.softmax(s, -1, out=s)
+        lse = top - w.amax(-1).log_()
+        return w if hidden is None else w.masked_fill_(hidden, 0), lse, slope
+
+    def weights_of_rows(self, n, b, c, lse, saved=None) -> tuple[Tensor, Tensor | None]:
+        """These columns of the softmax of whole rows, of known log-sum-exp or saved, and the slope of the soft cap."""
+        if saved is not None:
+            w = saved[n, b, : c.stop - c.start]
+            return self.buffer(0, w.shape).copy_(w), None
+        w, lse_c, slope = self.weights(n, b, c)
+        return w.mul_((lse_c - lse[n, b]).exp_()[..., None]), slope
+
+    def kept(self, saved: Tensor | None) -> Tensor | None:
+        """The strips' weights, [B · Hq, T, 2 · rows], or None where nothing is saved: a window widens strips."""
+        plain = self.window is None and self.softcap is None
+        return saved.flatten(0, 1) if plain and saved is not None and saved.numel() else None
 
     def _hidden(self, n: slice, b: slice, c: slice) -> Tensor | None:
         """What the window and the mask hide: bool [n or 1, rows or 1, columns], or None if nothing."""
@@ -238,7 +284,7 @@ class _Blocks:
         if self.mask is not None:
             mask = self.mask if self.mask.shape[2] == 1 else self.mask[:, :, b]
             mask = mask if self.mask.shape[3] == 1 else mask[..., c]
-            head = torch.arange(n.start, n.stop, device=mask.device)
+            head = self.first + torch.arange(n.start, n.stop, device=mask.device)
             masked = ~mask.expand(self.B, self.H, -1, -1)[head // self.H, head % self.H]
             hidden = masked if hidden is None else hidden | masked
         return hidden
@@ -251,11 +297,8 @@ class _Blocks:
             yield slice(0, len(self.q)), b, x[0], lse[0]
             return
         for n, r in self.chunks(b, c):
-            s, _, _ = self.scores(n, r, c)
-            top = s.amax(-1)
-            w = s.sub_(top[..., None]).exp_()
-            total = w.sum(-1)
-            yield n, r, torch.bmm(w, u[n, c]).div_(total[..., None]), top.add_(total.log_())
+            w, lse, _ = self.weights(n, r, c)
+            yield n, r, w @ u[n, c], lse
 
     def attend_backward(self, b, c, y, u, a, lse, delta, dq, dk, du) -> None:
         """Add what rows b against columns c contribute to the gradients of q, k and u."""
@@ -269,16 +312,17 @@ class _Blocks:
                 total += part[0]
             return
         for n, r in self.chunks(b, c):
-            s, hidden, slope = self.scores(n, r, c)
-            w = s.sub_(lse[n, r, None]).exp_()
-            if hidden is not None:
-                w.masked_fill_(hidden, 0)
+            w, slope = self.weights_of_rows(n, r, c, lse)
             du[n, c] += w.mT @ y[n, r]
             ds = torch.bmm(y[n, r], u[n, c].mT, out=self.buffer(1, w.shape)).sub_(delta[n, r, None]).mul_(w)
             if slope is not None:
                 ds *= slope
             dq[n, r].add_(ds @ self.k[n, c], alpha=self.scale)
             dk[n, c].add_(ds.mT @ self.q[n, r], alpha=self.scale)
+
+
+def _rows(T: int) -> int:
+    return min(T, ROWS if T > 2 * ROWS else ROWS // 2)
 
 
 def _take_diagonal(w: Tensor) -> Tensor:
