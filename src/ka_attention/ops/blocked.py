@@ -26,14 +26,20 @@ LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
-def saved_shape(q: Tensor) -> tuple[int, ...]:
-    """The weights of the strips where they are few, [B, Hq, T, 2 · rows], in the dtype of the computation."""
+def outputs(q: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those that `forward` returns."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse, _saved(q, save)
+
+
+def _saved(q: Tensor, save: bool) -> Tensor:
+    """Room for the weights of the strips where they are few, [B, Hq, T, 2 · rows], in the dtype of the computation."""
     few = q.shape[2] <= 2 * ROWS and q.dtype in (torch.float32, torch.float64)
-    return (*q.shape[:3], 2 * _rows(q.shape[2])) if few else (0,)
+    return q.new_empty((*q.shape[:3], 2 * _rows(q.shape[2])) if save and few else 0)
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
-    saved = q.new_empty(saved_shape(q)) if save else None
+    saved = _saved(q, save)
     if cu_seqlens is not None:
         options = {"scale": scale, "window": window, "softcap": softcap}
         parts = [

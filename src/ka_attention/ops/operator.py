@@ -53,10 +53,9 @@ def _forward(
     Tensors as docs/architecture.md describes them.
     """
     with _without_autocast(q, backend):
-        a, lse, saved = _load(backend).forward(
+        return _load(backend).forward(
             q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap, save=save
         )
-    return a.contiguous(), lse.contiguous(), q.new_empty(0) if saved is None else saved
 
 
 def _backward(
@@ -121,8 +120,7 @@ backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_
 
 @forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend):
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty(q.shape), lse, q.new_empty(_load(backend).saved_shape(q) if save else 0)
+    return _load(backend).outputs(q, save)
 
 
 @backward.register_fake

@@ -1,10 +1,10 @@
 """The forward kernel: FlashAttention's loop over finished column blocks, then the solve of the diagonal block.
 
-    X   = Σ_{c<b−1} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
-    A_b = (I − L_bb G)⁻¹ (X + P_b,b−1 U_b−1) = (I + S) X + C_b U_b−1,     C_b = (I + S) P_b,b−1
+    X   = Σ_{c<b−K} P_bc U_c + (L_bb (I − G) + diag(d)) V_b
+    A_b = (I − L_bb G)⁻¹ (X + Σ_{c≥b−K} P_bc U_c) = (I + S) X + Σ_{c≥b−K} C_bc U_c,     C_bc = (I + S) P_bc
 
-All that does not need the newest U is computed before the program waits for it: the chain from block to block is one
-matrix product long.
+All that does not need the U of the nearest K blocks is computed before the program waits for them: the chain from block
+to block is one matrix product long.
 """
 
 import triton
@@ -46,13 +46,14 @@ def forward_kernel(
     Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     REACH: tl.constexpr, SAVE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row block of one head. MODE: "chain" waits for the blocks before; "single" attends to no other block; "band",
-    for rows that reach REACH blocks back at most, leaves those to `sweep_kernel`: it stores (I + S) P_bc G for it.
+    """One row block of one head. MODE: "chain" waits for the blocks before, for the last REACH one by one; "single"
+    attends to no other block; "band", for rows that reach REACH blocks back at most, leaves those to `sweep_kernel`: it
+    stores (I + S) P_bc G for it. With SAVE the backward finds S in SOLVE.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
@@ -63,12 +64,13 @@ def forward_kernel(
         return
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
-    head = (b * H + h) * T + start  # first row of this sequence and head in contiguous [B, H, T, …]
+    head = (b * H + h) * T + start  # first row of this sequence and head in [B, H, T, …]
+    own = ((b * T + start) * H + h) * D  # the same in A and U, [B, T, H, D] in memory
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
-    A += head * D
-    U += head * D
+    A += own
+    U += own
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     rows = r0 + tl.arange(0, BM)
@@ -96,12 +98,11 @@ def forward_kernel(
                 if MASKED:
                     seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
                                    mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-                acc, m, total = _absorb(q, K, U, c, n, K_ROW, D, seen, acc, m, total, scale, softcap, BN, D, BD, False,
-                                    MASKED, SOFTCAP, DOT)  # fmt: skip
+                acc, m, total = _absorb(q, K, U, c, n, K_ROW, ROW, seen, acc, m, total, scale, softcap, BN, D, BD,
+                                    False, MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
-    # The softmax is complete with the weights of the blocks left to the sweep, of the block before (`last`), which may
-    # be one of them, and of the diagonal block.
+    # The softmax is complete with the weights of the nearest blocks, of which `last` is the last, and of the diagonal.
     i = tl.arange(0, BM)
     top = m
     near = tl.maximum(r0 - REACH * BM, 0)
@@ -154,8 +155,6 @@ def forward_kernel(
     S = inverse(L, BM, PRECISION).to(v.dtype)
     if SAVE:
         store_tile(SOLVE + head * BM, S, r0, BM, n, BM, BM, BM)
-
-    a = x
     if MODE == "chain":
         a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "band":
@@ -170,9 +169,9 @@ def forward_kernel(
             w = tl.dot(S, w, w.to(tl.float32), input_precision=DOT)
             if MODE == "band":
                 store_tile(BAND + (r0 - c - BM), w, r0, REACH * BM, n, BM, BM, BM)
-            else:
+            if MODE == "chain":
                 wait(flag, c // BM + 1)
-                u = load_tile(U, c, D, n, BM, D, BD, False)
+                u = load_tile(U, c, ROW, n, BM, D, BD, False)
                 a = tl.dot(w.to(u.dtype), u, a, input_precision=DOT)
     if r0 > 0:
         if MODE == "band":
@@ -185,11 +184,11 @@ def forward_kernel(
         a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "chain" and r0 > 0:
         wait(flag, rank)
-        u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
+        u = load_tile(U, r0 - BM, ROW, n, BM, D, BD, False)
         a = tl.dot(last, u, a, input_precision=DOT)
-    store_tile(A, a, r0, D, n, BM, D, BD)
+    store_tile(A, a, r0, ROW, n, BM, D, BD)
     if HAS_GATE and MODE == "chain":
-        store_tile(U, v + g[:, None] * (a - v), r0, D, n, BM, D, BD)
+        store_tile(U, v + g[:, None] * (a - v), r0, ROW, n, BM, D, BD)
     if MODE == "chain":
         publish(flag, rank + 1)
 

@@ -21,18 +21,20 @@ MAX_PLANS = 1024
 SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep owns
 
 
-def saved_shape(q: Tensor) -> tuple[int, ...]:
-    """What `forward` saves for `backward`: S of each diagonal block, (I − L G)⁻¹ = I + S, as rows."""
-    return *q.shape[:3], choose(q).columns.BM
+def outputs(q: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `forward` returns: A [B, Hq, T, D], as [B, T, Hq, D] in memory, for a projection reads it so; the
+    log-sum-exp [B, Hq, T]; and, with `save`, of each diagonal block the rows of S, where I + S = (I − L G)⁻¹.
+    """
+    B, H, T, D = q.shape
+    a = q.new_empty(B, T, H, D).transpose(1, 2)
+    return a, q.new_empty(B, H, T, dtype=torch.float32), q.new_empty((B, H, T, choose(q).columns.BM) if save else 0)
 
 
-def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
-    """A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, S, all contiguous. Same input, same bits."""
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save):
+    """`outputs`, filled. Same input, same bits."""
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
-    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
-    a = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    solve = q.new_empty(saved_shape(q)) if save else None
+    plan = _plan(None, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
+    a, lse, solve = outputs(q, save)
     u = a if gate is None or plan.mode != "chain" else torch.empty_like(a)
     band, flags = plan.band(q), plan.flags(q)
     with torch.cuda.device_of(q):
@@ -45,9 +47,9 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
 
 def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve, *, scale, window, softcap):
     """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
-    q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
-    plan = _plan(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, True)
-    da, a, lse = da.to(q.dtype).contiguous(), a.contiguous(), lse.contiguous()
+    da, q, k, v, k_past, u_past = map(_unit_stride, (da.to(q.dtype), q, k, v, k_past, u_past))
+    plan = _plan(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, True)
+    a, lse, solve = a.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), solve.contiguous()
     y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
     dgate = None if gate is None else torch.empty_like(lse)
@@ -117,8 +119,8 @@ _plans: dict[tuple, "_Plan"] = {}
 def _plan(*arguments) -> "_Plan":
     """The plan for calls whose arguments differ in nothing but the tensors' contents."""
     *tensors, scale, window, softcap, save = arguments
-    parts = [tensors[0].dtype, tensors[0].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap, save]
-    for x in tensors:  # all on q's device, of dtypes that follow from q's
+    parts = [tensors[1].dtype, tensors[1].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap, save]
+    for x in tensors:  # all on the device of q, the second, of dtypes that follow from q's
         parts += (None, None) if x is None else (x.shape, x.stride())
     key = tuple(parts)
     plan = _plans.get(key)
@@ -135,7 +137,7 @@ class _Plan:
     It keeps no tensors.
     """
 
-    def __init__(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
+    def __init__(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
         _check(q)
         self.packed, self.window, self.device = cu_seqlens is not None, window, q.device
         B, self.H, self.T, self.D = q.shape
@@ -145,7 +147,7 @@ class _Plan:
         self.BM = table.columns.BM
         self.mode, self.reach = self._mode()
         self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
-        self.q, self.k, self.v, self.gate = map(_strides, (q, k, v, gate))
+        self.da, self.q, self.k, self.v, self.gate = map(_strides, (da, q, k, v, gate))
         self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
         self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
         self.precision = "half"
@@ -154,7 +156,8 @@ class _Plan:
         self.constants = {
             "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
             "HAS_PAST": k_past is not None, "HAS_MASK": mask is not None, "PACKED": self.packed,
-            "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "WINDOW": window is not None,
+            "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "ROW": self.H * self.D,
+            "WINDOW": window is not None,
             "SOFTCAP": softcap is not None, "SAVE": save, "PRECISION": self.precision,
         }  # fmt: skip
 
@@ -167,20 +170,20 @@ class _Plan:
     @cached_property
     def prepare(self) -> Launch:
         tiles = self.table.prepare
-        strides = self.q, self.k, self.v, self.gate, self.mask
+        strides = self.da, self.q, self.k, self.v, self.gate, self.mask
         return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, REACH=self.reach)
 
     @cached_property
     def columns(self) -> Launch:
         tiles = self.table.columns
         mode = "chain" if self.mode == "chain" else "solved"
-        strides = self.q, self.k, self.v, self.gate, None, self.mask
+        strides = self.da, self.q, self.k, self.v, self.gate, None, self.mask
         return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=self.reach)
 
     @cached_property
     def past_columns(self) -> Launch:
         tiles = self.table.columns
-        strides = self.q, self.k_past, self.v, None, self.u_past, self.mask
+        strides = None, self.q, self.k_past, self.v, None, self.u_past, self.mask
         constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
         return self._launch(columns_kernel, tiles, self.grid(tiles, self.P), *strides, **constants)
 
@@ -203,9 +206,9 @@ class _Plan:
         """The sequential part of a window, over slices of the head dimension side by side."""
         return Launch(
             sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
-            D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach, STAGES=sweep_stages(self.device, self.reach),
-            PACKED=self.packed, RAGGED=self.ragged(self.BM), REVERSE=reverse,
-            DOT="ieee" if self.precision == "half" else self.precision,
+            ROW=self.H * self.D, D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach,
+            STAGES=sweep_stages(self.device, self.reach), PACKED=self.packed, RAGGED=self.ragged(self.BM),
+            REVERSE=reverse, DOT="ieee" if self.precision == "half" else self.precision,
         )  # fmt: skip
 
     def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:
