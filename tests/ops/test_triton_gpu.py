@@ -1,10 +1,16 @@
-"""The Triton kernels where only a GPU shows the fault: many combinations, other work on the device, graphs, length."""
+"""The Triton kernels where only a GPU shows the fault: many combinations, other work on the device, graphs, length,
+PyTorch's compiler and parallel wrappers.
+"""
 
 import random
+from functools import partial
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
+from ka_attention import ka_attention
 from ka_attention.ops import blocked
 
 pytestmark = pytest.mark.gpu
@@ -102,3 +108,63 @@ def test_a_million_tokens():
     assert torch.equal(a[:, :, :2048], head)
     assert torch.isfinite(a).all()
     assert torch.isfinite(lse).all()
+
+
+class Attention(torch.nn.Module):
+    """Projections around the operator, with a gate per head."""
+
+    def __init__(self, heads: int = 4, size: int = 64):
+        super().__init__()
+        self.heads = heads
+        self.inside, self.outside = torch.nn.Linear(size, 3 * size), torch.nn.Linear(size, size)
+        self.gate = torch.nn.Parameter(torch.linspace(0.2, 1, heads))
+
+    def forward(self, x):
+        q, k, v = self.inside(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.outside(ka_attention(q, k, v, gate=self.gate, backend="triton").transpose(1, 2).flatten(2))
+
+
+def step(run, module, x):
+    """The output and the gradients of all parameters."""
+    module.zero_grad()
+    out = run(x)
+    out.square().sum().backward()
+    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in module.parameters()]
+    return [out.detach(), *(grad.clone() for grad in full)]
+
+
+def assert_same(ours, truth, **tolerance):
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return Attention().cuda()
+
+
+def test_one_graph_under_the_compiler(module):
+    x = torch.randn(2, 200, 64, device="cuda")
+    truth = step(module, module, x)
+    assert_same(step(torch.compile(module, fullgraph=True), module, x), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_checkpoint(module):
+    x = torch.randn(2, 200, 64, device="cuda")
+    truth = step(module, module, x)
+    for reentrant in (False, True):
+        run = partial(checkpoint, module, use_reentrant=reentrant)
+        assert_same(step(run, module, x.clone().requires_grad_()), truth, rtol=0, atol=0)
+
+
+def test_data_parallel_and_sharded(module, tmp_path):
+    x = torch.randn(2, 200, 64, device="cuda")
+    truth = step(module, module, x)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert_same(step(torch.nn.parallel.DistributedDataParallel(module), module, x), truth, rtol=0, atol=0)
+        module.zero_grad()
+        assert_same(step(fully_shard(module), module, x), truth, rtol=0, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
