@@ -163,7 +163,7 @@ class _Plan:
 
     @cached_property
     def forward(self) -> Launch:
-        tiles = self.table.band if self.mode == "band" else self.table.forward
+        tiles = self.table.forward
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
         return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode, REACH=self.reach)
 

@@ -11,24 +11,25 @@ INTERPRETED = torch.device("cpu")
 
 
 class Tiles(NamedTuple):
-    """Rows BM of a block, columns BN of a step, warps, pipeline stages and registers a thread (None: no limit)."""
+    """Rows BM of a block, columns BN of a step, warps and pipeline stages.
+
+    No limit on registers: with one of 168 the forward of a band gave wrong results on an H100 (Triton 3.6).
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
-    registers: int | None = None
 
     @property
     def options(self) -> dict:
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Table(NamedTuple):
     """The tiles of each kernel for one architecture, dtype and head dimension."""
 
     forward: Tiles
-    band: Tiles  # of forward where a sweep follows
     prepare: Tiles
     columns: Tiles  # BM of all those above is the same: they share the systems of the diagonal blocks
     dq: Tiles
@@ -37,7 +38,7 @@ class Table(NamedTuple):
 
 def _table(rows: Tiles, columns: Tiles | None = None) -> Table:
     """The same tiles for all kernels, but for `columns`."""
-    return Table(rows, rows, rows._replace(stages=1), columns or rows, rows, rows)
+    return Table(rows, rows._replace(stages=1), columns or rows, rows, rows)
 
 
 # Keyed by the padded head dimension, for half precision.
@@ -45,7 +46,6 @@ HOPPER = {
     64: _table(Tiles(64, 64, 4, 3), columns=Tiles(64, 64, 4, 1)),
     128: Table(
         forward=Tiles(64, 32, 4, 3),
-        band=Tiles(64, 64, 4, 1, 168),
         prepare=Tiles(64, 64, 4, 1),
         columns=Tiles(64, 32, 4, 2),
         dq=Tiles(128, 64, 8, 3),
