@@ -255,8 +255,8 @@ def columns_kernel(
             v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
             a = load_tile(A, c0, ROW, n, BM, D, BD, RAGGED)
             tl.store(DGATE + head + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=i < n)
-        store_tile(DV + own, dv, c0, ROW, n, BM, D, BD)
-        store_tile(DK + own, dk * scale, c0, ROW, n, BM, D, BD)
+        store_tile(DV + head * D, dv, c0, D, n, BM, D, BD)
+        store_tile(DK + head * D, dk * scale, c0, D, n, BM, D, BD)
 
 
 @triton.jit
@@ -340,4 +340,4 @@ def dq_kernel(
                            mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
         dq = _dq_step(q, y, lse, delta, K, U + own, j, n, K_ROW, ROW, seen, dq, scale, softcap, BN, D, BD,
                       False, MASKED, SOFTCAP, DOT)  # fmt: skip
-    store_tile(DQ + own, dq * scale, r0, ROW, n, BM, D, BD)
+    store_tile(DQ + head * D, dq * scale, r0, D, n, BM, D, BD)

@@ -56,7 +56,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve,
     dk_past = du_past = None
 
     def row_gradients() -> Tensor:
-        dq = torch.empty_like(a)
+        dq = q.new_empty(q.shape)
         rows = plan.schedule(cu_seqlens, plan.row_tiles.BM)
         plan.rows(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
         return dq
@@ -70,7 +70,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve,
                 plan.backward_sweep(y, band, cu_seqlens)
             del band  # its memory serves for the gradients
             dq = row_gradients()
-        dk, dv = torch.empty_like(a), torch.empty_like(a)
+        dk, dv = q.new_empty(q.shape), q.new_empty(q.shape)
         plan.columns(
             da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, solve, y, delta, dk, dv, None, dgate,
             plan.flags(q),
