@@ -68,7 +68,7 @@ def prepare_kernel(
     DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, BAND,
     da_strides, q_strides, k_strides, v_strides, gate_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, ROW: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +84,6 @@ def prepare_kernel(
         return
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
-    own = ((b * T + start) * H + h) * D
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     LSE += head
@@ -96,12 +95,12 @@ def prepare_kernel(
         GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
         g = tl.load(GATE + tl.cast(c0 + i, tl.int64) * gate_strides[2], mask=c0 + i < n, other=0.0)
         v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-        a = load_tile(A + own, c0, ROW, n, BM, D, BD, RAGGED)
-        store_tile(U + own, v + g[:, None] * (a.to(tl.float32) - v), c0, ROW, n, BM, D, BD)
+        a = load_tile(A + head * D, c0, D, n, BM, D, BD, RAGGED)
+        store_tile(U + head * D, v + g[:, None] * (a.to(tl.float32) - v), c0, D, n, BM, D, BD)
     DA += b * da_strides[0] + h * da_strides[1] + tl.cast(start, tl.int64) * da_strides[2]
     da = load_tile(DA, c0, da_strides[2], n, BM, D, BD, RAGGED)
     S = _solve(SOLVE + head * BM, c0, n, BM, RAGGED)
-    store_tile(Y + own, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), c0, ROW, n, BM, D, BD)
+    store_tile(Y + head * D, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), c0, D, n, BM, D, BD)
     if REACH > 0:
         BAND += head * REACH * BM
         k = load_tile(K, c0, K_ROW, n, BM, D, BD, RAGGED)
@@ -117,13 +116,13 @@ def prepare_kernel(
 @triton.jit
 def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap,
               du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr,
-              ROW: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-              RAGGED: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
-              SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+              BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+              MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+              DOT: tl.constexpr):  # fmt: skip
     """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if wanted, dK and, on the DIAGONAL, d."""
     q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
                            D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-    y = load_tile(Y, r0, ROW, n, BN, D, BD, RAGGED)
+    y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
     rows = r0 + tl.arange(0, BN)
     delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
     dw = tl.dot(u, tl.trans(y), input_precision=DOT)
@@ -146,7 +145,7 @@ def columns_kernel(
     DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
     da_strides, q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, ROW: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -170,10 +169,9 @@ def columns_kernel(
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
     head = (b * H + h) * T + start
-    own = ((b * T + start) * H + h) * D
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
-    Y += own
+    Y += head * D
     LSE += head
     DELTA += head
     if HAS_MASK:
@@ -188,18 +186,18 @@ def columns_kernel(
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
     else:
         i = c0 + tl.arange(0, BM)
-        A += own
+        A += head * D
         V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
         if HAS_GATE:
             GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
             g = tl.load(GATE + tl.cast(i, tl.int64) * gate_strides[2], mask=i < n, other=0.0)
         if HAS_GATE and MODE == "chain":
             v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-            u = v + g[:, None] * (load_tile(A, c0, ROW, n, BM, D, BD, RAGGED).to(tl.float32) - v)
+            u = v + g[:, None] * (load_tile(A, c0, D, n, BM, D, BD, RAGGED).to(tl.float32) - v)
             u = u.to(k.dtype)
-            store_tile(U + own, u, c0, ROW, n, BM, D, BD)
+            store_tile(U + head * D, u, c0, D, n, BM, D, BD)
         else:
-            u = load_tile(U + own, c0, ROW, n, BM, D, BD, RAGGED)
+            u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
 
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
@@ -215,7 +213,7 @@ def columns_kernel(
         for tile in range(t, stop):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
                                   mask_strides, P, window, scale, softcap, du, dk, d, False,
-                                  MODE != "solved" or HAS_GATE, Q_ROW, V_ROW, ROW, BN, BM, D, BD, RAGGED, MASKED,
+                                  MODE != "solved" or HAS_GATE, Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED,
                                   WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         t = stop
 
@@ -237,23 +235,23 @@ def columns_kernel(
                         p *= g[:, None]
                     p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype)
                     wait(flag, before + 1)
-                    y = tl.dot(p, load_tile(Y, r0, ROW, n, BM, D, BD, RAGGED), y, input_precision=DOT)
+                    y = tl.dot(p, load_tile(Y, r0, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
             y = y.to(u.dtype)
-            delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, ROW, n, BM, D, BD, RAGGED), 1)
-            store_tile(Y, y, c0, ROW, n, BM, D, BD)
+            delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
+            store_tile(Y, y, c0, D, n, BM, D, BD)
             tl.store(DELTA + i, delta, mask=i < n)
             publish(flag, rank + 1)
         # Last the rows that `du` must not have had before the solve: those of a link, and the block's own.
         for tile in range(near, end + R):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW, ROW,
+                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW,
                                   BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        dv = d[:, None] * load_tile(Y, c0, ROW, n, BM, D, BD, RAGGED)
+        dv = d[:, None] * load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
         if HAS_GATE:
             dv += (1.0 - g)[:, None] * du
             v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-            a = load_tile(A, c0, ROW, n, BM, D, BD, RAGGED)
+            a = load_tile(A, c0, D, n, BM, D, BD, RAGGED)
             tl.store(DGATE + head + i, tl.sum(du * (a.to(tl.float32) - v), 1), mask=i < n)
         store_tile(DV + head * D, dv, c0, D, n, BM, D, BD)
         store_tile(DK + head * D, dk * scale, c0, D, n, BM, D, BD)
@@ -279,7 +277,7 @@ def dq_kernel(
     Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DQ,
     q_strides, k_strides, v_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, ROW: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOLVED: tl.constexpr,
     HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -294,7 +292,6 @@ def dq_kernel(
     r0 = (blocks - 1 - rank) * BM
     b = tl.cast(b, tl.int64)
     head = (b * H + h) * T + start
-    own = ((b * T + start) * H + h) * D
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
@@ -303,15 +300,15 @@ def dq_kernel(
     i = tl.arange(0, BM)
     rows = r0 + i
     q = load_tile(Q, r0, Q_ROW, n, BM, D, BD, RAGGED)
-    y = load_tile(Y + own, r0, ROW, n, BM, D, BD, RAGGED)
+    y = load_tile(Y + head * D, r0, D, n, BM, D, BD, RAGGED)
     lse = tl.load(LSE + head + rows, mask=rows < n, other=float("inf")) / LN2
     if SOLVED:
-        delta = tl.sum(y.to(tl.float32) * load_tile(A + own, r0, ROW, n, BM, D, BD, RAGGED), 1)
+        delta = tl.sum(y.to(tl.float32) * load_tile(A + head * D, r0, D, n, BM, D, BD, RAGGED), 1)
         tl.store(DELTA + head + rows, delta, mask=rows < n)
     else:
         delta = tl.load(DELTA + head + rows, mask=rows < n, other=0.0)
     k = load_tile(K, r0, K_ROW, n, BM, D, BD, RAGGED)
-    u = load_tile(U + own, r0, ROW, n, BM, D, BD, RAGGED)
+    u = load_tile(U + head * D, r0, D, n, BM, D, BD, RAGGED)
     v = load_tile(V, r0, V_ROW, n, BM, D, BD, RAGGED)
     s = scores(q, k, scale, softcap, SOFTCAP, DOT)
     inside = i[:, None] >= i[None, :]
@@ -338,6 +335,6 @@ def dq_kernel(
         if MASKED:
             seen = visible((P + rows)[:, None], (P + j + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
                            mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-        dq = _dq_step(q, y, lse, delta, K, U + own, j, n, K_ROW, ROW, seen, dq, scale, softcap, BN, D, BD,
+        dq = _dq_step(q, y, lse, delta, K, U + head * D, j, n, K_ROW, D, seen, dq, scale, softcap, BN, D, BD,
                       False, MASKED, SOFTCAP, DOT)  # fmt: skip
     store_tile(DQ + head * D, dq * scale, r0, D, n, BM, D, BD)

@@ -46,7 +46,7 @@ def forward_kernel(
     Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, ROW: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     REACH: tl.constexpr, SAVE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,6 +57,7 @@ def forward_kernel(
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
+    COMPLETE: tl.constexpr = MODE != "band" or not HAS_GATE  # a band adds (I − G) V of other blocks to x
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
     r0 = rank * BM
@@ -64,13 +65,12 @@ def forward_kernel(
         return
     b = tl.cast(b, tl.int64)
     flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
-    head = (b * H + h) * T + start  # first row of this sequence and head in [B, H, T, …]
-    own = ((b * T + start) * H + h) * D  # the same in A and U, [B, T, H, D] in memory
+    head = (b * H + h) * T + start  # first row of this sequence and head in contiguous [B, H, T, …]
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
     V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
-    A += own
-    U += own
+    A += head * D
+    U += head * D
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     rows = r0 + tl.arange(0, BM)
@@ -98,7 +98,7 @@ def forward_kernel(
                 if MASKED:
                     seen = visible((P + rows)[:, None], (P + c + tl.arange(0, BN))[None, :], P + n, P + n, MASK,
                                    mask_strides, P, window, WINDOW, HAS_MASK)  # fmt: skip
-                acc, m, total = _absorb(q, K, U, c, n, K_ROW, ROW, seen, acc, m, total, scale, softcap, BN, D, BD,
+                acc, m, total = _absorb(q, K, U, c, n, K_ROW, D, seen, acc, m, total, scale, softcap, BN, D, BD,
                                     False, MASKED, SOFTCAP, DOT)  # fmt: skip
             j = stop
 
@@ -155,7 +155,8 @@ def forward_kernel(
     S = inverse(L, BM, PRECISION).to(v.dtype)
     if SAVE:
         store_tile(SOLVE + head * BM, S, r0, BM, n, BM, BM, BM)
-    if MODE == "chain":
+    # As early as x is complete: for a product after a conditional one ptxas may take an address computed only there.
+    if COMPLETE:
         a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "band":
         BAND += head * REACH * BM
@@ -171,7 +172,7 @@ def forward_kernel(
                 store_tile(BAND + (r0 - c - BM), w, r0, REACH * BM, n, BM, BM, BM)
             if MODE == "chain":
                 wait(flag, c // BM + 1)
-                u = load_tile(U, c, ROW, n, BM, D, BD, False)
+                u = load_tile(U, c, D, n, BM, D, BD, False)
                 a = tl.dot(w.to(u.dtype), u, a, input_precision=DOT)
     if r0 > 0:
         if MODE == "band":
@@ -180,15 +181,15 @@ def forward_kernel(
             last = tl.dot(S, last, last.to(tl.float32), input_precision=DOT).to(v.dtype)
         if MODE == "band":
             store_tile(BAND, last, r0, REACH * BM, n, BM, BM, BM)
-    if MODE != "chain":
+    if not COMPLETE:
         a = tl.dot(S, x.to(v.dtype), x, input_precision=DOT)
     if MODE == "chain" and r0 > 0:
         wait(flag, rank)
-        u = load_tile(U, r0 - BM, ROW, n, BM, D, BD, False)
+        u = load_tile(U, r0 - BM, D, n, BM, D, BD, False)
         a = tl.dot(last, u, a, input_precision=DOT)
-    store_tile(A, a, r0, ROW, n, BM, D, BD)
+    store_tile(A, a, r0, D, n, BM, D, BD)
     if HAS_GATE and MODE == "chain":
-        store_tile(U, v + g[:, None] * (a - v), r0, ROW, n, BM, D, BD)
+        store_tile(U, v + g[:, None] * (a - v), r0, D, n, BM, D, BD)
     if MODE == "chain":
         publish(flag, rank + 1)
 

@@ -22,12 +22,11 @@ SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep ow
 
 
 def outputs(q: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `forward` returns: A [B, Hq, T, D], as [B, T, Hq, D] in memory, for a projection reads it so; the
-    log-sum-exp [B, Hq, T]; and, with `save`, of each diagonal block the rows of S, where I + S = (I − L G)⁻¹.
+    """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
+    each diagonal block the rows of S, where I + S = (I − L G)⁻¹.
     """
-    B, H, T, D = q.shape
-    a = q.new_empty(B, T, H, D).transpose(1, 2)
-    return a, q.new_empty(B, H, T, dtype=torch.float32), q.new_empty((B, H, T, choose(q).columns.BM) if save else 0)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, q.new_empty((*q.shape[:3], choose(q).columns.BM) if save else 0)
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save):
@@ -49,7 +48,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve,
     """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
     da, q, k, v, k_past, u_past = map(_unit_stride, (da.to(q.dtype), q, k, v, k_past, u_past))
     plan = _plan(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, True)
-    a, lse, solve = a.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), solve.contiguous()
+    a, lse, solve = a.contiguous(), lse.contiguous(), solve.contiguous()
     y, delta = torch.empty_like(a), torch.empty_like(lse)
     u = a if gate is None else torch.empty_like(a)
     dgate = None if gate is None else torch.empty_like(lse)
@@ -156,8 +155,7 @@ class _Plan:
         self.constants = {
             "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
             "HAS_PAST": k_past is not None, "HAS_MASK": mask is not None, "PACKED": self.packed,
-            "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "ROW": self.H * self.D,
-            "WINDOW": window is not None,
+            "Q_ROW": q.stride(2), "K_ROW": k.stride(2), "V_ROW": v.stride(2), "WINDOW": window is not None,
             "SOFTCAP": softcap is not None, "SAVE": save, "PRECISION": self.precision,
         }  # fmt: skip
 
@@ -206,9 +204,9 @@ class _Plan:
         """The sequential part of a window, over slices of the head dimension side by side."""
         return Launch(
             sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
-            ROW=self.H * self.D, D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach,
-            STAGES=sweep_stages(self.device, self.reach), PACKED=self.packed, RAGGED=self.ragged(self.BM),
-            REVERSE=reverse, DOT="ieee" if self.precision == "half" else self.precision,
+            D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach, STAGES=sweep_stages(self.device, self.reach),
+            PACKED=self.packed, RAGGED=self.ragged(self.BM), REVERSE=reverse,
+            DOT="ieee" if self.precision == "half" else self.precision,
         )  # fmt: skip
 
     def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:

@@ -20,7 +20,7 @@ from ka_attention.ops.triton.primitives import load_tile
 @triton.jit(do_not_specialize=["B", "H", "T"])
 def sweep_kernel(
     X, BAND, CU, B, H, T,
-    ROW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -35,45 +35,41 @@ def sweep_kernel(
     if PACKED:
         start = tl.load(CU + sequence)
         n = tl.load(CU + sequence + 1) - start
-        b = sequence * 0
+        head = tl.cast(h, tl.int64) * T + start
     else:
-        start = h * 0
         n = T
-        b = sequence
-    b = tl.cast(b, tl.int64)
-    X += ((b * T + start) * H + h) * D + d0
-    BAND += ((b * H + h) * T + start) * REACH * BM
+        head = (tl.cast(sequence, tl.int64) * H + h) * T
+    X += head * D + d0
+    BAND += head * REACH * BM
     SIGN: tl.constexpr = -1 if REVERSE else 1
     blocks = tl.cdiv(n, BM)
     first = blocks - 1 if REVERSE else 0
     sums = ()
     for distance in tl.static_range(REACH + 1):
-        sums += (_block(X, first + SIGN * distance, n, d0, ROW, BM, D, BD),)
+        sums += (_block(X, first + SIGN * distance, n, d0, BM, D, BD),)
     # Loads run stages ahead of the recurrence: no step loads what another stores.
     for step in tl.range(0, blocks, num_stages=STAGES):
-        block = first + SIGN * step
+        b = first + SIGN * step
         y = sums[0].to(X.dtype.element_ty)
-        r = block * BM + tl.arange(0, BM)[:, None]
+        r = b * BM + tl.arange(0, BM)[:, None]
         d = tl.arange(0, BD)[None, :]
-        tl.store(X + tl.cast(r, tl.int64) * ROW + d, y, mask=(r < n) & (d0 + d < D))
+        tl.store(X + tl.cast(r, tl.int64) * D + d, y, mask=(r < n) & (d0 + d < D))
         rest = ()
         for distance in tl.static_range(1, REACH + 1):
-            to = block + SIGN * distance
+            to = b + SIGN * distance
             inside = (to >= 0) & (to < blocks)
-            c = load_tile(
-                BAND + (distance - 1) * BM, tl.where(inside, to, block) * BM, REACH * BM, n, BM, BM, BM, RAGGED
-            )
+            c = load_tile(BAND + (distance - 1) * BM, tl.where(inside, to, b) * BM, REACH * BM, n, BM, BM, BM, RAGGED)
             # A sum apart from the product, which the selection keeps apart: as its accumulator it would move from
             # register to register between products, and the compiler lets each of these finish before the next.
             rest += (sums[distance] + tl.where(inside, tl.dot(c, y, input_precision=DOT), 0.0),)
-        rest += (_block(X, block + SIGN * (REACH + 1), n, d0, ROW, BM, D, BD),)
+        rest += (_block(X, b + SIGN * (REACH + 1), n, d0, BM, D, BD),)
         sums = rest
 
 
 @triton.jit
-def _block(X, b, n, d0, ROW: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def _block(X, b, n, d0, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Columns of row block b of X [n, D] in float32; 0 outside."""
     r = b * BM + tl.arange(0, BM)[:, None]
     d = tl.arange(0, BD)[None, :]
     inside = (r >= 0) & (r < n) & (d0 + d < D)
-    return tl.load(X + tl.cast(r, tl.int64) * ROW + d, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(X + tl.cast(r, tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)

@@ -11,10 +11,7 @@ INTERPRETED = torch.device("cpu")
 
 
 class Tiles(NamedTuple):
-    """Rows BM of a block, columns BN of a step, warps and pipeline stages.
-
-    No limit on registers: with one of 168 the forward of a band gave wrong results on an H100 (Triton 3.6).
-    """
+    """Rows BM of a block, columns BN of a step, warps and pipeline stages."""
 
     BM: int
     BN: int
