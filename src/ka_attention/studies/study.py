@@ -78,8 +78,9 @@ def publish(study: Study, recipe: Any, store: Store, seeds: int, answer: dict[st
 
 
 def report(study: Study, results: dict[str, Json], out: Path) -> None:
-    """Render ``results`` into ``out``."""
-    render(study.question, study.sections(results), results["environment"], out)
+    """Render ``results`` into ``out``; a ``note`` that someone added to recorded results comes first."""
+    note = [Section("Note on this run", [results["note"]])] if "note" in results else []
+    render(study.question, [*note, *study.sections(results)], results["environment"], out)
     console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True)
 
 
