@@ -14,6 +14,7 @@ from ka_attention.studies.store import Json
 from ka_attention.studies.synthetic import by_group, percents
 
 SOLVED = 95  # percent of right answers from which a task counts as solved
+WITH_LEGEND_ABOVE = (4.5, 4.4)  # inches: many arms, whose lines fill the axes
 
 
 def sections(results: dict[str, Json]) -> list[Section]:
@@ -103,6 +104,7 @@ def _text(run: dict[str, Json]) -> Section:
             f"window_{run['length']}_position",
             f"Validation PPL by position, {run['length']} tokens (mean over seeds)",
             partial(_draw_position, arms),
+            WITH_LEGEND_ABOVE,
         ),
     ]
     return Section(f"Text of {run['length']} tokens", (), [table], figures)
@@ -129,7 +131,7 @@ def _draw_position(arms: dict[str, Json], ax: Any) -> None:
         ax.plot([(run["first"] + run["last"]) / 2 for run in runs[0]], ppl, label=entry["label"])
     ax.set_xlabel("position (tokens)")
     ax.set_ylabel("validation PPL")
-    ax.legend(fontsize=7)
+    ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
 
 
 def _tasks(results: dict[str, Json]) -> Section:
@@ -152,7 +154,12 @@ def _tasks(results: dict[str, Json]) -> Section:
         f"**Came** (solved: at least {SOLVED} % right): " + " ".join(came),
     ]
     figures = [
-        Figure(f"window_{name}", f"Right answers by {unit}: {heading}", partial(_draw_groups, by_arm, name, unit))
+        Figure(
+            f"window_{name}",
+            f"Right answers by {unit}: {heading}",
+            partial(_draw_groups, by_arm, name, unit),
+            WITH_LEGEND_ABOVE,
+        )
         for name, heading in zip(names, headings, strict=True)
         for unit in ["depth (references)" if name == "dereference" else "distance (tokens, rounded down to 2^n)"]
     ]
@@ -169,4 +176,4 @@ def _draw_groups(by_arm: dict[str, dict[str, dict[str, Json]]], name: str, unit:
     ax.set_ylim(0, 103)
     ax.set_xlabel(unit)
     ax.set_ylabel("right answers (%)")
-    ax.legend(fontsize=7)
+    ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
