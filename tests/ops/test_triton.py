@@ -83,10 +83,13 @@ def on_device(problem: Problem):
 
 
 def triton_pass(tensors, options, da):
-    from ka_attention.ops.triton import backward, forward
+    from ka_attention.ops.triton import backward, forward, outputs
 
     results = forward(*tensors, **options, save=True)
+    for x, like in zip(results, outputs(tensors[0], save=True), strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
     grads = backward(da, *tensors, *results, **options)
+    assert all(grad is None or grad.is_contiguous() for grad in grads)  # or the operator would copy them
     return [results[0], *(grad for grad in grads if grad is not None)]
 
 
