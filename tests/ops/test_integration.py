@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ka_attention import ka_attention
-from ka_attention.ops import operator
+from ka_attention.ops import blocked, operator
 from ka_attention.ops.api import normalise
 
 CASES = {
@@ -84,6 +84,23 @@ def test_inference_saves_nothing():
     problem = Problem()
     with torch.no_grad():
         assert problem.run("blocked").grad_fn is None
+
+
+def test_work_is_saved_only_for_a_backward_pass_that_may_come(monkeypatch):
+    saved, forward = [], blocked.forward
+
+    def noting(*tensors, **options):
+        results = forward(*tensors, **options)
+        saved.append(results[2].numel() > 0)
+        return results
+
+    monkeypatch.setattr(blocked, "forward", noting)
+    problem = Problem()
+    problem.run("blocked")
+    with torch.no_grad():
+        problem.run("blocked")
+    ka_attention(problem.q.detach(), problem.k.detach(), problem.v.detach(), backend="blocked")
+    assert saved == [True, False, False]
 
 
 def test_there_is_no_second_derivative():

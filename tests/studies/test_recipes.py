@@ -94,6 +94,7 @@ def test_override_parses_optional_and_boolean_settings_of_other_studies():
         ("epochs=0", "--set epochs: expected an integer >= 1, got 0"),
         ("learning_rate=nan", "--set learning_rate: expected a positive number, got nan"),
         ("learning_rate=-1", "--set learning_rate: expected a positive number"),
+        ("weight_decay=-1", "--set weight_decay: expected a number >= 0, got -1"),
         ("hidden_size=100", "--set hidden_size"),
         ("rotary_share=2", "--set rotary_share: expected at most 1"),
         ("rotary_share=0.2", "--set rotary_share: expected at most 1 and an even number of a head's 16 dimensions"),

@@ -328,6 +328,7 @@ class _Blocks:
 
 
 def _rows(T: int) -> int:
+    """Rows of a strip of T tokens."""
     return min(T, ROWS if T > 2 * ROWS else ROWS // 2)
 
 

@@ -226,7 +226,7 @@ def _check(key: str, value: Any) -> None:
         if isinstance(item, int) and not isinstance(item, bool) and item < least:
             raise UserError(f"--set {key}: expected an integer >= {least}, got {item}")
         if isinstance(item, float) and not (0 <= item < float("inf") and (item > 0 or least == 0)):
-            raise UserError(f"--set {key}: expected a positive number, got {item}")
+            raise UserError(f"--set {key}: expected a {'number >= 0' if least == 0 else 'positive number'}, got {item}")
     if key == "schedule" and value not in SCHEDULES:
         raise UserError(f"--set schedule: expected {', '.join(SCHEDULES)}, got {value!r}")
 
