@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import Problem
+from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +39,22 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(problem.gradients(out), problem.gradients(problem.run(None)))
 
 
+def test_a_graph_of_another_revision_is_not_found_on_disk(monkeypatch):
+    """As after an update: the earlier version saved nothing for the backward, so its graph returns other shapes."""
+
+    def compiled():
+        torch._dynamo.reset()
+        return torch.compile(ka_attention, fullgraph=True)(problem.q, problem.k, problem.v)
+
+    problem = Problem(dtype=torch.float32)
+    with fresh_cache():
+        with monkeypatch.context() as earlier:
+            earlier.setattr(operator, "REVISION", "an earlier one")
+            earlier.setattr(blocked, "_saved", lambda q, save: q.new_empty(0))
+            compiled()
+        torch.testing.assert_close(problem.gradients(compiled()), problem.gradients(problem.run("blocked")))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_library_operator(name):
     problem = Problem(**CASES[name], dtype=torch.float32)
@@ -56,7 +73,7 @@ def test_library_operator(name):
     )
     torch.library.opcheck(
         operator.forward,
-        (*call.tensors, *call.options.values(), True, "blocked"),
+        (*call.tensors, *call.options.values(), True, "blocked", operator.REVISION),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -4,12 +4,19 @@ As library operators they are opaque to torch.compile and to autocast: one node 
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+# torch.compile keeps graphs on disk and finds them again by operators and arguments, not by the shapes that an operator
+# returns. An argument that changes with this folder's code keeps a graph of another version from being found.
+_SOURCES = sorted(Path(__file__).parent.rglob("*.py"))
+REVISION = f"{zlib.crc32(b''.join(file.read_bytes() for file in _SOURCES)):08x}"
 
 
 @functools.cache
@@ -47,10 +54,11 @@ def _forward(
     softcap: float | None,
     save: bool,
     backend: str,
+    revision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A [B, Hq, T, D], log-sum-exp [B, Hq, T], with `save` what the backend wants back in `_backward`, else empty).
 
-    Tensors as docs/architecture.md describes them.
+    Tensors as docs/architecture.md describes them; `revision` is REVISION.
     """
     with _without_autocast(q, backend):
         return _load(backend).forward(
@@ -86,7 +94,7 @@ def _backward(
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.window, ctx.softcap, _, ctx.backend = inputs
+    *tensors, ctx.scale, ctx.window, ctx.softcap, _, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
@@ -94,12 +102,12 @@ def _setup(ctx, inputs, output):
 
 def _differentiate(ctx, da, *_):
     if da is None:
-        return (None,) * 13
+        return (None,) * 14
     tensors = ctx.saved_tensors
     seen = torch.is_grad_enabled() or _traced(da)  # the library operator refuses a second derivative
     run: Callable = backward if seen else _backward
     grads = iter(run(da, *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend))
-    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 7
+    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 8
 
 
 class _Eager(torch.autograd.Function):
@@ -119,7 +127,7 @@ backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_
 
 
 @forward.register_fake
-def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend):
+def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend, revision):
     return _load(backend).outputs(q, save)
 
 
@@ -132,7 +140,7 @@ def attend(*inputs, backend: str) -> Tensor:
     """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call."""
     traced = _traced(*inputs[:4])
     save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
-    return (forward if traced else _apply)(*inputs, save, backend)[0]
+    return (forward if traced else _apply)(*inputs, save, backend, REVISION)[0]
 
 
 def _traced(q: Tensor, *others: Tensor | None) -> bool:
