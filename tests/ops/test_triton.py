@@ -178,6 +178,37 @@ def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
 
 
 @kernels
+@pytest.mark.parametrize("given", [{"B": 2, "T": 64}, {"P": 20, "T": 40}, {"lengths": (33, 7)}])
+def test_heads_that_take_turns(given, monkeypatch):
+    """Waves of two heads, the last of what is left, give what all heads together give."""
+    from ka_attention.ops.triton import launch
+
+    def run(wave):
+        monkeypatch.setattr(launch, "_plans", {})
+        monkeypatch.setattr(launch, "wave", lambda *_: wave)
+        monkeypatch.setattr(launch, "links", lambda *_: 1)
+        return triton_pass(tensors, options, da)
+
+    tensors, options = on_device(Problem(**SMALL | {"Hq": 3} | given, dtype=torch.float32))
+    da = torch.randn_like(tensors[0])
+    for of_two, together in zip(run(2), run(6), strict=True):
+        assert torch.equal(of_two, together)
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "expected"), [(256, 2 << 20, 16), (64, 512 << 10, 32), (20, 4 << 20, 10), (8, 8 << 20, 8)]
+)
+def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monkeypatch):
+    from types import SimpleNamespace
+
+    from ka_attention.ops.triton import tiles
+
+    h100 = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    assert tiles.wave(torch.device("cuda"), heads, size) == expected
+
+
+@kernels
 @pytest.mark.parametrize("lengths", [(1, 33, 100), (30,)])
 def test_a_band_as_long_as_the_sequence(lengths, monkeypatch):
     from ka_attention.ops.triton import launch

@@ -63,11 +63,11 @@ def _solve(SOLVE, c0, n, BM: tl.constexpr, GUARD: tl.constexpr):
     return tl.trans(load_tile(SOLVE, c0, BM, n, BM, BM, BM, GUARD))
 
 
-@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def prepare_kernel(
     DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, BAND,
     da_strides, q_strides, k_strides, v_strides, gate_strides, mask_strides,
-    scale, softcap, B, H, T, P, window,
+    scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
@@ -78,7 +78,7 @@ def prepare_kernel(
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
-    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
+    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, wave, PACKED)
     c0 = rank * BM
     if PACKED and c0 >= n:
         return
@@ -140,11 +140,11 @@ def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strid
     return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT), d
 
 
-@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def columns_kernel(
     DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
     da_strides, q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
-    scale, softcap, B, H, T, P, window,
+    scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     REACH: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -161,7 +161,7 @@ def columns_kernel(
     R: tl.constexpr = BM // BN
     APART: tl.constexpr = R * REACH if MODE == "chain" else 0  # row tiles that wait for the last moment
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
-    sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
+    sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, wave, PACKED)
     blocks = tl.cdiv(n, BM)
     if PACKED and rank >= blocks:
         return
@@ -272,11 +272,11 @@ def _dq_step(q, y, lse, delta, K, U, j, n, k_stride, u_stride, seen, dq, scale, 
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
 
 
-@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def dq_kernel(
     Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DQ,
     q_strides, k_strides, v_strides, k_past_strides, u_past_strides, mask_strides,
-    scale, softcap, B, H, T, P, window,
+    scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOLVED: tl.constexpr,
     HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
@@ -285,7 +285,7 @@ def dq_kernel(
     """dQ of one row block of one head, longest rows first; with SOLVED also δ, which otherwise is there already."""
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
-    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, PACKED)
+    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, wave, PACKED)
     blocks = tl.cdiv(n, BM)
     if PACKED and rank >= blocks:
         return

@@ -41,11 +41,11 @@ def _absorb(q, K, U, j, n, k_stride, u_stride, seen, acc, m, total, scale, softc
     return acc, top, total * alpha + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["B", "H", "T", "P", "window"])
+@triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def forward_kernel(
     Q, K, V, GATE, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, BAND, FLAGS,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
-    scale, softcap, B, H, T, P, window,
+    scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     REACH: tl.constexpr, SAVE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -59,7 +59,7 @@ def forward_kernel(
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     COMPLETE: tl.constexpr = MODE != "band" or not HAS_GATE  # a band adds (I − G) V of other blocks to x
     t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
-    sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, PACKED)
+    sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, wave, PACKED)
     r0 = rank * BM
     if PACKED and r0 >= n:
         return

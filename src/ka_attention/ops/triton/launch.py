@@ -13,7 +13,7 @@ from triton.compiler import CompiledKernel
 from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import Tiles, choose, links, longest_reach, padded, sweep_stages
+from ka_attention.ops.triton.tiles import Tiles, choose, links, longest_reach, padded, sweep_stages, wave
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -142,13 +142,15 @@ class _Plan:
         B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.sequences = len(cu_seqlens) - 1 if self.packed else B
+        self.da, self.q, self.k, self.v, self.gate = map(_strides, (da, q, k, v, gate))
+        self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
+        read = 2 * (self.P + self.T) * self.D * q.element_size()  # a head's K and U
+        self.wave = wave(self.device, self.H if self.packed else B * self.H, read)
+        self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0, self.wave
         table = self.table = choose(q)
         self.BM = table.columns.BM
         self.mode, self.reach = self._mode()
         self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
-        self.da, self.q, self.k, self.v, self.gate = map(_strides, (da, q, k, v, gate))
-        self.k_past, self.u_past, self.mask = map(_strides, (k_past, u_past, mask))
-        self.numbers = scale, softcap or 0.0, B, self.H, self.T, self.P, window or 0
         self.precision = "half"
         if q.dtype == torch.float32:  # three tf32 products are as exact as one of float32
             self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
@@ -221,7 +223,7 @@ class _Plan:
             reach = min(reach, triton.cdiv(self.window - 1, self.BM))
         if reach <= longest_reach(self.device, self.window is not None):
             return ("band" if reach else "single"), reach
-        return "chain", links(self.device, self.sequences * self.H)
+        return "chain", links(self.device, self.wave * (self.sequences if self.packed else 1))
 
     def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
         """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""

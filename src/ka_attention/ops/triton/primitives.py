@@ -12,20 +12,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(t, CU, SCHEDULE, B, H, T, PACKED: tl.constexpr):
+def locate(t, CU, SCHEDULE, B, H, T, wave, PACKED: tl.constexpr):
     """Work item t as (sequence, batch, head, rank, first row, length). `rank` counts the row blocks of a sequence.
 
-    Items are in rank-major order, so all sequences and heads advance together and rank r − 1 always precedes r.
+    Heads take turns in waves. Within a wave items are in rank-major order, so its heads advance together and rank r − 1
+    always precedes r.
     """
-    h = t % H
+    heads = H if PACKED else B * H  # of all batch entries
+    turns = tl.num_programs(0) // heads
+    first = t // (turns * wave) * wave
+    t -= first * turns
+    size = tl.minimum(wave, heads - first)
+    h = first + t % size
+    turn = t // size
     if PACKED:
-        sequence = tl.load(SCHEDULE + t // H * 2)
-        rank = tl.load(SCHEDULE + t // H * 2 + 1)
+        sequence = tl.load(SCHEDULE + turn * 2)
+        rank = tl.load(SCHEDULE + turn * 2 + 1)
         start = tl.load(CU + sequence)
         return sequence, sequence * 0, h, rank, start, tl.load(CU + sequence + 1) - start
     else:
-        sequence = t // H % B
-        return sequence, sequence, h, t // H // B, h * 0, T
+        return h // H, h // H, h % H, turn, h * 0, T
 
 
 @triton.jit

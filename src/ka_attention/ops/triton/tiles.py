@@ -83,13 +83,23 @@ def longest_reach(device: torch.device, windowed: bool) -> int:
     return 8 if _roomy(device) else 4
 
 
+def wave(device: torch.device, heads: int, size: int) -> int:
+    """How many of the heads advance together, each reading its `size` bytes of keys and values block after block.
+
+    As many as the L2 cache holds, half of it left to other things, or as keep the multiprocessors busy: a chain of
+    blocks alone occupies a few of them.
+    """
+    cache = 1 << 14 if device == INTERPRETED else torch.cuda.get_device_properties(device).L2_cache_size
+    most = max(cache // 2 // size, _processors(device) // 8)
+    return triton.cdiv(heads, triton.cdiv(heads, most))
+
+
 def links(device: torch.device, heads: int) -> int:
     """How many of the nearest blocks a block of the chain waits for one by one, all else being ready before.
 
     With few heads what a block computes beside the loop decides how fast the chain advances; with many it is only work.
     """
-    processors = 16 if device == INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    return 3 if heads * 8 <= processors else 1
+    return 3 if heads * 8 <= _processors(device) else 1
 
 
 def sweep_stages(device: torch.device, reach: int) -> int:
@@ -100,6 +110,10 @@ def sweep_stages(device: torch.device, reach: int) -> int:
 def padded(D: int, interpreted: bool = triton.knobs.runtime.interpret) -> int:
     """The head dimension as the kernels see it: a power of two of at least 64."""
     return max(16 if interpreted else 64, 1 << (D - 1).bit_length())
+
+
+def _processors(device: torch.device) -> int:
+    return 16 if device == INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
