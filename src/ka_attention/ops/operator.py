@@ -137,10 +137,13 @@ def _(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, scale,
 
 
 def attend(*inputs, backend: str) -> Tensor:
-    """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call."""
+    """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call, and
+    autograd too where no gradient is asked for.
+    """
     traced = _traced(*inputs[:4])
     save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
-    return (forward if traced else _apply)(*inputs, save, backend, REVISION)[0]
+    run = forward if traced else _apply if save else _forward
+    return run(*inputs, save, backend, REVISION)[0]
 
 
 def _traced(q: Tensor, *others: Tensor | None) -> bool:
