@@ -142,7 +142,7 @@ def attend(*inputs, backend: str) -> Tensor:
     """
     traced = _traced(*inputs[:4])
     save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
-    run = forward if traced else _apply if save else _forward
+    run: Callable = forward if traced else _apply if save else _forward
     return run(*inputs, save, backend, REVISION)[0]
 
 
