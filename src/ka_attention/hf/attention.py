@@ -20,16 +20,19 @@ from ka_attention.ops.api import attend_one, repeat_heads
 NAME = "ka"
 
 # Arguments with which some models change what attention computes. None of them has a meaning for KA-attention here.
-_UNSUPPORTED = (
-    "s_aux",
-    "sinks",
-    "position_bias",
-    "head_mask",
-    "alibi",
-    "cache",
-    "indices",
-    "block_indices",
-    "score_mod",
+_UNSUPPORTED = frozenset(
+    {
+        "s_aux",
+        "sinks",
+        "position_bias",
+        "head_mask",
+        "alibi",
+        "cache",
+        "indices",
+        "block_indices",
+        "score_mod",
+        "output_attentions",
+    }
 )
 
 
@@ -62,7 +65,8 @@ def attention_forward(
     query ``[B, Hq, n, D]``, key and value ``[B, Hkv, S, D]`` (or the KAState of a KA cache) give ``[B, n, Hq, D]``.
     ValueError: an argument that KA-attention does not have. RuntimeError: a cache that does not fit, or a missing gate.
     """
-    _refuse_unsupported(module, kwargs)
+    if not _UNSUPPORTED.isdisjoint(kwargs):
+        _refuse_unsupported(module, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         return sdpa_attention_forward(
@@ -85,9 +89,9 @@ def attention_forward(
     with torch.autocast(device, enabled=False) if autocast and not plain else nullcontext():
         if state is not None:
             key, value = state.keys, state.values
-            if value.shape[1] != (query.shape[1] if is_ka else key.shape[1]):
+            if state.layer.groups != (query.shape[1] // key.shape[1] if is_ka else 1):
                 raise RuntimeError(f"layer {layer_idx}: this KA cache was made for another ka_config, make a new one")
-            mask, window = state.align(mask, window)
+            mask, window = state.layer.align(mask, window, key.shape[2])
         else:
             if autocast:  # rotary embeddings leave queries and keys in float32; a cache has one dtype by itself
                 dtype = torch.get_autocast_dtype(device)
@@ -116,16 +120,16 @@ def attention_forward(
             out = _ka(query, key, value, v, mask, gate, scale, window, softcap, packed)
             read = out if adapter is None or state is None else adapter(out)
         if state is not None:
-            state.commit(cache_values(v, read, gate))
+            state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
     return out.transpose(1, 2).contiguous(), None
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    names = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if names:
-        raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions: attention "ka" returns no weights; ka_attention.ops.walk computes them')
+    names = sorted(name for name in _UNSUPPORTED - {"output_attentions"} if kwargs.get(name) is not None)
+    if names:
+        raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
 
 
 def _gate(module: nn.Module, ka: KAConfig, v: Tensor) -> float | Tensor:

@@ -1,13 +1,14 @@
 """The KA cache: keys and, in the values' place, U = V + g (A − V), which later tokens read (docs/maths.md §4).
 
-A cache layer is updated before attention runs, when only V is known. So ``update()`` stores V in the new slots and
-returns ``(K, KAState)``: the attention function reads the past and the new V from the state, computes A, and calls
-``state.commit(U)``, which overwrites the new slots. All other life of a cache (crop, reorder, repeat, select, reset,
-several turns) is that of transformers' own cache layers.
+A cache layer is updated before attention runs, when only V is known. So ``update()`` returns ``(K, KAState)``: the
+attention function reads the past and the new V from the state, computes A, and calls ``state.commit(U)``, which takes
+the place of V. All other life of a cache (crop, reorder, repeat, select, reset, several turns) is that of transformers'
+own cache layers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,22 +18,24 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ka_attention.hf.config import KAConfig
 
+# Values of more elements take U in place, a launch of its own; fewer wait for the next concatenation, which then reads
+# a strided tensor: that takes a GPU longer, by more than the launch costs the processor where values are large.
+IN_PLACE = 2**20
+
 
 class KAState:
     """One layer's tokens on their way from the cache to the attention function.
 
     keys, values: ``[B, Hkv, S, D]`` and ``[B, H, S, D]``, all tokens in sight: U of the past and V of the new ones,
-                  which are the last ``n``; a single new token may sit in any slot. ``H`` is ``Hq`` in a KA layer,
-                  else ``Hkv``.
+                  which are the last ``n``; a single new token may sit in any slot. ``H`` is ``Hq`` in a KA layer, but
+                  ``Hkv`` while there is no past, else ``Hkv``.
     value:        V of the new tokens, ``[B, Hkv, n, D]``.
     """
 
+    __slots__ = ("keys", "layer", "value", "values")
+
     def __init__(self, layer: Any, keys: Tensor, values: Tensor, value: Tensor) -> None:
         self.layer, self.keys, self.values, self.value = layer, keys, values, value
-
-    def align(self, mask: Tensor | None, window: int | None) -> tuple[Tensor | None, int | None]:
-        """The given mask cut to this layer's keys, and the window that the mask does not express yet."""
-        return self.layer.align(mask, window, self.keys.shape[2])
 
     def commit(self, u: Tensor | None = None) -> None:
         """Store ``u``, ``[B, Hq, n, D]``, in the slots of the new tokens; None leaves their V there."""
@@ -59,11 +62,14 @@ class _KALayer:
         self.groups = groups
         self.pending: Any = None
 
-    def _begin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin(self, key: Tensor, value: Tensor) -> Tensor:
         if self.pending is not None:
             raise RuntimeError("the last update of this KA cache was never committed: its forward pass did not finish")
-        value = value.to(key.dtype)  # under autocast rotary keys are float32 and values are not
-        return value, value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
+        # Under autocast rotary keys are float32 and values are not. A conversion to the same dtype is not free.
+        return value if value.dtype == key.dtype else value.to(key.dtype)
+
+    def _repeat(self, value: Tensor) -> Tensor:
+        return value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
 
     def reset(self) -> None:
         self.pending = None
@@ -71,11 +77,25 @@ class _KALayer:
 
 
 class KADynamicLayer(_KALayer, DynamicLayer):
-    """Grows by concatenation."""
+    """Grows by concatenation, which puts U of the last tokens in V's place; who reads ``values`` before, gets U too."""
+
+    @property
+    def values(self) -> Any:
+        if self._late is not None:
+            self.values = torch.cat(self._settled(), dim=2)
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._values, self._late = values, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        value, stored = self._begin(key_states, value_states)
-        keys, values = super().update(key_states, stored, *args, **kwargs)
+        value = self._begin(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value)
+        is_first = self.keys.numel() == 0
+        self.keys = keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = values = value if is_first else torch.cat([*self._settled(), self._repeat(value)], dim=2)
         self.pending = key_states.shape[2]
         return keys, KAState(self, keys, values, value)
 
@@ -84,16 +104,25 @@ class KADynamicLayer(_KALayer, DynamicLayer):
         return None if mask is None else mask[..., -length:], window
 
     def commit(self, u: Tensor | None) -> None:
-        n, self.pending = min(self.pending, self.values.shape[2]), None
-        if u is None or n == 0:
-            return
-        if n < u.shape[2]:
-            u = u[:, :, -n:]
-        if torch.is_grad_enabled() and (u.requires_grad or self.values.requires_grad):
-            u = u.to(self.values.dtype)
-            self.values = torch.cat([self.values[:, :, :-n], u], dim=2)  # autograd still needs the tensor that holds V
-        else:
-            self.values[:, :, -n:].copy_(u)
+        n, self.pending, values = self.pending, None, self._values
+        past = values.shape[2] - n
+        if u is not None and u.dtype != values.dtype:
+            u = u.to(values.dtype)
+        if past <= 0:  # negative: a window is shorter than what is new. The memory is to be the cache's own.
+            self.values = (values if u is None else u[:, :, -past:]).contiguous()
+        elif u is not None:
+            if values.numel() > IN_PLACE and not (
+                torch.is_grad_enabled() and (u.requires_grad or values.requires_grad)
+            ):
+                values.narrow(2, past, n).copy_(u)
+            else:
+                self._late = u
+
+    def _settled(self) -> tuple[Tensor, ...]:
+        """``values`` in pieces."""
+        if self._late is None:
+            return (self._values,)
+        return self._values.narrow(2, 0, self._values.shape[2] - self._late.shape[2]), self._late
 
     def reset(self) -> None:
         self.is_initialized = False  # dropped, not zeroed: transformers before 5.23 keeps the length of window layers
@@ -105,8 +134,13 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         keys, state = super().update(key_states, value_states, *args, **kwargs)
-        sight = self.sliding_window - 1 + key_states.shape[2]
-        state.keys, state.values = state.keys[:, :, -sight:], state.values[:, :, -sight:]
+        self.cumulative_length += key_states.shape[2]
+        kept = self.sliding_window - 1
+        if self.record_past:
+            sight = kept + key_states.shape[2]
+            state.keys, state.values = keys[:, :, -sight:], state.values[:, :, -sight:]
+        else:
+            self.keys, self.values = keys[:, :, -kept:], state.values[:, :, -kept:]
         return keys, state
 
 
@@ -131,14 +165,16 @@ class KAStaticLayer(_KALayer, StaticLayer):
                 torch._dynamo.mark_static_address(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        value, stored = self._begin(key_states, value_states)
+        value = self._begin(key_states, value_states)
+        stored = self._repeat(value)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(key_states, value)
         n = key_states.shape[2]
         positions = torch.arange(n, device=self.device) + self.cumulative_length
         self.pending = (key_states, stored, positions)
         if n == 1:
-            self._write(key_states, stored, positions)
+            self._write(self.keys, key_states, positions)
+            self._write(self.values, stored, positions)
             keys, values = self.keys, self.values
         elif self._is_first(positions):
             keys, values = key_states, stored
@@ -168,18 +204,19 @@ class KAStaticLayer(_KALayer, StaticLayer):
 
     def commit(self, u: Tensor | None) -> None:
         (keys, stored, positions), self.pending = self.pending, None
-        if u is not None or keys.shape[2] > 1:
-            self._write(keys, stored if u is None else u.to(stored.dtype), positions)
+        if keys.shape[2] > 1:
+            self._write(self.keys, keys, positions)
+        if keys.shape[2] > 1 or u is not None:
+            self._write(self.values, stored if u is None else u.to(stored.dtype), positions)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.total, 0
 
-    def _write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def _write(self, buffer: Tensor, new: Tensor, positions: Tensor) -> None:
         if self.is_ring:
             positions = positions[-self.max_cache_len :] % self.max_cache_len
-            keys, values = keys[:, :, -self.max_cache_len :], values[:, :, -self.max_cache_len :]
-        self.keys.index_copy_(2, positions, keys)
-        self.values.index_copy_(2, positions, values)
+            new = new[:, :, -self.max_cache_len :]
+        buffer.index_copy_(2, positions, new)
 
     def _is_first(self, positions: Tensor) -> bool:
         # Looking at the position waits for the device. A compiled prefill does not look: the general way is right too.
@@ -213,18 +250,17 @@ class KACache(DynamicCache):
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
         _refuse_offloading(offloading)
-        layers: list[Any] = []
-        for groups, window in layer_plan(config):
-            # transformers' window layer needs room for one token at least; the attention function applies windows of 1.
-            layers.append(
-                KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
-            )
+        # transformers' window layer needs room for one token at least; the attention function applies windows of 1.
+        layers: list[Any] = [
+            KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
+            for groups, window in layer_plan(config)
+        ]
         Cache.__init__(self, layers=layers)
+        self.widest = max(layers, key=lambda layer: getattr(layer, "sliding_window", math.inf))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for the layer that sees most: layers may differ in their windows, a model makes one mask for all."""
-        layers: list[Any] = self.layers
-        return max(layer.get_mask_sizes(query_length) for layer in layers)
+        return self.widest.get_mask_sizes(query_length)
 
 
 class KAStaticCache(StaticCache):

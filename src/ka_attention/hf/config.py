@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import torch
 
 GateKind = Literal["fixed", "head", "token"]
 
@@ -64,5 +67,21 @@ class KAConfig:
     @classmethod
     def of(cls, model_config: Any) -> KAConfig:
         """The KA configuration of a transformers configuration (the default one where none was set)."""
-        stored = getattr(model_config, "ka_config", None) or {}
-        return stored if isinstance(stored, cls) else cls(**stored)
+        global _last
+        try:  # every layer asks at every step, so past what transformers does at each access
+            stored = object.__getattribute__(model_config, "ka_config") or {}
+        except AttributeError:
+            stored = {}
+        if isinstance(stored, cls):
+            return stored
+        if torch.compiler.is_compiling():
+            return cls(**stored)
+        if stored != _last[0]:
+            _last = copy.deepcopy(stored), cls(**stored)
+        return _last[1]
+
+
+_last: tuple[dict[str, Any], KAConfig] = (
+    {},
+    KAConfig(),
+)  # what was stored where `KAConfig.of` looked last, and what it says
