@@ -204,11 +204,99 @@ def test_refusals():
         run(attached("llama", KAConfig()), [tokens(1, 5), tokens(1, 1)], cache)
 
 
+# A growing cache puts U in V's place with the next concatenation, or at once where values are large.
+
+
+@pytest.fixture(params=[0, 2**20], ids=["at once", "late"])
+def in_place(request, monkeypatch):
+    monkeypatch.setattr("ka_attention.hf.cache.IN_PLACE", request.param)
+
+
+KA_LAYER = [KAConfig(), KAConfig(window=4), KAConfig(layers=(1,), window=4), KAConfig(gate_init=0.5)]
+
+
+@pytest.mark.parametrize("ka", KA_LAYER, ids=range(len(KA_LAYER)))
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_who_reads_the_values_between_steps_finds_what_later_tokens_read(family, ka, in_place):
+    """After each step: of the heads and tokens that one parallel pass leaves; looking changes nothing."""
+    model, ids = attached(family, ka), tokens()
+    looked, alone = KACache(model.config), KACache(model.config)
+    for start, end in ((0, 1), (1, 5), (5, 6), (6, 7), (7, 10), (10, 12)):
+        logits = [run(model, [ids[:, start:end]], cache) for cache in (looked, alone)]
+        assert torch.equal(*logits)
+        whole = KACache(model.config)
+        run(model, [ids[:, :end]], whole)
+        assert cache_bytes(looked) == cache_bytes(whole)
+        for got, want in zip(looked.layers, whole.layers, strict=True):
+            assert largest(got.values - want.values) < TINY
+            assert got.values is got.values
+
+
+@pytest.mark.parametrize("ka", KA_LAYER[:2], ids=["full", "window"])
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "copy", "reset"])
+def test_a_cache_may_be_changed_right_after_a_step(change, ka, in_place):
+    model, ids = attached("llama", ka), tokens(2, 9)
+    cache, rows, kept = KACache(model.config), torch.arange(2), 6
+    cache.activate_past_recording()
+    run(model, ids[:, :6].split([4, 1, 1], 1), cache)
+    match change:
+        case "crop":
+            cache.crop(-1)
+            kept = 5
+        case "reorder":
+            rows = torch.tensor([1, 0])
+            cache.reorder_cache(rows)
+        case "repeat":
+            rows = torch.tensor([0, 0, 1, 1])
+            cache.batch_repeat_interleave(2)
+        case "select":
+            rows = torch.tensor([1])
+            cache.batch_select_indices(rows)
+        case "copy":
+            other = copy.deepcopy(cache)
+            run(model, [tokens(2, 2, seed=7)], cache)  # the copy does not see what the cache goes on with
+            cache = other
+        case "reset":
+            cache.reset()
+            kept = 0
+    got = run(model, ids[rows, kept:].split(1, 1), cache)
+    assert largest(got - parallel(model, ids[rows])[:, kept:]) < TINY
+
+
+def test_the_cache_owns_its_memory():
+    """A prefill leaves no view of larger tensors: of all projections, or of more tokens than a window keeps."""
+    for ka in (KAConfig(window=4), KAConfig(layers=(1,))):
+        model = attached("gpt_neox", ka)
+        cache = KACache(model.config)
+        run(model, [tokens()], cache)
+        held = sum(layer.values.untyped_storage().nbytes() for layer in cache.layers)
+        assert held == sum(layer.values.nbytes for layer in cache.layers)
+
+
+def test_a_changed_configuration_is_heeded():
+    """In whatever way it changes, between two steps too: nothing that was read before is kept."""
+    model, ids = attached("gpt_neox", KAConfig()), tokens()
+    before, settings = parallel(model, ids), model.config.ka_config
+    settings["window"] = 3
+    assert torch.equal(parallel(model, ids), parallel(attached("gpt_neox", KAConfig(window=3)), ids))
+    model.config.ka_config = {"layers": [1]}
+    assert torch.equal(parallel(model, ids), parallel(attached("gpt_neox", KAConfig(layers=(1,))), ids))
+    settings["window"] = None
+    model.config.ka_config = settings
+    assert torch.equal(parallel(model, ids), before)
+
+
 # Tests of the tests: each mutant must be seen at the logits (equal tokens prove little).
 
 
+def new_values(layer, u):
+    """V of the new tokens, in the shape of their U."""
+    return layer._values[:, :, -u.shape[2] :].repeat_interleave(u.shape[1] // layer._values.shape[1], dim=1)
+
+
 def no_commit(monkeypatch):
-    monkeypatch.setattr(KADynamicLayer, "commit", lambda self, u: setattr(self, "pending", None))
+    right = KADynamicLayer.commit
+    monkeypatch.setattr(KADynamicLayer, "commit", lambda self, u: right(self, new_values(self, u)))
 
 
 def commit_a_step_late(monkeypatch):
@@ -266,9 +354,9 @@ def commit_the_last_token_only(monkeypatch):
         right = layer.commit
 
         def commit(self, u, right=right):
-            n = self.pending if isinstance(self.pending, int) else self.pending[0].shape[2]
-            value = self.values[:, :, -n:].clone() if isinstance(self.pending, int) else self.pending[1]
-            if u is not None and n > 1 and value.shape[2] == n:
+            n = u.shape[2]
+            value = new_values(self, u) if isinstance(self.pending, int) else self.pending[1]
+            if n > 1 and value.shape[2] == n:
                 u = torch.cat([value[:, :, :-1], u[:, :, -1:]], dim=2)
             right(self, u)
 

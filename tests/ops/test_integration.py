@@ -5,6 +5,7 @@ import torch
 from problems import Problem
 from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -37,6 +38,23 @@ def test_compiles_with_inductor():
     out = torch.compile(ka_attention, fullgraph=True)(problem.q, problem.k, problem.v)
     torch.testing.assert_close(out, problem.run(None))
     torch.testing.assert_close(problem.gradients(out), problem.gradients(problem.run(None)))
+
+
+def test_compiles_for_sizes_and_numbers_that_change():
+    torch._dynamo.reset()
+    compiled = torch.compile(ka_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, number in ((9, 0.1), (13, 0.2), (14, 0.3)):
+        q, k, v = torch.randn(3, 1, 2, T, 8)
+        options = {"gate": number, "scale": number, "softcap": 1 + number}
+        torch.testing.assert_close(compiled(q, k, v, **options), ka_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("ends", [(0, 4), (0, 4, 12), (0, 7, 4, 10), (1, 10)])
+def test_compiled_calls_check_cu_seqlens(ends):
+    torch._dynamo.reset()
+    compiled = torch.compile(ka_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to T = 10 without falling"):
+        compiled(*torch.randn(3, 1, 2, 10, 8), cu_seqlens=torch.tensor(ends, dtype=torch.int32))
 
 
 def test_a_graph_of_another_revision_is_not_found_on_disk(monkeypatch):
@@ -155,6 +173,38 @@ def test_shapes_alone(shapes_alone):
         q, k, v = torch.empty(2, 4, 5, 8, requires_grad=True), torch.empty(2, 2, 5, 8), torch.empty(2, 2, 5, 8)
         out = ka_attention(q, k, v)
         assert out.shape == torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_derivatives_of_torch_func_need_the_reference(backend):
+    """Anything but an error would be zeros."""
+
+    def attend(q):
+        return ka_attention(q, k, v, backend=backend)
+
+    def dual(q, tangent):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(attend(forward_ad.make_dual(q, tangent))).tangent
+
+    q, k, v, tangent = torch.randn(4, 1, 2, 5, 8, dtype=torch.float64)
+    ways = [
+        lambda: torch.func.jvp(attend, (q,), (tangent,))[1],
+        lambda: dual(q, tangent),
+        lambda: torch.func.grad(lambda q: (attend(q) * tangent).sum())(q),
+        lambda: torch.vmap(torch.func.grad(lambda q: attend(q).sum()))(q[None]),
+    ]
+    if backend == "blocked":
+        for way in ways:
+            with pytest.raises(RuntimeError, match="forward-mode derivatives need backend='reference'"):
+                way()
+        return
+    step = 1e-6
+    differences = (attend(q + step * tangent) - attend(q - step * tangent)) / (2 * step)
+    torch.testing.assert_close(ways[0](), differences, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ways[1](), ways[0]())
+    x = q.clone().requires_grad_()
+    torch.testing.assert_close(ways[2](), torch.autograd.grad(attend(x), x, tangent)[0])
+    assert ways[3]().isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -18,6 +18,7 @@ from ka_attention.ops import cache_values, ka_attention
 from ka_attention.ops.api import attend_one, repeat_heads
 
 NAME = "ka"
+_AS_IT_IS = nullcontext()
 
 # Arguments with which some models change what attention computes. None of them has a meaning for KA-attention here.
 _UNSUPPORTED = frozenset(
@@ -77,6 +78,7 @@ def attention_forward(
     layer_idx: Any = module.layer_idx
     ka = KAConfig.of(module.config)
     is_ka = ka.caches_outputs(layer_idx)
+    (_, heads, n, _), (_, key_heads, length, _) = query.shape, key.shape
     # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
     window = ka.window_of(layer_idx, sliding_window if is_ka else None)
 
@@ -85,20 +87,21 @@ def attention_forward(
     state = value if isinstance(value, KAState) else None
     adapter = module._modules.get("ka_adapter")
     # The operator does not heed autocast, modules and PyTorch's own attention do.
-    plain = is_ka and ka.gate == "fixed" and adapter is None and state is None
-    with torch.autocast(device, enabled=False) if autocast and not plain else nullcontext():
+    plain = not autocast or (is_ka and ka.gate == "fixed" and adapter is None and state is None)
+    with _AS_IT_IS if plain else torch.autocast(device, enabled=False):
         if state is not None:
             key, value = state.keys, state.values
-            if state.layer.groups != (query.shape[1] // key.shape[1] if is_ka else 1):
+            length = key.shape[2]
+            if state.layer.groups != (heads // key_heads if is_ka else 1):
                 raise RuntimeError(f"layer {layer_idx}: this KA cache was made for another ka_config, make a new one")
-            mask, window = state.layer.align(mask, window, key.shape[2])
+            mask, window = state.layer.align(mask, window, length)
         else:
             if autocast:  # rotary embeddings leave queries and keys in float32; a cache has one dtype by itself
                 dtype = torch.get_autocast_dtype(device)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            if key.shape[2] != query.shape[2] and (is_ka or window is not None):
+            if length != n and (is_ka or window is not None):
                 raise RuntimeError(
-                    f"layer {layer_idx} got {key.shape[2]} keys for {query.shape[2]} queries from a plain cache, which "
+                    f"layer {layer_idx} got {length} keys for {n} queries from a plain cache, which "
                     "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
                     "with a model from ka_attention.hf.attach"
                 )
@@ -113,12 +116,27 @@ def attention_forward(
         packed = kwargs.get("cu_seq_lens_q") if state is None else None
         if packed is not None:
             mask = None  # it says the same
-        if query.shape[2] > 1 and adapter is not None:
-            mask = _band(mask, query.shape[2], key.shape[2], window, query.device)
-            out, read = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
-        else:
-            out = _ka(query, key, value, v, mask, gate, scale, window, softcap, packed)
+        if n == 1:
+            values = value if length > 1 else repeat_heads(value, query)  # a cache repeats what it keeps
+            out = _one(query, key, values, mask, scale, window, softcap)
             read = out if adapter is None or state is None else adapter(out)
+        elif adapter is None:
+            past = length - n
+            out = read = ka_attention(
+                query,
+                key[:, :, past:] if past else key,
+                v,
+                gate=gate,
+                scale=scale,
+                window=window,
+                past=(key[:, :, :past], value[:, :, :past]) if past else None,
+                attn_mask=mask,
+                cu_seqlens=packed,
+                softcap=softcap,
+            )
+        else:
+            mask = _band(mask, n, length, window, query.device)
+            out, read = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
         if state is not None:
             state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
     return out.transpose(1, 2).contiguous(), None
@@ -195,35 +213,10 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
     return scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
 
 
-def _ka(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    gate: float | Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    packed: Tensor | None,
+def _one(
+    q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """KA-attention ``[B, Hq, n, D]`` of the new tokens, whose keys are the last ``n`` and whose values are ``v``."""
-    n = q.shape[2]
-    past = k.shape[2] - n
-    if n > 1:
-        return ka_attention(
-            q,
-            k[:, :, past:] if past else k,
-            v,
-            gate=gate,
-            scale=scale,
-            window=window,
-            past=(k[:, :, :past], values[:, :, :past]) if past else None,
-            attn_mask=mask,
-            cu_seqlens=packed,
-            softcap=softcap,
-        )
-    values = repeat_heads(values, q)
+    """KA-attention ``[B, Hq, 1, D]`` of one new token; the values ``[B, Hq, S, D]`` are U of the past and its own V."""
     if softcap is None:
         return attend_one(q, k, values, mask, scale, window)
     if window is not None:

@@ -79,23 +79,32 @@ class _KALayer:
 class KADynamicLayer(_KALayer, DynamicLayer):
     """Grows by concatenation, which puts U of the last tokens in V's place; who reads ``values`` before, gets U too."""
 
+    keys: Any
+    _late: Any  # U that is not in its place yet
+
     @property
     def values(self) -> Any:
         if self._late is not None:
-            self.values = torch.cat(self._settled(), dim=2)
+            self.values = torch.cat(self._pieces(), dim=2)
         return self._values
 
     @values.setter
     def values(self, values: Any) -> None:
         self._values, self._late = values, None
 
+    def _pieces(self) -> tuple[Tensor, ...]:
+        """``values``, to be concatenated."""
+        if self._late is None:
+            return (self._values,)
+        return self._values[:, :, : -self._late.shape[2]], self._late
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         value = self._begin(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value)
         is_first = self.keys.numel() == 0
-        self.keys = keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = values = value if is_first else torch.cat([*self._settled(), self._repeat(value)], dim=2)
+        self.keys = keys = torch.cat((self.keys, key_states), dim=2)
+        self.values = values = value if is_first else torch.cat((*self._pieces(), self._repeat(value)), dim=2)
         self.pending = key_states.shape[2]
         return keys, KAState(self, keys, values, value)
 
@@ -104,25 +113,17 @@ class KADynamicLayer(_KALayer, DynamicLayer):
         return None if mask is None else mask[..., -length:], window
 
     def commit(self, u: Tensor | None) -> None:
-        n, self.pending, values = self.pending, None, self._values
-        past = values.shape[2] - n
-        if u is not None and u.dtype != values.dtype:
-            u = u.to(values.dtype)
+        past, self.pending = self._values.shape[2] - self.pending, None
+        if u is not None and u.dtype != self._values.dtype:
+            u = u.to(self._values.dtype)
         if past <= 0:  # negative: a window is shorter than what is new. The memory is to be the cache's own.
-            self.values = (values if u is None else u[:, :, -past:]).contiguous()
-        elif u is not None:
-            if values.numel() > IN_PLACE and not (
-                torch.is_grad_enabled() and (u.requires_grad or values.requires_grad)
-            ):
-                values.narrow(2, past, n).copy_(u)
-            else:
-                self._late = u
-
-    def _settled(self) -> tuple[Tensor, ...]:
-        """``values`` in pieces."""
-        if self._late is None:
-            return (self._values,)
-        return self._values.narrow(2, 0, self._values.shape[2] - self._late.shape[2]), self._late
+            self.values = (self._values if u is None else u[:, :, -past:]).contiguous()
+        elif u is None:
+            return
+        elif u.requires_grad or self._values.numel() <= IN_PLACE:  # autograd still needs the tensor that holds V
+            self._late = u
+        else:
+            self._values[:, :, past:].copy_(u)
 
     def reset(self) -> None:
         self.is_initialized = False  # dropped, not zeroed: transformers before 5.23 keeps the length of window layers

@@ -51,14 +51,13 @@ class KAConfig:
 
     def caches_outputs(self, layer_idx: int) -> bool:
         """Whether later tokens read outputs in layer ``layer_idx``. With the fixed gate 0 they read values: softmax."""
-        return self.enabled(layer_idx) and not (self.gate == "fixed" and self.gate_init == 0)
+        return (self.gate_init != 0 or self.gate != "fixed") and self.enabled(layer_idx)
 
     def window_of(self, layer_idx: int, own: int | None = None) -> int | None:
         """The window of layer ``layer_idx`` whose model gives it the window ``own``: the narrower of the two."""
-        window = self.window if self.enabled(layer_idx) else None
-        if window is None or own is None:
-            return own if window is None else window
-        return min(window, own)
+        if self.window is None or not self.enabled(layer_idx):
+            return own
+        return self.window if own is None else min(self.window, own)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that survives ``config.json``."""
@@ -68,20 +67,20 @@ class KAConfig:
     def of(cls, model_config: Any) -> KAConfig:
         """The KA configuration of a transformers configuration (the default one where none was set)."""
         global _last
-        try:  # every layer asks at every step, so past what transformers does at each access
+        if torch.compiler.is_compiling():  # a graph would watch `_last`, and does not know the shorter way
+            return cls._read(getattr(model_config, "ka_config", None) or {})
+        try:  # every layer asks at every step: not by way of what transformers does at each access
             stored = object.__getattribute__(model_config, "ka_config") or {}
         except AttributeError:
             stored = {}
-        if isinstance(stored, cls):
-            return stored
-        if torch.compiler.is_compiling():
-            return cls(**stored)
         if stored != _last[0]:
-            _last = copy.deepcopy(stored), cls(**stored)
+            _last = copy.deepcopy(stored), cls._read(stored)
         return _last[1]
 
+    @classmethod
+    def _read(cls, stored: Any) -> KAConfig:
+        return stored if isinstance(stored, cls) else cls(**stored)
 
-_last: tuple[dict[str, Any], KAConfig] = (
-    {},
-    KAConfig(),
-)  # what was stored where `KAConfig.of` looked last, and what it says
+
+# What `KAConfig.of` found last, and what it says. A copy, so that a change of the original is seen.
+_last: tuple[dict[str, Any] | KAConfig, KAConfig] = {}, KAConfig()

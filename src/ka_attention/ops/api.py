@@ -47,7 +47,8 @@ def ka_attention(
         attn_mask: bool, True may be attended; [B, P + T] (real tokens, as in transformers) or 4-D, broadcastable to
             [B, Hq, T, P + T]. Causality applies besides.
         cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without past and attn_mask. The
-            values are checked, which waits for the device, once a tensor and not in every layer.
+            values are checked, which waits for the device, once a tensor and not in every layer; under torch.compile
+            and in CUDA graphs on the device, where wrong ones are a RuntimeError.
         softcap: scores become softcap · tanh(scores / softcap).
         dropout: only 0.0; attention that feeds itself has no established dropout.
         backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose: by
@@ -166,7 +167,7 @@ def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
     """The gate as [B, Hq, T] in float32 (float64 for float64 queries); None for the number 1."""
     B, Hq, T, _ = q.shape
     if isinstance(gate, int | float) and not isinstance(gate, bool):
-        if not math.isfinite(gate):
+        if not _finite(gate):
             raise ValueError(f"gate must be finite, got {gate}")
         if gate == 1:
             return None
@@ -207,14 +208,17 @@ def _check_cu_seqlens(cu: Tensor, q: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens must be [N + 1] with N ≥ 1 for a batch of 1, got {list(cu.shape)} for a batch of {q.shape[0]}"
         )
+    wrong = f"cu_seqlens must rise from 0 to T = {q.shape[2]} without falling"
     if torch.compiler.is_compiling() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return  # the values cannot be looked at here
+        # The values cannot be looked at here, so the device does.
+        torch._assert_async((cu[0] == 0) & (cu[-1] == q.shape[2]) & (cu.diff() >= 0).all(), wrong)
+        return
     seen = None if cu.is_inference() else (cu._version, q.shape[2])
     if seen is not None and _checked.get(cu) == seen:
         return
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != q.shape[2] or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[2]} without falling, got {ends}")
+        raise ValueError(f"{wrong}, got {ends}")
     if seen is not None:
         _checked[cu] = seen
 
@@ -239,9 +243,13 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...]
 def _number(name: str, x: float, above: float = -math.inf) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be None or a number, got {_kind(x)}")
-    if not math.isfinite(x) or x <= above:
+    if not _finite(x) or x <= above:
         raise ValueError(f"{name} must be finite{'' if above < 0 else ' and above 0'}, got {x}")
     return float(x)
+
+
+def _finite(x: float) -> bool:
+    return x - x == 0  # math.isfinite is no symbol to torch.compile
 
 
 def _kind(x: object) -> str:

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 # torch.compile keeps graphs on disk and finds them again by operators and arguments, not by the shapes that an operator
 # returns. An argument that changes with this folder's code keeps a graph of another version from being found.
@@ -141,9 +143,25 @@ def attend(*inputs, backend: str) -> Tensor:
     autograd too where no gradient is asked for.
     """
     traced = _traced(*inputs[:4])
+    if not torch.compiler.is_compiling():
+        _refuse_derivatives(inputs)
     save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
     run: Callable = forward if traced else _apply if save else _forward
     return run(*inputs, save, backend, REVISION)[0]
+
+
+def _refuse_derivatives(inputs: tuple) -> None:
+    """There is the derivative of autograd and no other; without this, forward mode would find zeros."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if all(each.key() == TransformType.Vmap for each in transforms) and (
+        forward_ad._current_level < 0
+        or all(x is None or forward_ad.unpack_dual(x).tangent is None for x in inputs[:6])
+    ):
+        return
+    raise RuntimeError(
+        "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
+        "derivative of torch.autograd and run under torch.vmap"
+    )
 
 
 def _traced(q: Tensor, *others: Tensor | None) -> bool:
