@@ -22,6 +22,12 @@ CONFIGS = [
 ]
 
 
+@pytest.fixture(params=[0, 2**20], ids=["at once", "late"])
+def in_place(request, monkeypatch):
+    """A growing cache puts U in V's place at once where values are large, else with the next concatenation."""
+    monkeypatch.setattr("ka_attention.hf.cache.IN_PLACE", request.param)
+
+
 def run(model, chunks, cache, **inputs):
     with torch.no_grad():
         return torch.cat([model(chunk, past_key_values=cache, **inputs).logits for chunk in chunks], dim=1)
@@ -144,7 +150,7 @@ def test_repeat_select_reset_copy_and_several_turns(ka):
 
 
 @pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3, gate="token", gate_init=0.5)], ids=["full", "window"])
-def test_gradients_through_a_cache_of_two_chunks(ka):
+def test_gradients_through_a_cache_of_two_chunks(ka, in_place):
     model, ids = attached("llama", ka), tokens()
 
     def gradients(chunks, cache):
@@ -202,14 +208,6 @@ def test_refusals():
     cache = KAStaticCache(config, 4)
     with pytest.raises(IndexError):
         run(attached("llama", KAConfig()), [tokens(1, 5), tokens(1, 1)], cache)
-
-
-# A growing cache puts U in V's place with the next concatenation, or at once where values are large.
-
-
-@pytest.fixture(params=[0, 2**20], ids=["at once", "late"])
-def in_place(request, monkeypatch):
-    monkeypatch.setattr("ka_attention.hf.cache.IN_PLACE", request.param)
 
 
 KA_LAYER = [KAConfig(), KAConfig(window=4), KAConfig(layers=(1,), window=4), KAConfig(gate_init=0.5)]
