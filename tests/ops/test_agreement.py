@@ -32,7 +32,13 @@ def test_token_loop_is_dense_solve_is_blocked(name):
 @pytest.mark.parametrize("gate", ["number", "token"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"Hkv": 4, "mask": "any"}, {"window": 3, "mask": "full"}, {"window": 1}, {"softcap": 1.5, "mask": "left"}],
+    [
+        {},
+        {"Hkv": 4, "mask": "any"},
+        {"window": 3, "mask": "full"},
+        *({"window": w} for w in (1, 5, 6)),
+        {"softcap": 1.5, "mask": "left"},
+    ],
 )
 def test_one_token_after_a_past(options, gate):
     problem = Problem(B=4, T=1, P=5, gate=gate, **options)

@@ -136,7 +136,7 @@ def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"q must have a multiple of k's heads, got {Hq} query heads and {Hkv} key heads")
     _check_tensor("v", v, q, (B, Hkv, T, D))
-    scale = D**-0.5 if scale is None and D else _number("scale", scale)
+    scale = max(D, 1) ** -0.5 if scale is None else _number("scale", scale)
     softcap = None if softcap is None else _number("softcap", softcap, above=0)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
         raise TypeError(f"window must be None or an int, got {type(window).__name__}")

@@ -35,7 +35,9 @@ def truncated(
     if q.numel() == 0:
         return q.clone()
     with torch.autocast(q.device.type, enabled=False):
-        return _sweep(hops, call.tensors, call.options["scale"], window)
+        scale = call.options["scale"]
+        # PyTorch's attention takes no negative scale with a causal mask.
+        return _sweep(hops, (q if scale >= 0 else -q, *call.tensors[1:]), abs(scale), window)
 
 
 def _sweep(hops, tensors, scale, window) -> Tensor:

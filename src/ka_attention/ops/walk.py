@@ -36,7 +36,7 @@ def walk(
     Builds T × T matrices, and is differentiable. A row that may attend nothing is zero. Arguments and errors are those
     of `ka_attention`, with k_past [B, Hkv, P, D] alone for a past.
     """
-    past = None if k_past is None else (k_past, q.new_empty(*q.shape[:2], k_past.shape[2], q.shape[3]))
+    past = None if k_past is None else (k_past, _values_of(q, k_past))
     call = normalise(q, k, k, gate, scale, window, past, attn_mask, None, softcap)
     q, k, _, g, k_past, _, mask, _ = call.tensors
     with torch.autocast(q.device.type, enabled=False):
@@ -51,3 +51,10 @@ def walk(
             -L * (1 - keep), torch.cat([absorbed, steps], dim=-1), upper=False, unitriangular=True
         )
     return Walk(solved[..., :-1], solved[..., -1], solved[..., 0])
+
+
+def _values_of(q: Tensor, k_past: Tensor) -> Tensor:
+    """Stands for the past's values, which do not matter here; what `normalise` will refuse is passed on to it."""
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k_past)):
+        return k_past
+    return q.new_empty(*q.shape[:2], k_past.shape[2], q.shape[3])
