@@ -33,17 +33,18 @@ def step(kind: str, static: bool, past: Sequence[Tensor], new: Sequence[Tensor])
     cache: Any = fixed(config=config, max_cache_len=P + 1) if static else growing(config=config)
     mask = torch.ones(1, 1, 1, P + 1, dtype=torch.bool, device=q.device) if static else None
     attend: Any = sdpa_attention_forward if kind == "KV" else attention_forward
-    _, state = cache.update(*past, 0)
-    if kind == "KA":
-        state.commit(past[1])
+    for tokens in (slice(P - 1), slice(P - 1, P)):
+        _, state = cache.update(*(x[:, :, tokens] for x in past), 0)
+        if kind == "KA":
+            state.commit(past[1][:, :, tokens])
     layer = cache.layers[0]
-    keys, values = layer.keys, layer.values
+    before = dict(vars(layer))  # a growing KA cache has still to write U of the last token: the next step does
 
     def call() -> Tensor:
         if static:
             layer.cumulative_length.fill_(P)
         else:
-            layer.keys, layer.values = keys, values
+            vars(layer).update(before)
         keys_seen, values_seen = cache.update(k, v, 0)
         return attend(module, q, keys_seen, values_seen, mask, scaling=D**-0.5)[0]
 
