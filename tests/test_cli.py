@@ -111,6 +111,15 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", [("compare",), ("train",), ("study", "dereference"), ("study", "window")])
+def test_a_folder_of_the_users_is_not_written_to(command, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "report.html").write_text("precious")
+    assert refused(ka(*command, "--out", out), "--out:", "no run of ka")
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("report.html", "precious")]
+
+
 def test_wrong_usage_exits_with_2():
     for arguments in (["compare", "--seeds", "0"], ["compare", "--sed", "1"], ["nothing"], ["evaluate"]):
         assert ka(*arguments).exit_code == 2

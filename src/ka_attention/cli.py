@@ -129,7 +129,7 @@ def study(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads, 2 to 128 tokens.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write.")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write, in the place of an earlier one.")] = Path("inspect.html"),
 ) -> None:
     """Show, on one HTML page, what each head attends to in TEXT and where its output really comes from."""
     from ka_attention.report.inspect import write

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -143,6 +144,18 @@ def test_convert_saves_a_ka_model_that_generates(checkpoint, tmp_path):
     both = ka_command("generate", out, "def f", "--max-new-tokens", 3, "--compare")
     assert "KA cache (own)" in both.output
     assert "KV cache (swap)" in both.output
+
+
+@pytest.mark.parametrize("command", ["adapt", "convert"])
+def test_a_folder_of_the_users_is_not_written_to(checkpoint, command, tmp_path):
+    folder, data = checkpoint
+    for out in (tmp_path, folder):
+        (tmp_path / "config.json").write_text("precious")
+        before = sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*"))
+        result = ka_command(command, folder, "--data", data, "--tokens", 512, "--length", 16, "--out", out)
+        assert result.exit_code == 2
+        assert "--out:" in result.stderr
+        assert sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*")) == before
 
 
 def test_the_first_difference():

@@ -50,6 +50,26 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(tmp_path):
         same.identify(data={"fingerprint": "g"})
 
 
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+    for name in ("report.html", "parts/notes.json", "weights/a/b.txt"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("precious")
+        with pytest.raises(UserError, match=r"--out: .* holds files that are no run of ka; name an empty"):
+            Store(out, {})
+        assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+        assert (out / name).read_text() == "precious"
+
+
+def test_empty_folders_hidden_files_and_a_stopped_run_are_no_obstacle(tmp_path):
+    (tmp_path / "weights" / "seed0").mkdir(parents=True)
+    (tmp_path / ".DS_Store").write_text("")
+    store = Store(tmp_path, {"recipe": 1})
+    store.part("x", lambda: 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert Store(tmp_path, {"recipe": 1}).part("x", lambda: 2) == 1
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -36,7 +36,8 @@ class Store:
     A part is a named unit of work with a JSON result, for example ``training/seed0/softmax``. ``part`` runs it once,
     writes ``out/parts/<name>.json`` atomically, and returns the stored result from then on. ``identity`` (recipe, data,
     version of the results' schema) is stored with the first part; a folder that belongs to another identity raises
-    UserError, so that results of two settings are never mixed. Nothing is written before the first part.
+    UserError, so that results of two settings are never mixed, and so does one that holds files and no run, so that
+    none of them is overwritten. Nothing is written before the first part.
 
     Under torchrun every process calls the same methods; the main one alone decides what is finished and writes.
     """
@@ -51,6 +52,8 @@ class Store:
                 if not os.access(folder, os.W_OK):
                     raise UserError(f"--out: cannot write in {folder}")
                 break
+        if agreed(not self._marker.exists() and _holds_files(self.out)):
+            raise UserError(f"--out: {self.out} holds files that are no run of ka; name an empty or a new folder")
         self.identify(**identity)
 
     @property
@@ -93,6 +96,11 @@ class Store:
 
     def _path(self, name: str) -> Path:
         return self.out / "parts" / f"{name}.json"
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether any file is below ``folder``; hidden ones (a file manager's, one left by a killed write) do not count."""
+    return any(not path.is_dir() and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def _differences(key: str, stored: Json, given: Json) -> list[str]:
