@@ -6,10 +6,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 from zoo import FAMILIES, make, tokens
 
-from ka_attention.hf import KAConfig, attach, attention_modules, is_attached, load_adapter, save_adapter
+from ka_attention.hf import (
+    KAConfig,
+    attach,
+    attention_modules,
+    detach,
+    is_attached,
+    ka_classes,
+    load_adapter,
+    save_adapter,
+)
 from ka_attention.hf.adapters import ADAPTERS
 
 KA = KAConfig(layers=(0, 2), window=5, gate="token", gate_init=0.5)
@@ -172,3 +187,43 @@ def test_a_ka_type_can_be_built_from_scratch_and_from_base_weights(tmp_path):
         assert len(gates) == 2
         assert all((gate.bias == 0.5).all() and (gate.weight == 0).all() for gate in gates)
     assert torch.equal(logits(loaded.eval()), logits(attach(base, KA)))
+
+
+class Mine(LlamaForCausalLM):
+    pass
+
+
+@pytest.mark.parametrize("other", [LlamaModel, LlamaForSequenceClassification, Mine])
+def test_the_auto_classes_load_the_causal_language_model_whatever_was_attached_since(tmp_path, other):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    attach(other(make("llama").config), KA)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is ka_classes(LlamaForCausalLM)[1]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_class_of_ones_own_shares_the_type_and_loads_as_itself(tmp_path):
+    model = attach(Mine(make("llama").config).eval(), KA)
+    model.save_pretrained(tmp_path)
+    assert type(model.config) is type(trained().config)
+    again = ka_classes(Mine)[1].from_pretrained(tmp_path).eval()
+    assert isinstance(again, Mine)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("other", [LlamaModel, LlamaForSequenceClassification])
+def test_what_is_no_causal_language_model_saves_in_two_parts(tmp_path, other):
+    model = attach(other(make("llama").config).eval(), KA)
+    for module in attention_modules(model)[::2]:
+        nn.init.normal_(module.ka_gate.bias)
+    ids = tokens()
+    with torch.no_grad():
+        want = model(ids)[0]
+        with pytest.raises(ValueError, match="would load as a softmax model"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="expected a causal language model"):
+            ka_classes(other)
+        save_adapter(model, tmp_path / "adapter")
+        detach(model).save_pretrained(tmp_path)
+        assert torch.equal(load_adapter(other.from_pretrained(tmp_path).eval(), tmp_path / "adapter")(ids)[0], want)

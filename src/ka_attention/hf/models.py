@@ -44,16 +44,17 @@ def register() -> None:
 
 @cache
 def ka_classes(base: Any) -> tuple[Any, Any]:
-    """(configuration, model) classes of the KA type of a transformers model class, registered with the Auto classes.
+    """(configuration, model) classes of the KA type of a causal language model class of transformers.
 
-    The model is attached from its ``config.ka_config`` when it is built, so it is a KA model however it is made.
+    The model is attached from its ``config.ka_config`` when it is built, so it is a KA model however it is made. The
+    Auto classes know the type from then on if they take ``base`` for its configuration; a class of one's own, whose
+    configuration is another model's, loads with the class returned here. ValueError if ``base`` is of another kind.
     """
     if base.config_class.model_type.startswith("ka_"):
         return base.config_class, base
-
-    class Config(base.config_class):
-        model_type = "ka_" + base.config_class.model_type
-        ka_config: dict | None = None
+    if not base.can_generate():
+        raise ValueError(f"base: expected a causal language model, which alone has a KA type, got {base.__name__}")
+    Config = _config_class(base.config_class)
 
     class Model(base):
         config_class = Config
@@ -75,12 +76,28 @@ def ka_classes(base: Any) -> tuple[Any, Any]:
                 if hasattr(module, "ka_gate"):
                     module.ka_gate.reset_parameters()
 
-    for made, kind in ((Config, base.config_class), (Model, base)):
-        made.__name__ = made.__qualname__ = f"KA{kind.__name__}"
-    for made_name, name in ((Config.model_type, base.config_class.model_type), (Model.__name__, base.__name__)):
-        # Some families name their weights differently in files (GPT-NeoX: embed_out for lm_head).
-        if (names := get_checkpoint_conversion_mapping(name)) is not None:
-            register_checkpoint_conversion_mapping(made_name, names, overwrite=True)
-    AutoConfig.register(Config.model_type, Config, exist_ok=True)
-    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+    Model.__name__ = Model.__qualname__ = f"KA{base.__name__}"
+    _name_weights_alike(Model.__name__, base.__name__)
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(base.config_class, None) is base:
+        AutoConfig.register(Config.model_type, Config, exist_ok=True)
+        AutoModelForCausalLM.register(Config, Model, exist_ok=True)
     return Config, Model
+
+
+@cache
+def _config_class(base: Any) -> Any:
+    """One for all model classes of a configuration class, as a model type can have one only."""
+
+    class Config(base):
+        model_type = "ka_" + base.model_type
+        ka_config: dict | None = None
+
+    Config.__name__ = Config.__qualname__ = f"KA{base.__name__}"
+    _name_weights_alike(Config.model_type, base.model_type)
+    return Config
+
+
+def _name_weights_alike(made: str, base: str) -> None:
+    # Some families name their weights differently in files (GPT-NeoX: embed_out for lm_head).
+    if (names := get_checkpoint_conversion_mapping(base)) is not None:
+        register_checkpoint_conversion_mapping(made, names, overwrite=True)
