@@ -29,7 +29,14 @@ REFUSED = {
     "diffllama": ({}, "two attention maps"),
     "jetmoe": ({"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, "repeat"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "no KA cache"),
-    "mamba": ({}, "."),
+    "jamba": ({}, "self-attention"),
+    "bert": ({}, "not causal"),
+}
+WITHOUT_ATTENTION = {
+    "mamba": {},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "falcon_mamba": {},
+    "xlstm": {"num_heads": 4},
 }
 
 
@@ -40,6 +47,23 @@ def test_refused_with_the_reason(family):
     with pytest.raises(ValueError, match=reason):
         attach(model)
     assert not is_attached(model)
+
+
+@pytest.mark.parametrize("family", WITHOUT_ATTENTION)
+def test_models_without_attention_are_refused(family):
+    """Their configurations have no number of attention heads to ask for."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50, **WITHOUT_ATTENTION[family]}
+    with pytest.raises(ValueError, match="none of its layers has self-attention"):
+        attach(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)))
+
+
+def test_a_bert_that_is_a_decoder_is_a_ka_model():
+    config = AutoConfig.for_model("bert", **SMALL, is_decoder=True, attention_probs_dropout_prob=0.0)
+    model, ids = AutoModelForCausalLM.from_config(config).double().eval(), tokens() % 50
+    with torch.no_grad():
+        before, after = model(ids).logits, attach(model)(ids, use_cache=False).logits
+    assert (after[:, :2] - before[:, :2]).abs().max() < 1e-11  # nothing has been fed back yet
+    assert (after[:, 2:] - before[:, 2:]).abs().max() > 1e-6
 
 
 def test_encoder_decoders_are_refused():

@@ -38,7 +38,7 @@ def attention_modules(model: Any) -> list[Any]:
 
 def check_supported(model: Any) -> None:
     """Raise ValueError, with the reason, for a model on which KA-attention would fail or silently not run."""
-    text = text_config(model)
+    text, modules = text_config(model), attention_modules(model)
     bases = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
@@ -50,10 +50,13 @@ def check_supported(model: Any) -> None:
         reason = "its keys and values are compressed (multi-head latent attention)"
     elif getattr(text, "num_kv_shared_layers", None):
         reason = "its layers share keys and values"
+    elif not modules:
+        reason = "none of its layers has self-attention"
+    elif not all(getattr(m, "is_causal", True) for m in modules):
+        reason = "its attention is not causal (BERT and the like need is_decoder=True)"
     else:
         layer_plan(model.config)
-        found = len(attention_modules(model))
-        if found == text.num_hidden_layers:
+        if len(modules) == text.num_hidden_layers:
             return
-        reason = f"{found} of its {text.num_hidden_layers} layers have causal self-attention"
+        reason = f"{len(modules)} of its {text.num_hidden_layers} layers have causal self-attention"
     raise ValueError(f"KA-attention does not support {type(model).__name__} ({text.model_type}): {reason}")
