@@ -29,10 +29,10 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
              of, the index of a KA layer. With one, several new tokens at once are computed one after another.
 
     From then on ``generate`` makes a KA cache, and the model has a configuration of its own, of a type of its own
-    (``ka_llama`` for ``llama``), with which it saves and loads as a KA model. Other models around a decoder (classifiers,
-    vision and language, the bare ``LlamaModel``) keep their type, and ``save_pretrained`` refuses: use `save_adapter`.
-    Raises ValueError for models that are not supported, layers that do not exist, or a model that is attached already;
-    then nothing has changed.
+    (``ka_llama`` for ``llama``), with which it saves and loads as a KA model. Other models around a decoder
+    (classifiers, vision and language, the bare ``LlamaModel``) keep their type, and ``save_pretrained`` refuses: use
+    `save_adapter`. Raises ValueError for models that are not supported, layers that do not exist, or a model that is
+    attached already; then nothing has changed.
     """
     from ka_attention.hf.models import ka_classes, register
 
@@ -66,7 +66,7 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     new_text._attn_implementation = NAME
     new_text.ka_config = ka.to_dict()
     if text is model.config and model.can_generate():
-        new_text.__class__ = ka_classes(type(model))[0]
+        new_text.__class__ = ka_classes(model.__class__)[0]
     else:
         model.save_pretrained = _refuse_to_save
     _swap_configs(model, (config, new_text))
@@ -156,6 +156,6 @@ def _prepare_cache_for_generation(
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "save_pretrained: only a causal language model by itself has a KA type, this one would load as a softmax model; "
+        "save_pretrained: only a causal language model by itself has a KA type, this would load as a softmax model; "
         "use ka_attention.hf.save_adapter, and save the rest after detach"
     )
