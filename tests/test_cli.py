@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,10 +139,99 @@ def test_another_setting_in_the_same_folder_is_refused(corpus, tmp_path):
 
 
 def test_a_report_of_another_schema_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text("{")
-    assert refused(ka("report", tmp_path), "results.json is not JSON")
     (tmp_path / "results.json").write_text('{"schema_version": 0}')
     assert refused(ka("report", tmp_path), "has schema 0")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: [],
+        lambda _: {"schema_version": 1},
+        lambda results: results | {"study": "nothing"},
+        lambda results: results | {"study": ["compare"]},
+        lambda results: {key: value for key, value in results.items() if key != "recipe"},
+        lambda results: results | {"arms": []},
+        lambda results: results | {"arms": {}},
+        lambda results: results | {"environment": None},
+        lambda results: results | {"note": 5},
+        lambda results: results | {"arms": {"softmax": results["arms"]["softmax"] | {"seeds": [{"training": 1}]}}},
+        lambda results: json.loads(json.dumps(results).replace('"best_val_ppl": ', '"best_val_ppl": "x", "was": ')),
+    ],
+)
+def test_damaged_results_are_one_line_and_the_report_stays(damage, tmp_path):
+    recorded = Path(__file__).parents[1] / "docs" / "results" / "quick" / "results.json"
+    (tmp_path / "report.md").write_text("before")
+    (tmp_path / "results.json").write_text(json.dumps(damage(json.loads(recorded.read_text()))))
+    assert refused(ka("report", tmp_path), "OUT:", "results.json is damaged")
+    assert (tmp_path / "report.md").read_text() == "before"
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "", "\0", '{"schema_version": 1'])
+def test_a_file_that_is_no_json_is_one_line(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    assert refused(ka("report", tmp_path), "OUT:", "results.json is damaged")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run whose one arm is trained, and how it began."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.documents()))
+    options = ["--data", text, *tiny.arguments(epochs=1, arms=("ka",))]
+    assert ka("train", *options, "--out", folder / "run").exit_code == 0
+    return folder / "run", options
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", '{"result": {}, "sha256": ""}', "\udcff"])
+def test_a_damaged_part_is_one_line(content, trained, tmp_path):
+    source, options = trained
+    out = shutil.copytree(source, tmp_path / "run")
+    part = out / "parts" / "training" / "seed0" / "ka.json"
+    part.write_bytes(content.encode(errors="surrogateescape"))
+    for command in (["train", *options, "--out", out], ["evaluate", out]):
+        assert refused(ka(*command), f"{part} is damaged: delete it")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: [],
+        lambda stored: stored | {"recipe": []},
+        lambda stored: stored | {"recipe": stored["recipe"] | {"epochs": "three"}},
+        lambda stored: stored | {"recipe": stored["recipe"] | {"arms": 5}},
+        lambda stored: stored | {"recipe": stored["recipe"] | {"colour": "red"}},
+        lambda stored: {key: value for key, value in stored.items() if key != "recipe"},
+        lambda stored: {key: value for key, value in stored.items() if key != "study"},
+    ],
+)
+def test_a_damaged_identity_is_one_line(damage, trained, tmp_path):
+    source, options = trained
+    out = shutil.copytree(source, tmp_path / "run")
+    identity = out / "parts" / "identity.json"
+    identity.write_text(json.dumps(damage(json.loads(identity.read_text()))))
+    for command in (["train", *options, "--out", out], ["evaluate", out]):
+        assert refused(ka(*command), str(out))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"cut off"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64')
+        ),
+    ],
+)
+def test_damaged_weights_are_one_line(damage, trained, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    damage(out / "weights" / "seed0" / "ka")
+    assert refused(ka("evaluate", out), "--out: cannot load", "delete its file in parts/training")
 
 
 def test_ctrl_c_says_that_the_same_command_continues(corpus, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,13 +82,16 @@ def train(
 def evaluate(out: Folder) -> None:
     """The second half of compare: evaluate the models that were trained in OUT, and write the report."""
     from ka_attention.studies.compare import COMPARISON
-    from ka_attention.studies.recipes import CompareRecipe
-    from ka_attention.studies.study import open_store, publish, read
+    from ka_attention.studies.recipes import COMPARE, override
+    from ka_attention.studies.study import open_store, publish, read, undamaged
 
     stored = read(out / "parts", "identity.json")
-    if stored["study"] != COMPARISON.name:
-        raise UserError(f"OUT: {out} holds a run of {stored['study']}; only compare is evaluated on its own")
-    recipe = CompareRecipe(**{**stored["recipe"], "arms": tuple(stored["recipe"]["arms"])})
+    if stored.get("study") != COMPARISON.name:
+        raise UserError(f"OUT: {out} holds a run of {stored.get('study')}; only compare is evaluated on its own")
+    with undamaged(out / "parts" / "identity.json"):
+        settings = dict(stored["recipe"])
+        named = replace(COMPARE["quick"], name=settings.pop("name"), summary=settings.pop("summary"))
+        recipe = override(named, [f"{key}={_shown(value)}" for key, value in settings.items()])  # checks each value
     store = open_store(COMPARISON, recipe, out)
     seeds = COMPARISON.trained_seeds(recipe, store)
     if not seeds:
@@ -100,10 +103,11 @@ def evaluate(out: Folder) -> None:
 def report(out: Folder) -> None:
     """Write the report of the results in OUT again."""
     from ka_attention.studies import catalogue
-    from ka_attention.studies.study import read, report
+    from ka_attention.studies.study import read, report, undamaged
 
     results = read(out, "results.json")
-    report(catalogue.study(results["study"]), results, out)
+    with undamaged(out / "results.json"):
+        report(catalogue.study(results["study"]), results, out)
 
 
 @app.command()
@@ -129,7 +133,7 @@ def study(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads, 2 to 128 tokens.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write, in the place of an earlier one.")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write or replace.")] = Path("inspect.html"),
 ) -> None:
     """Show, on one HTML page, what each head attends to in TEXT and where its output really comes from."""
     from ka_attention.report.inspect import write
@@ -225,7 +229,7 @@ def recipes() -> None:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "none" if value is None else str(value)
 
 
 def _open(

@@ -1,7 +1,22 @@
-"""Writing files."""
+"""Reading and writing files."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from ka_attention.errors import UserError
+
+
+def read_object(path: Path, argument: str) -> dict[str, Any]:
+    """The JSON object in a file; UserError that names ``argument`` where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{argument}: {path} is damaged, it holds no JSON object; name another folder")
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

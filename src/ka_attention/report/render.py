@@ -62,7 +62,7 @@ def render(title: str, sections: Sequence[Section], environment: Mapping[str, An
 
     ``report.html`` is one file without network access or scripts, its figures inside; ``report.md`` links to
     ``figures/NAME.svg``. ``environment`` (what ran where: text, numbers, lists or one level of dictionaries) closes
-    both. Each file is replaced in one step, so a reader never sees half of it.
+    both. Nothing is written before all is made, and each file is replaced in one step: a reader never sees half of it.
 
     Raises ValueError if two figures share a name or a name is not a plain file stem.
     """
@@ -72,16 +72,17 @@ def render(title: str, sections: Sequence[Section], environment: Mapping[str, An
         if not re.fullmatch(r"[\w-]+", figure.name) or figure.name in drawings:
             raise ValueError(f"figure name: expected a file stem used once in the report, got {figure.name!r}")
         drawings[figure.name] = _draw(figure)
-    for name, svg in drawings.items():
-        write_atomically(out / "figures" / f"{name}.svg", re.sub(r"(<svg[^>]*>)", rf"\g<1>{_PAPER}", svg, count=1))
     page = {
         "title": title,
         "sections": sections,
         "environment": {str(key): _plain(value) for key, value in environment.items()},
         "drawings": {name: Markup(_for_html(name, svg)) for name, svg in drawings.items()},
     }
-    for template, target in (("template.md", "report.md"), ("template.html", "report.html")):
-        write_atomically(out / target, templates.get_template(template).render(page))
+    pages = {f"report.{kind}": templates.get_template(f"template.{kind}").render(page) for kind in ("md", "html")}
+    for name, svg in drawings.items():
+        write_atomically(out / "figures" / f"{name}.svg", re.sub(r"(<svg[^>]*>)", rf"\g<1>{_PAPER}", svg, count=1))
+    for name, text in pages.items():
+        write_atomically(out / name, text)
 
 
 def _draw(figure: Figure) -> str:

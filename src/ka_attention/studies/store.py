@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ka_attention.errors import UserError
-from ka_attention.files import write_atomically
+from ka_attention.files import read_object, write_atomically
 
 Json = Any  # what json.dumps accepts
 
@@ -34,10 +35,10 @@ class Store:
     """The parts of one run under ``out``.
 
     A part is a named unit of work with a JSON result, for example ``training/seed0/softmax``. ``part`` runs it once,
-    writes ``out/parts/<name>.json`` atomically, and returns the stored result from then on. ``identity`` (recipe, data,
-    version of the results' schema) is stored with the first part; a folder that belongs to another identity raises
-    UserError, so that results of two settings are never mixed, and so does one that holds files and no run, so that
-    none of them is overwritten. Nothing is written before the first part.
+    writes ``out/parts/<name>.json`` atomically with a checksum, and returns the stored result from then on; UserError
+    where that is damaged. ``identity`` (recipe, data, version of the results' schema) is stored with the first part; a
+    folder that belongs to another identity raises UserError, so that results of two settings are never mixed, and so
+    does one that holds files and no run, so that none of them is overwritten. Nothing is written before the first part.
 
     Under torchrun every process calls the same methods; the main one alone decides what is finished and writes.
     """
@@ -64,7 +65,7 @@ class Store:
         """Add to what the run is about, before its first part; UserError where the folder's run differs in it."""
         identity = json.loads(json.dumps(identity))
         if self._marker.exists():
-            stored = json.loads(self._marker.read_text(encoding="utf-8"))
+            stored = read_object(self._marker, "--out")
             changed = sorted(key for key in identity if stored.get(key) != identity[key])
             if changed:
                 names = ", ".join(name for key in changed for name in _differences(key, stored.get(key), identity[key]))
@@ -74,15 +75,23 @@ class Store:
     def part(self, name: str, work: Callable[[], Json]) -> Json:
         """The result of part ``name``: stored if it was finished before, else ``work()`` is run and stored."""
         path = self._path(name)
-        text = agreed(path.read_text(encoding="utf-8") if path.exists() else None)
+        text = agreed(path.read_text(encoding="utf-8", errors="replace") if path.exists() else None)
         if text is None:
             if main_process() and not self._marker.exists():
                 write_atomically(self._marker, json.dumps(self.identity, indent=2))
             # Through JSON also the first time, so that a continued run sees exactly what a first one saw.
-            text = agreed(json.dumps(work(), indent=2))
+            result = json.loads(json.dumps(work()))
+            text = agreed(json.dumps({"sha256": _digest(result), "result": result}, indent=2))
             if main_process():
                 write_atomically(path, text)
-        return json.loads(text)
+        try:
+            stored = json.loads(text)
+            whole = stored["sha256"] == _digest(stored["result"])
+        except (LookupError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"--out: {path} is damaged: delete it, and the same command makes it again")
+        return stored["result"]
 
     def done(self, name: str) -> bool:
         """Whether part ``name`` is finished."""
@@ -96,6 +105,10 @@ class Store:
 
     def _path(self, name: str) -> Path:
         return self.out / "parts" / f"{name}.json"
+
+
+def _digest(result: Json) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 def _holds_files(folder: Path) -> bool:

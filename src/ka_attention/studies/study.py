@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from ka_attention.errors import UserError
-from ka_attention.files import write_atomically
+from ka_attention.files import read_object, write_atomically
 from ka_attention.report.document import Section
 from ka_attention.report.render import render
 from ka_attention.studies import environment
@@ -89,10 +90,17 @@ def read(out: Path, name: str) -> dict[str, Json]:
     path = out / name
     if not path.exists():
         raise UserError(f"OUT: {out} holds no {name}; name the folder of a run")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"OUT: {path} is not JSON") from None
+    stored = read_object(path, "OUT")
     if stored.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"OUT: {path} has schema {stored.get('schema_version')}, this version reads {SCHEMA_VERSION}")
     return stored
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Within it only ``path`` is read, so what goes wrong is its content: a UserError says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"OUT: {path} is damaged or of another version ({reason}); run its command again") from error

@@ -14,12 +14,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
-from ka_attention.hf import register
-from ka_attention.studies import progress
+from ka_attention.studies import hub, progress
 from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import TrainingSettings
 from ka_attention.studies.store import main_process
@@ -81,9 +80,12 @@ def train(
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights that ``train`` saved in ``folder``; every name must match."""
-    register()
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    """Load the weights that ``train`` saved in ``folder``; UserError unless all are there."""
+    try:
+        saved = hub.load_model("--out", str(folder)).state_dict()
+    except UserError as error:
+        raise UserError(f"{error}; delete its file in parts/training, and the same command trains it again") from None
+    model.load_state_dict(saved)
 
 
 @torch.no_grad()

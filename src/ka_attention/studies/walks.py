@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoTokenizer
 
 from ka_attention.errors import UserError
-from ka_attention.hf import KAConfig, register, use
+from ka_attention.hf import KAConfig, use
 from ka_attention.hf.attention import NAME, attention_forward
 from ka_attention.ops import ka_attention, walk
 from ka_attention.report.inspect import Inspection
@@ -78,16 +77,11 @@ def load_model(source: str, argument: str = "MODEL") -> tuple[Any, Any]:
 
     Raises UserError, naming the command's ``argument``, if there is none.
     """
-    register()
-    hub.require(argument, source)
+    model = hub.load_model(argument, source)
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{argument}: cannot load {source}: {str(error).splitlines()[0]}") from None
-    model, loaded = found
-    if loaded["missing_keys"]:
-        raise UserError(f"{argument}: {source} lacks the weights {', '.join(sorted(loaded['missing_keys']))}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
