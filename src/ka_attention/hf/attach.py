@@ -46,6 +46,9 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     if beyond := sorted(i for i in wanted if not 0 <= i < len(modules)):
         raise ValueError(f"layers: {type(model).__name__} has the layers 0 to {len(modules) - 1}, got {beyond}")
     modules = [m for m in modules if ka.caches_outputs(m.layer_idx)]
+    given = adapter if isinstance(adapter, Mapping) else {int(i): None for i in ka.adapters or () if adapter is None}
+    if unused := sorted(map(repr, given.keys() - {m.layer_idx for m in modules})):
+        raise ValueError(f"adapter: {type(model).__name__} has no KA layers {', '.join(unused)} to put it in")
     gates = [make_gate(ka, text) for _ in modules]
     adapters = [_adapter(ka, adapter, m.layer_idx) for m in modules]
 
@@ -75,9 +78,17 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
 
 
 def detach(model: Any) -> Any:
-    """Undo `attach`, in place: gates and adapters are dropped, the model computes bit for bit what it did before."""
+    """Undo `attach`, in place: gates and adapters are dropped, the model computes bit for bit what it did before.
+
+    ValueError for a model that is not attached, or that was made as a KA model (``KALlamaForCausalLM``).
+    """
     if not is_attached(model):
         raise ValueError("model: it is not attached")
+    if model.config_class.model_type.startswith("ka_"):
+        raise ValueError(
+            f"model: {type(model).__name__} was made as a KA model, there is nothing to go back to; "
+            "load the model it came from for softmax attention"
+        )
     for module in attention_modules(model):
         for name in ("ka_gate", "ka_adapter"):
             if hasattr(module, name):
