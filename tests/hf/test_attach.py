@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make, tokens
 
-from ka_attention.hf import KAConfig, attach, attention_modules, detach, is_attached
+from ka_attention.hf import KAConfig, attach, attention_modules, detach, is_attached, use
 
 
 def logits(model):
@@ -48,3 +48,33 @@ def test_adapters_of_layers_that_are_no_ka_layers_are_refused(ka, adapter, named
         attach(model, ka, adapter)
     assert not is_attached(model)
     assert not any(hasattr(m, "ka_adapter") for m in attention_modules(model))
+
+
+@pytest.mark.parametrize("model", [lambda: attach(make("llama")), made_as_ka], ids=["attached", "made"])
+def test_a_ka_model_does_not_change_to_another_attention(model):
+    model = model()
+    before = logits(model)
+    for other in ("sdpa", "eager", "paged|ka", "paged|eager", {"": "sdpa"}):
+        for part in (model, model.model):
+            with pytest.raises(ValueError, match="a KA model runs 'ka' only"):
+                part.set_attn_implementation(other)
+    model.set_attn_implementation("ka")
+    assert torch.equal(logits(model), before)
+
+
+def test_continuous_batching_is_refused():
+    model, ids = attach(make("llama")), tokens()
+    with pytest.raises(ValueError, match=r"generate_batch.* has no KA cache"):
+        model.generate_batch(ids.tolist(), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"generate_batch.* has no KA cache"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=2)
+
+
+def test_a_detached_model_is_free_again():
+    model = make("llama")
+    before = set(vars(model)), set(vars(model.model))
+    with use(model):
+        pass
+    assert (set(vars(model)), set(vars(model.model))) == before
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"

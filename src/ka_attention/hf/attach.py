@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.attention import NAME
@@ -73,7 +74,10 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     else:
         model.save_pretrained = _refuse_to_save
     _swap_configs(model, (config, new_text))
-    model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+    for part in _parts(model):
+        part.set_attn_implementation = _refuse_other_attention
+    model.init_continuous_batching = _refuse_continuous_batching
+    model._prepare_cache_for_generation = partial(_prepare_cache_for_generation, model)
     return model
 
 
@@ -93,9 +97,11 @@ def detach(model: Any) -> Any:
         for name in ("ka_gate", "ka_adapter"):
             if hasattr(module, name):
                 delattr(module, name)
+    for part in _parts(model):
+        del part.set_attn_implementation
     _swap_configs(model, model.__dict__.pop("_ka_before"))
     model.__dict__.pop("save_pretrained", None)
-    del model._prepare_cache_for_generation
+    del model.init_continuous_batching, model._prepare_cache_for_generation
     return model
 
 
@@ -136,6 +142,12 @@ def _adapter(ka: KAConfig, adapter: Adapters | None, layer_idx: int) -> nn.Modul
     return None if spec is None else build_adapter(spec)
 
 
+def _parts(model: Any) -> list[Any]:
+    """The model, and those within it that can change the attention of its decoder: all but a vision tower."""
+    configs = (model.config, text_config(model))
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(m.config is c for c in configs)]
+
+
 def _swap_configs(model: Any, new: tuple[Any, Any]) -> None:
     """Give the model and its parts the configurations (model's, decoder's) in the place of those they have."""
     old = (model.config, text_config(model))
@@ -163,6 +175,18 @@ def _prepare_cache_for_generation(
             cache.activate_past_recording()
     else:
         raise ValueError(f"cache_implementation: with KA-attention expected 'dynamic' or 'static', got {kind!r}")
+
+
+def _refuse_other_attention(attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    if attn_implementation != NAME:
+        raise ValueError(
+            f"attn_implementation: a KA model runs {NAME!r} only, got {attn_implementation!r}; call "
+            "ka_attention.hf.detach first, or load the model it came from"
+        )
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("continuous batching (generate_batch) has no KA cache: use generate, or a softmax model")
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
