@@ -82,13 +82,13 @@ def attention_forward(
     # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
     window = ka.window_of(layer_idx, sliding_window if is_ka else None)
 
-    device = query.device.type
-    autocast = torch.is_autocast_enabled(device)
+    # To ask about one kind of device takes the processor longer than all else here.
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type)
     state = value if isinstance(value, KAState) else None
     adapter = module._modules.get("ka_adapter")
     # The operator does not heed autocast, modules and PyTorch's own attention do.
     plain = not autocast or (is_ka and ka.gate == "fixed" and adapter is None and state is None)
-    with _AS_IT_IS if plain else torch.autocast(device, enabled=False):
+    with _AS_IT_IS if plain else torch.autocast(query.device.type, enabled=False):
         if state is not None:
             key, value = state.keys, state.values
             length = key.shape[2]
@@ -97,7 +97,7 @@ def attention_forward(
             mask, window = state.layer.align(mask, window, length)
         else:
             if autocast:  # rotary embeddings leave queries and keys in float32; a cache has one dtype by itself
-                dtype = torch.get_autocast_dtype(device)
+                dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if length != n and (is_ka or window is not None):
                 raise RuntimeError(

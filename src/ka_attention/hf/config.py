@@ -67,7 +67,7 @@ class KAConfig:
     def of(cls, model_config: Any) -> KAConfig:
         """The KA configuration of a transformers configuration (the default one where none was set)."""
         global _last
-        if torch.compiler.is_compiling():  # a graph would watch `_last`, and does not know the shorter way
+        if torch.compiler.is_dynamo_compiling():  # a graph would watch `_last`, and does not know the shorter way
             return cls._read(getattr(model_config, "ka_config", None) or {})
         try:  # every layer asks at every step: not by way of what transformers does at each access
             stored = object.__getattribute__(model_config, "ka_config") or {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -40,6 +41,16 @@ def register() -> None:
     register_attention()
     for family in FAMILIES:
         ka_classes(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])
+
+
+def __getattr__(name: str) -> Any:
+    """``KALlamaForCausalLM``, ``KALlamaConfig``: the KA class of any class of transformers, where pickle looks for it."""
+    base = getattr(transformers, name.removeprefix("KA"), None) if name.startswith("KA") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.can_generate():
+        return ka_classes(base)[1]
+    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+        return _config_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache
@@ -87,6 +98,7 @@ def ka_classes(base: Any) -> tuple[Any, Any]:
 @cache
 def _config_class(base: Any) -> Any:
     """One for all model classes of a configuration class, as a model type can have one only."""
+    register_attention()  # for models that were unpickled
 
     class Config(base):
         model_type = "ka_" + base.model_type
