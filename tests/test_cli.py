@@ -105,6 +105,8 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     assert refused(ka("study", "nothing"), "NAME: no study 'nothing'", "compare")
     assert refused(ka("evaluate", out), "OUT:", "holds no identity.json")
     assert refused(ka("report", out), "OUT:", "holds no results.json")
+    assert refused(ka("study", "dereference", "--data", corpus), "--data: dereference has no such setting")
+    assert refused(ka("study", "state", "--tokenizer", corpus), "--tokenizer: state has no such setting")
     assert refused(ka("compare", *good, "--data", ""), "--data: no file or folder ''")
     assert refused(
         ka("convert", out, "--tokens", "99", "--learning-rate", "nan"), "--learning-rate: expected a positive"

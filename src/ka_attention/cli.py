@@ -243,8 +243,11 @@ def _open(
     """The chosen recipe, and the store of its run; --data and --tokenizer are settings like any other."""
     from ka_attention.studies.study import choose, open_store
 
-    given = [f"{key}={value}" for key, value in (("data", data), ("tokenizer", tokenizer)) if value is not None]
-    chosen = choose(study, recipe, [*(assignments or []), *given])
+    given = {key: value for key, value in (("data", data), ("tokenizer", tokenizer)) if value is not None}
+    default = next(iter(study.recipes.values()))
+    if unread := [key for key in given if not hasattr(default, key)]:
+        raise UserError(f"--{unread[0]}: {study.name} has no such setting; leave it out")
+    chosen = choose(study, recipe, [*(assignments or []), *(f"{key}={value}" for key, value in given.items())])
     name = recipe or next(iter(study.recipes))
     folder = Path("runs") / (name if study.name == "compare" else f"{study.name}-{name}")
     return chosen, open_store(study, chosen, out or folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_both_caches_are_timed_on_the_same_weights(model):
                 assert row[kind]["bytes_a_token"] == row[kind]["computed"] == 2 * stored * 16 * 4
                 assert row[kind]["tokens_per_s"] > 0
                 assert row[kind]["prefill_tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("command", ["adapt", "convert"])
+def test_a_short_text_is_enough(checkpoint, command, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("\n".join(tiny.documents(8)))
+    options = ("--data", text, "--length", 16, "--out", tmp_path / "out", "--tokens")
+    refused = ka_command(command, checkpoint[0], *options, 10**6)
+    assert refused.exit_code == 2
+    advised = re.search(r"or --tokens (\d+)\n$", refused.stderr)
+    result = ka_command(command, checkpoint[0], *options, advised[1])
+    assert result.exit_code == 0, result.output
+    part = json.loads((tmp_path / "out" / "parts" / "identity.json").read_text())
+    assert 0 < part["data"]["validation_tokens"] < 64 * 16
 
 
 def test_adapt_saves_an_adapter(checkpoint, tmp_path):

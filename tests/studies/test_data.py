@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,8 +158,31 @@ def test_sequences_are_the_cut_stream_of_documents_with_ends_between():
     assert whole.flatten().tolist() == stream[: 16 * held]
     few = data.sequences("train", DOCUMENTS, tokenizer, 16, 4)
     assert few.tolist() == whole[[0, held // 4, held // 2, held * 3 // 4]].tolist(), "spread over all documents"
-    with pytest.raises(UserError, match=r"--data: the train split holds (\d+) .*--set train_samples=\1"):
-        data.sequences("train", DOCUMENTS, tokenizer, 16, 100_000)
+
+
+def test_too_little_text_is_refused_with_what_is_needed(tmp_path):
+    path = str(write(tmp_path / "a.jsonl"))
+    settings = TextSettings(data=path, sequence_length=16, train_samples=9_999, validation_samples=4)
+    with pytest.raises(UserError, match=r"the train split holds (\d+) .*or --set train_samples=\1$"):
+        data.prepare(settings, 300)
+    with pytest.raises(UserError, match=r"or --tokens (\d+)$") as error:
+        data.prepare(settings, 300, fewer="--tokens {tokens}")
+    tokens = int(str(error.value).split()[-1])
+    assert len(data.prepare(replace(settings, train_samples=tokens // 16), 300).train) == tokens // 16
+    none = replace(settings, sequence_length=5_000, train_samples=2)
+    with pytest.raises(UserError, match=r"holds 0 sequences of 5000 tokens, expected at least 2 \(10,000 .* text$"):
+        data.prepare(none, 300)
+
+
+def test_validation_takes_what_there_is_where_it_may(tmp_path):
+    path = str(write(tmp_path / "a.jsonl"))
+    settings = TextSettings(data=path, sequence_length=16, train_samples=4, validation_samples=9_999)
+    with pytest.raises(UserError, match=r"the validation split holds (\d+) .*--set validation_samples=\1$") as error:
+        data.prepare(settings, 300)
+    held = int(str(error.value).split("=")[-1])
+    assert len(data.prepare(settings, 300, fewest_validation=1).validation) == held
+    with pytest.raises(UserError, match="holds 0 sequences of 4000 tokens, expected at least 1"):
+        data.prepare(replace(settings, sequence_length=4_000, train_samples=1), 300, fewest_validation=1)
 
 
 def test_prepare_gives_the_same_tokens_twice_and_another_fingerprint_for_other_data(tmp_path):

@@ -15,7 +15,7 @@ from ka_attention.studies.store import Json, Store
 from ka_attention.studies.study import SCHEMA_VERSION
 from ka_attention.studies.walks import load_model
 
-VALIDATION = 64  # sequences
+VALIDATION = 64  # sequences, or all that there are
 
 
 def open_softmax(checkpoint: str, data: str, tokens: int, length: int) -> tuple[Any, Text]:
@@ -39,7 +39,8 @@ def open_softmax(checkpoint: str, data: str, tokens: int, length: int) -> tuple[
         train_samples=math.ceil(tokens / length),
         validation_samples=VALIDATION,
     )
-    return model, prepare(settings, attention_modules(model)[0].config.vocab_size)
+    vocab_size = attention_modules(model)[0].config.vocab_size
+    return model, prepare(settings, vocab_size, fewest_validation=1, fewer="--tokens {tokens}")
 
 
 def open_run(name: str, settings: dict[str, Json], text: Text, out: Path) -> Store:

@@ -67,8 +67,17 @@ class Sequences(Dataset):
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
 
 
-def prepare(settings: TextSettings, vocab_size: int) -> Text:
+def prepare(
+    settings: TextSettings,
+    vocab_size: int,
+    *,
+    fewest_validation: int | None = None,
+    fewer: str = "--set {split}_samples={held}",
+) -> Text:
     """Corpus, tokenizer and sequences of ``settings`` for a model with ``vocab_size`` embeddings; writes nothing.
+
+    Validation takes fewer sequences than ``validation_samples`` where there are not so many, but ``fewest_validation``
+    at least (None: all of them). ``fewer`` is the option with which a user takes fewer, for the error.
 
     Raises UserError for missing, empty, binary or too short data and for a tokenizer larger than the model.
     """
@@ -77,10 +86,9 @@ def prepare(settings: TextSettings, vocab_size: int) -> Text:
     text = corpus(settings.data)
     tokenizer = tokenizers.load(settings.tokenizer, text.train, vocab_size)
     length = settings.sequence_length
-    train = sequences("train", text.train, tokenizer, length, settings.train_samples)
-    validation = sequences(
-        "validation", text.validation, tokenizer, settings.sequence_length, settings.validation_samples
-    )
+    train = sequences("train", text.train, tokenizer, length, settings.train_samples, fewer=fewer)
+    count = settings.validation_samples
+    validation = sequences("validation", text.validation, tokenizer, length, count, fewest_validation, fewer)
     description = {
         "source": text.source,
         "train_documents": len(text.train),
@@ -93,8 +101,18 @@ def prepare(settings: TextSettings, vocab_size: int) -> Text:
     return Text(tokenizer, train, validation, description)
 
 
-def sequences(split: str, documents: Sequence[str], tokenizer: Any, length: int, count: int) -> Tensor:
+def sequences(
+    split: str,
+    documents: Sequence[str],
+    tokenizer: Any,
+    length: int,
+    count: int,
+    fewest: int | None = None,
+    fewer: str = "",
+) -> Tensor:
     """``count`` sequences ``[count, length]``, evenly spread over the documents' token stream.
+
+    Where they hold less, all that they hold; UserError below ``fewest`` (None: ``count``), advising ``fewer``.
 
     Each document is followed by the end-of-text token; the stream is cut every ``length`` tokens, so that a sequence
     may begin within a document and reach into the next. Documents are read until they hold ``SPREAD`` times what is
@@ -107,11 +125,14 @@ def sequences(split: str, documents: Sequence[str], tokenizer: Any, length: int,
         if len(stream) >= SPREAD * count * length:
             break
     held = len(stream) // length
-    if held < count:
+    fewest = count if fewest is None else fewest
+    if held < fewest:
+        advice = f" or {fewer.format(split=split, held=held, tokens=held * length)}" if held and fewer else ""
         raise UserError(
-            f"--data: the {split} split holds {held} sequences of {length} tokens, the recipe takes "
-            f"{count}; give more text or --set {split}_samples={max(1, held)}"
+            f"--data: the {split} split holds {held} sequences of {length} tokens, expected at least {fewest} "
+            f"({fewest * length:,} tokens, it has {len(stream):,}); give more text{advice}"
         )
+    count = min(count, held)
     return torch.tensor(stream[: held * length]).view(held, length)[torch.arange(count) * held // count]
 
 
