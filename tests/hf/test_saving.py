@@ -1,6 +1,10 @@
 """Saved KA models: they load as what they were or not at all."""
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ from ka_attention.hf import (
     load_adapter,
     save_adapter,
 )
+from ka_attention.hf import models as ka_models
 from ka_attention.hf.adapters import ADAPTERS
 
 KA = KAConfig(layers=(0, 2), window=5, gate="token", gate_init=0.5)
@@ -227,3 +232,39 @@ def test_what_is_no_causal_language_model_saves_in_two_parts(tmp_path, other):
         save_adapter(model, tmp_path / "adapter")
         detach(model).save_pretrained(tmp_path)
         assert torch.equal(load_adapter(other.from_pretrained(tmp_path).eval(), tmp_path / "adapter")(ids)[0], want)
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["attached", "made"])
+def test_models_are_pickled_and_copied(tmp_path, made):
+    model = trained()
+    if made:
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), loaded):
+        assert type(again) is type(model)
+        assert torch.equal(logits(again), logits(model))
+        assert torch.equal(*(m.generate(tokens(), max_new_tokens=4) for m in (again, model)))
+
+
+def test_a_pickled_model_runs_in_a_new_process(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    for i, kind in enumerate((model, AutoModelForCausalLM.from_pretrained(tmp_path).eval())):
+        torch.save((kind, tokens(), kind.generate(tokens(), max_new_tokens=4)), tmp_path / f"{i}.pt")
+    code = """
+import sys, torch
+for path in sys.argv[1:]:
+    model, ids, want = torch.load(path, weights_only=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), want)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "0.pt", tmp_path / "1.pt"], check=True)
+
+
+def test_ka_classes_are_found_by_name():
+    assert ka_models.KALlamaForCausalLM is ka_classes(LlamaForCausalLM)[1]
+    assert ka_models.KALlamaConfig is ka_classes(LlamaForCausalLM)[0]
+    for name in ("KALlamaModel", "KANothing", "Llama", "KAtorch"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(ka_models, name)

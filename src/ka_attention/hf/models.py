@@ -44,11 +44,12 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """``KALlamaForCausalLM``, ``KALlamaConfig``: the KA class of any class of transformers, where pickle looks for it."""
-    base = getattr(transformers, name.removeprefix("KA"), None) if name.startswith("KA") else None
-    if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.can_generate():
+    """``KALlamaForCausalLM``, ``KALlamaConfig``: the KA class of a class of transformers, where pickle looks for it."""
+    base: Any = getattr(transformers, name.removeprefix("KA"), None) if name.startswith("KA") else None
+    parents = getattr(base, "__mro__", ())
+    if PreTrainedModel in parents and base.can_generate():
         return ka_classes(base)[1]
-    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+    if PreTrainedConfig in parents:
         return _config_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
