@@ -59,14 +59,26 @@ def test_additive_masks_are_read_as_boolean_ones_and_biases_refused():
         parallel(model, ids, attention_mask=torch.full((1, 1, 6, 6), -0.5, dtype=torch.float64))
 
 
-def test_packed_sequences_do_not_see_each_other():
-    model, a, b = attach(make("llama")), tokens(1, 5), tokens(1, 7, seed=3)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("how", [{}, {"layers": (1,)}, {"layers": (1,), "window": 3}, {"adapter": True}], ids=str)
+def test_packed_sequences_do_not_see_each_other(family, how):
+    """By their positions, as transformers makes a mask of them, and by their ends, whatever else there is."""
+    how = dict(how)
+    adapter = (lambda i: nn.Linear(8, 8)) if how.pop("adapter", None) else None
+    torch.manual_seed(0)
+    model, a, b = attach(make(family), KAConfig(**how), adapter).double(), tokens(1, 5), tokens(1, 7, seed=3)
     packed, positions = torch.cat([a, b], 1), torch.cat([torch.arange(5), torch.arange(7)])[None]
     apart = torch.cat([parallel(model, a), parallel(model, b)], 1)
     ends = torch.tensor([0, 5, 12], dtype=torch.int32)
-    assert largest(parallel(model, packed, position_ids=positions) - apart) < 1e-11
     flash = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
-    assert largest(parallel(model, packed, position_ids=positions, **flash) - apart) < 1e-11
+    positions = {"position_ids": positions}
+    assert largest(parallel(model, packed, **positions) - apart) < 1e-11
+    with torch.no_grad():
+        for cache in (None, KACache(model.config)):
+            found = model(packed, **positions, **flash, past_key_values=cache, use_cache=cache is not None).logits
+            assert largest(found - apart) < 1e-11
+        with pytest.raises(ValueError, match="cu_seq_lens_q: packed sequences cannot continue a cache"):
+            model(packed, **positions, **flash, past_key_values=cache)
 
 
 def test_softmax_layers_are_bit_exact_scaled_dot_product_attention():
@@ -139,6 +151,12 @@ def test_beyond_a_bound_gates_learn_only_to_come_back():
         (sign * gate(v)).sum().backward()
         assert [bool(x) for x in gate.bias.grad] == moves
         assert [bool(x.any()) for x in v.grad[0]] == moves
+
+
+def test_an_adapter_that_the_configuration_alone_knows_is_an_error():
+    model = make("llama", attention="ka", ka_config=KAConfig(adapters={"1": {"kind": "linear"}}).to_dict())
+    with pytest.raises(RuntimeError, match=r"ka_config has an adapter for layer 1, .* ka_attention.hf.attach"):
+        model(tokens())
 
 
 def test_a_missing_gate_is_an_error():

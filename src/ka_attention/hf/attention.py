@@ -105,6 +105,11 @@ def attention_forward(
                     "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
                     "with a model from ka_attention.hf.attach"
                 )
+        packed = kwargs.get("cu_seq_lens_q")
+        if packed is not None and length != n:
+            raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, which holds {length - n} tokens")
+        if packed is not None and not (is_ka and adapter is None):  # the operator alone takes their ends
+            mask = _band(_in_one_sequence(mask, packed, n), n, n, window, query.device)
         if not is_ka:
             if state is not None:
                 state.commit()
@@ -113,9 +118,11 @@ def attention_forward(
             raise ValueError(f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {dropout}")
         v = value if state is None else state.value
         gate = _gate(module, ka, v)
-        packed = kwargs.get("cu_seq_lens_q") if state is None else None
-        if packed is not None:
-            mask = None  # it says the same
+        if adapter is None and ka.adapters and str(layer_idx) in ka.adapters:
+            raise RuntimeError(
+                f"ka_config has an adapter for layer {layer_idx}, which has none: make the model with "
+                "ka_attention.hf.attach"
+            )
         if n == 1:
             values = value if length > 1 else repeat_heads(value, query)  # a cache repeats what it keeps
             out = _one(query, key, values, mask, scale, window, softcap)
@@ -130,7 +137,7 @@ def attention_forward(
                 scale=scale,
                 window=window,
                 past=(key[:, :, :past], value[:, :, :past]) if past else None,
-                attn_mask=mask,
+                attn_mask=mask if packed is None else None,  # the ends say the same
                 cu_seqlens=packed,
                 softcap=softcap,
             )
@@ -177,6 +184,13 @@ def _band(mask: Tensor | None, n: int, length: int, window: int | None, device: 
     distance = torch.arange(length - n, length, device=device)[:, None] - torch.arange(length, device=device)
     band = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return band[None, None] if mask is None else band & mask
+
+
+def _in_one_sequence(mask: Tensor | None, ends: Tensor, n: int) -> Tensor:
+    """The mask cut to pairs of tokens of one packed sequence; ``ends`` are 0, …, n."""
+    sequence = torch.searchsorted(ends[1:], torch.arange(n, device=ends.device), right=True)
+    same = (sequence[:, None] == sequence)[None, None]
+    return same if mask is None else mask & same
 
 
 def _softmax(
