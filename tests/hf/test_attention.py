@@ -238,6 +238,38 @@ def test_refusals():
         pass
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": ("a",)},
+        {"layers": 3},
+        {"layers": (-1,)},
+        {"window": 0},
+        {"window": True},
+        {"gate": "row"},
+        {"gate_init": "1"},
+        {"gate_init": 1.5},
+        {"gate_range": (0,)},
+        {"gate_range": 0.5},
+        {"adapters": {"x": {}}},
+        {"adapters": {"1": 2}},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=rf"^[a-z_, ]*{next(iter(wrong))}[a-z_, ]*: expected .*, got .*$"):
+        KAConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"), [({"gait": 1}, r"unknown settings \['gait'\]"), ({"layers": [1, 9]}, r"got layers \[9\]")]
+)
+def test_a_wrong_stored_configuration_is_named(stored, message):
+    model = make("llama", attention="ka", ka_config=stored)
+    with pytest.raises(ValueError, match=f"^ka_config: .*{message}"):
+        model(tokens())
+
+
 def test_wrong_pairings_raise():
     model, ids = attach(make("llama")), tokens()
     plain = DynamicCache(config=model.config)

@@ -32,18 +32,29 @@ class KAConfig:
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "gate_range", tuple(self.gate_range))
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+        for name in ("layers", "gate_range"):
+            if isinstance(getattr(self, name), list | range):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.layers is not None and not (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))):
+            raise ValueError(f"layers: expected None or indices of layers, got {self.layers!r}")
+        if self.window is not None and not (_is_index(self.window) and self.window):
             raise ValueError(f"window: expected None or an integer >= 1, got {self.window!r}")
         if self.gate not in ("fixed", "head", "token"):
             raise ValueError(f"gate: expected 'fixed', 'head' or 'token', got {self.gate!r}")
+        numbers = isinstance(self.gate_range, tuple) and all(map(_is_number, (*self.gate_range, self.gate_init)))
+        if not numbers or len(self.gate_range) != 2:
+            raise ValueError(
+                "gate_init, gate_range: expected a number and a pair of numbers, "
+                f"got {self.gate_init!r} and {self.gate_range!r}"
+            )
         low, high = self.gate_range
         if not -1.0 <= low <= self.gate_init <= high <= 1.0:
             raise ValueError(
                 f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {self.gate_init!r}"
             )
+        specs = {} if self.adapters is None else self.adapters
+        if not isinstance(specs, dict) or not all(str(i).isdecimal() and isinstance(x, dict) for i, x in specs.items()):
+            raise ValueError(f"adapters: expected None or {{'index of a layer': {{…}}, …}}, got {self.adapters!r}")
 
     def enabled(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` is a KA layer."""
@@ -68,18 +79,33 @@ class KAConfig:
         """The KA configuration of a transformers configuration (the default one where none was set)."""
         global _last
         if torch.compiler.is_dynamo_compiling():  # a graph would watch `_last`, and does not know the shorter way
-            return cls._read(getattr(model_config, "ka_config", None) or {})
+            return cls._read(getattr(model_config, "ka_config", None) or {}, model_config)
         try:  # every layer asks at every step: not by way of what transformers does at each access
             stored = object.__getattribute__(model_config, "ka_config") or {}
         except AttributeError:
             stored = {}
         if stored != _last[0]:
-            _last = copy.deepcopy(stored), cls._read(stored)
+            _last = copy.deepcopy(stored), cls._read(stored, model_config)
         return _last[1]
 
     @classmethod
-    def _read(cls, stored: Any) -> KAConfig:
-        return stored if isinstance(stored, cls) else cls(**stored)
+    def _read(cls, stored: Any, model_config: Any) -> KAConfig:
+        if not isinstance(stored, cls):
+            if unknown := sorted(set(stored) - set(cls.__dataclass_fields__)):
+                raise ValueError(f"ka_config: unknown settings {unknown}, known are {list(cls.__dataclass_fields__)}")
+            stored = cls(**stored)
+        count = getattr(model_config, "num_hidden_layers", None)
+        if count is not None and (beyond := [i for i in stored.layers or () if i >= count]):
+            raise ValueError(f"ka_config: the model has the layers 0 to {count - 1}, got layers {beyond}")
+        return stored
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 # What `KAConfig.of` found last, and what it says. A copy, so that a change of the original is seen.
