@@ -1,36 +1,47 @@
-"""What README.md and docs/data.md show works: ``ka`` and ``make`` lines of console blocks exist, python blocks run."""
+"""What README.md and the pages of docs show works: ``ka`` and ``make`` lines of console blocks, and python blocks."""
 
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import typer
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+import tiny
 
 from ka_attention.cli import app
+from ka_attention.studies.data import Sequences
+from ka_attention.studies.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for path in (ROOT / "README.md", ROOT / "docs" / "data.md") if path.exists()]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "data.md")
 
 
-def blocks(language):
-    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [(page.name, text) for page in PAGES for text in fence.findall(page.read_text(encoding="utf-8"))]
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def commands():
-    """The words after ``ka`` or ``make`` in every line that calls one, whatever stands before (``$``, torchrun)."""
-    for page, block in blocks("console"):
+def commands(page):
+    """(line, program, words after it) of every line that calls ``ka`` or ``make``, whatever stands before it."""
+    for block in blocks(page, "console"):
         for line in block.replace("\\\n", " ").splitlines():
             called = re.search(r"(?:^|[ /])(ka_attention\.cli|ka|make) (.*)", line)
             if called:
-                program = "make" if called[1] == "make" else "ka"
-                yield pytest.param(program, shlex.split(called[2], comments=True), id=f"{page}: {line}")
+                yield line, "make" if called[1] == "make" else "ka", shlex.split(called[2], comments=True)
 
 
-@pytest.mark.parametrize(("program", "words"), commands())
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [pytest.param(*called, id=f"{page.name}: {line}") for page in PAGES for line, *called in commands(page)],
+)
 def test_every_command_shown_exists_with_its_options(program, words):
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -44,7 +55,59 @@ def test_every_command_shown_exists_with_its_options(program, words):
         group.commands[words[0]].make_context(words[0], words[1:])
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value.strip().splitlines()[0][:60])
-def test_every_python_block_runs(page, code, tmp_path):
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """With small files of the names shown, a small recipe of two arms, and one seed; what else a line says is kept."""
+    monkeypatch.chdir(tmp_path)
+    ran = set()
+    for line, program, words in commands(README):
+        if program == "make":
+            continue
+        for option, path in pairwise(words):
+            if option == "--data":
+                Path(path).mkdir()
+                Path(path, "text.txt").write_text("\n".join(tiny.documents()))
+            elif option == "--tokenizer":
+                train_tokenizer(tiny.documents(), 300).backend_tokenizer.save(path)
+        if words[0] == "compare":
+            words = [words[0], *tiny.arguments(epochs=1, arms=("softmax-w4", "ka-w4")), *words[1:], "--seeds", "1"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+        ran.add(words[0])
+    assert ran == {"compare", "recipes"}
+
+
+@pytest.mark.parametrize(
+    "code", [code for page in PAGES for code in blocks(page, "python")], ids=lambda code: code.strip().split("\n")[0]
+)
+def test_every_python_block_runs(code, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, f"{page}: {run.stderr}"
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_python_blocks_of_the_page_on_transformers_run_one_after_another(tmp_path, monkeypatch):
+    """They share their names, and what a reader has already is a small model and random tokens."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64
+    )
+    tokens = torch.randint(300, (8, 16))
+    reader = {
+        "config": config,
+        "inputs": {"input_ids": tokens[:1, :4]},
+        "prompt": tokens[:1, :4],
+        "next_token": tokens[:1, 4:5],
+        "data": Sequences(tokens),
+        "Trainer": transformers.Trainer,
+        "args": transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+        ),
+        "folder": str(tmp_path / "saved"),
+    }
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: transformers.AutoModelForCausalLM.from_config(config),
+    )
+    found = blocks(ROOT / "docs" / "transformers.md", "python")
+    assert len(found) > 2
+    for code in found:
+        exec(code, reader)
