@@ -160,6 +160,23 @@ def test_sequences_are_the_cut_stream_of_documents_with_ends_between():
     assert few.tolist() == whole[[0, held // 4, held // 2, held * 3 // 4]].tolist(), "spread over all documents"
 
 
+def test_a_large_corpus_is_read_as_far_as_eight_times_what_is_asked_for():
+    class OneToken:
+        """Document n is the token n; counts what it reads."""
+
+        eos_token_id = 0
+        read = 0
+
+        def __call__(self, documents, **_):
+            self.read += len(documents)
+            return {"input_ids": [[int(text)] for text in documents]}
+
+    tokenizer = OneToken()
+    found = data.sequences("train", [str(number) for number in range(1, 5_001)], tokenizer, 8, 16)
+    assert tokenizer.read == 8 * 16 * 8 / 2  # a token and an end each
+    assert found[:, 0].tolist() == [1 + 32 * sequence for sequence in range(16)]
+
+
 def test_too_little_text_is_refused_with_what_is_needed(tmp_path):
     path = str(write(tmp_path / "a.jsonl"))
     settings = TextSettings(data=path, sequence_length=16, train_samples=9_999, validation_samples=4)
@@ -194,6 +211,28 @@ def test_prepare_gives_the_same_tokens_twice_and_another_fingerprint_for_other_d
     assert (first.train.shape, first.validation.shape) == ((20, 16), (4, 16))
     write(path, [text.replace("gamma", "delta") for text in DOCUMENTS])
     assert data.prepare(settings, 300).description["fingerprint"] != first.description["fingerprint"]
+
+
+def test_the_fingerprint_is_of_training_and_validation(tmp_path):
+    tokenizers.train(DOCUMENTS, 300).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = TextSettings(
+        data=str(write(tmp_path / "a.jsonl")),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        sequence_length=16,
+        train_samples=20,
+        validation_samples=4,
+    )
+    others = replace(settings, train_samples=19), replace(settings, validation_samples=3)
+    assert len({data.prepare(each, 300).description["fingerprint"] for each in (settings, *others)}) == 3
+
+
+def test_of_a_few_documents_the_last_tenth_of_each_is_validation(tmp_path):
+    texts = [f"{number}".ljust(100 * number, ".") for number in range(1, 20)]
+    few = data.corpus(str(write(tmp_path / "few.jsonl", texts)))
+    assert sorted(map(len, few.validation)) == [10 * number for number in range(1, 20)]
+    assert sorted(a + b for a, b in zip(few.train, few.validation, strict=True)) == sorted(texts)
+    enough = data.corpus(str(write(tmp_path / "enough.jsonl", [*texts, "more"])))
+    assert sorted(enough.train + enough.validation) == sorted([*texts, "more"])
 
 
 def test_labels_are_the_tokens_unless_given():

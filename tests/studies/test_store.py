@@ -30,6 +30,17 @@ def test_a_part_that_fails_leaves_nothing_and_is_tried_again(tmp_path):
     assert store.done("a")
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"sha256": "", "result": 3}', '{"result": 3}'])
+def test_a_damaged_part_is_refused(tmp_path, text):
+    store = Store(tmp_path, {})
+    store.part("a", lambda: 3)
+    (tmp_path / "parts" / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"--out: .*a\.json is damaged: delete it"):
+        store.part("a", lambda: 3)
+    (tmp_path / "parts" / "a.json").unlink()
+    assert store.part("a", lambda: 4) == 4
+
+
 def test_nothing_is_written_before_the_first_part(tmp_path):
     store = Store(tmp_path / "a" / "b", {"recipe": 1})
     store.identify(data={"fingerprint": "f"})
