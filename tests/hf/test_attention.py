@@ -4,10 +4,11 @@ import pytest
 import torch
 from definition import install
 from torch import nn
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from zoo import FAMILIES, make, tokens
 
 from ka_attention.hf import KACache, KAConfig, KAGate, attach, attention_modules, detach, register, use
+from ka_attention.hf.attention import attention_forward
 
 CONFIGS = [KAConfig(), KAConfig(window=3), KAConfig(layers=(1,), window=2), KAConfig(gate_init=0.0, window=3)]
 
@@ -89,6 +90,32 @@ def test_softmax_layers_are_bit_exact_scaled_dot_product_attention():
             assert torch.equal(parallel(model, ids), before)
         with use(model, layers=()):
             assert torch.equal(parallel(model, ids), before)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+def test_softmax_layers_prefill_a_static_cache_of_transformers(family):
+    """Its buffers are longer than the prompt, whose mask may be None: the first tokens are read causally."""
+    model, ids = attach(make(family), KAConfig(layers=())), tokens(2, 6)
+    with torch.no_grad():
+        found = model(ids, past_key_values=StaticCache(model.config, 10)).logits
+    assert largest(found - parallel(model, ids)) < 1e-11
+
+
+def test_capped_softmax_layers_drop_weights_in_training_and_ignore_padding():
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    model = attach(make("gemma2"), KAConfig(layers=()))
+    layer = attention_modules(model)[0]
+
+    def run(mask=None, dropout=0.0):
+        return attention_forward(layer, q, k, v, mask, softcap=2.0, dropout=dropout)[0].transpose(1, 2)
+
+    hidden = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & (torch.arange(5) != 0)
+    assert torch.equal(run(hidden)[:, :, 0], torch.zeros(1, 2, 4))  # a row that may attend nothing is 0
+    torch.testing.assert_close(run(hidden)[:, :, 1], v[:, :, 1])
+    torch.manual_seed(0)
+    dropped = torch.stack([run(dropout=0.5) for _ in range(2000)])
+    assert largest(dropped[0] - run()) > 0.1
+    assert largest(dropped.mean(0) - run()) < 6 * dropped.std(0).max() / 2000**0.5
 
 
 def test_detach_restores_every_bit_and_the_configuration():

@@ -83,11 +83,16 @@ def test_a_left_padded_row_is_the_row_alone(static):
     assert largest(got[1, 2:11] - want[1]) < TINY
 
 
+def fixed(config):
+    return KAStaticCache(config, 12)
+
+
 def check_crop(model, make_cache=KACache):
     """Go too far, take back, go on otherwise."""
     ids, wrong = tokens(2, 12), tokens(2, 4, seed=5)
     cache = make_cache(model.config)
-    cache.activate_past_recording()
+    if make_cache is KACache:
+        cache.activate_past_recording()
     run(model, [ids[:, :7]], cache)
     cache.crop(0)
     run(model, [wrong[:, :3], wrong[:, 3:]], cache)
@@ -116,11 +121,16 @@ def test_crop_and_reorder(family, ka):
     model = attached(family, ka)
     assert check_crop(model) < TINY
     assert check_reorder(model) < TINY
+    if any(layer.is_ring for layer in fixed(model.config).layers):
+        with pytest.raises(ValueError, match=r"^crop: expected .* no window, .*, got -4"):
+            check_crop(model, fixed)
+    else:
+        assert check_crop(model, fixed) < TINY
 
 
-def check_batch(model):
+def check_batch(model, make_cache=KACache):
     """Rows are repeated and chosen: each goes on from its own past."""
-    ids, cache = tokens(2, 12), KACache(model.config)
+    ids, cache = tokens(2, 12), make_cache(model.config)
     run(model, [ids[:, :4]], cache)
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([1, 4]))
@@ -141,6 +151,7 @@ def check_turns(model):
 def test_repeat_select_reset_copy_and_several_turns(ka):
     model, ids = attached("llama", ka), tokens()
     assert check_batch(model) < TINY
+    assert check_batch(model, fixed) < TINY
     assert check_turns(model) < TINY
     cache = KACache(model.config)
     run(model, [ids[:, :4]], cache)
@@ -205,6 +216,9 @@ def test_refusals():
             cache(config, offloading=True)
     with pytest.raises(ValueError, match="'kv' or 'ka'"):
         bytes_per_token(config, "x")
+    for length in (0, -1):
+        with pytest.raises(ValueError, match=f"^max_cache_len: expected at least 1, got {length}"):
+            KAStaticCache(config, length)
     cache = KAStaticCache(config, 4)
     with pytest.raises(IndexError):
         run(attached("llama", KAConfig()), [tokens(1, 5), tokens(1, 1)], cache)

@@ -107,7 +107,7 @@ def attention_forward(
                 )
         packed = kwargs.get("cu_seq_lens_q")
         if packed is not None and length != n:
-            raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, which holds {length - n} tokens")
+            raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
         if packed is not None and not (is_ka and adapter is None):  # the operator alone takes their ends
             mask = _band(_in_one_sequence(mask, packed, n), n, n, window, query.device)
         if not is_ka:

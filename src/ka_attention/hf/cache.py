@@ -213,6 +213,24 @@ class KAStaticLayer(_KALayer, StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.total, 0
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, whose number comes negative as in transformers; nobody sees slots beyond."""
+        if tokens_to_remove > 0 or (self.is_ring and tokens_to_remove):
+            raise ValueError(
+                f"crop: expected a negative number of tokens and no window, whose slots are overwritten (see KACache), "
+                f"got {tokens_to_remove}"
+            )
+        self.cumulative_length.add_(tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.batch_size = self.keys.shape[0]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
     def _write(self, buffer: Tensor, new: Tensor, positions: Tensor) -> None:
         if self.is_ring:
             positions = positions[-self.max_cache_len :] % self.max_cache_len
@@ -269,6 +287,8 @@ class KAStaticCache(StaticCache):
 
     def __init__(self, config: Any, max_cache_len: int, offloading: bool = False) -> None:
         _refuse_offloading(offloading)
+        if max_cache_len < 1:
+            raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
         Cache.__init__(self, layers=[KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)])
 
 
