@@ -88,8 +88,7 @@ def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: floa
     if window is not None and window < k.shape[2]:
         k, u = k[:, :, -window:], u[:, :, -window:]
         mask = None if mask is None else mask[..., -window:]
-    B, Hq, _, D = q.shape
-    Hkv, S = k.shape[1:3]
+    (B, Hq, _, D), (_, Hkv, S, _) = q.shape, k.shape
     if Hkv == Hq:
         return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale)
     # Key heads become batch entries, so that query heads share a key head through a stride of 0.
