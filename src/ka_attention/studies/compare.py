@@ -30,7 +30,7 @@ from ka_attention.studies.data import Sequences, Text, prepare
 from ka_attention.studies.progress import console
 from ka_attention.studies.recipes import COMPARE, CompareRecipe
 from ka_attention.studies.statistics import deviation, mean, values
-from ka_attention.studies.store import Json, Store, main_process
+from ka_attention.studies.store import Json, Store
 from ka_attention.studies.training import load_weights, train
 
 BATCH = 32  # sequences read at once by an evaluation
@@ -195,10 +195,7 @@ def _train(arm: Arm, recipe: CompareRecipe, text: Text, store: Store, seed: int)
     def work() -> dict[str, Json]:
         model, folder = build(arm, recipe, seed), _weights(arm, store, seed)
         sets = Sequences(text.train), Sequences(text.validation)
-        result = train(model, *sets, recipe, folder, seed=seed, label=arm.label)
-        if main_process():
-            text.tokenizer.save_pretrained(folder)  # beside the weights, so that the folder is a model to generate with
-        return result
+        return train(model, *sets, recipe, folder, seed=seed, label=arm.label, tokenizer=text.tokenizer)
 
     return store.part(_part("training", arm.name, seed), work)
 

@@ -76,10 +76,6 @@ class DereferenceRecipe(TaskSettings):
         super().__post_init__()
         if not 1 <= self.chains <= self.literals:
             raise UserError(f"--set chains: expected 1 to literals = {self.literals}, got {self.chains}")
-        if not self.layers or min(self.layers) < 1:
-            raise UserError(
-                f"--set layers: expected numbers from 1 on, got {','.join(map(str, self.layers)) or 'none'}"
-            )
 
     @property
     def task(self) -> Dereference:

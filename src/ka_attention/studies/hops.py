@@ -23,7 +23,7 @@ from ka_attention.studies.memory import is_softmax
 from ka_attention.studies.progress import console
 from ka_attention.studies.recipes import PYTHIA_70M, ModelSettings, TextSettings, TrainingSettings
 from ka_attention.studies.statistics import changes, mean, mean_sd, percent, values
-from ka_attention.studies.store import Json, Store, main_process
+from ka_attention.studies.store import Json, Store
 from ka_attention.studies.training import train
 from ka_attention.studies.walks import Call, attending, exact, load_model
 
@@ -110,10 +110,7 @@ class Hops:
             def trained() -> Json:
                 model = build(arm("ka"), recipe, seed)  # noqa: B023
                 data = Sequences(text.train), Sequences(text.validation)
-                done = train(model, *data, recipe, folder, seed=seed, label="KA")  # noqa: B023
-                if main_process():  # beside the weights, so that other commands can load the folder
-                    text.tokenizer.save_pretrained(folder)  # noqa: B023
-                return done
+                return train(model, *data, recipe, folder, seed=seed, label="KA", tokenizer=text.tokenizer)  # noqa: B023
 
             one = {} if recipe.checkpoint else {"training": store.part(f"training/seed{seed}", trained)}
             source = recipe.checkpoint or str(folder)

@@ -25,7 +25,7 @@ from ka_attention.studies.perplexity import token_losses
 from ka_attention.studies.progress import console
 from ka_attention.studies.recipes import ModelSettings, TrainingSettings
 from ka_attention.studies.reversal_facts import BUILT_IN, CONTEXT, SAME, Question, Row, load
-from ka_attention.studies.store import Json, Store, main_process
+from ka_attention.studies.store import Json, Store
 from ka_attention.studies.training import load_weights, train
 
 BATCH = 64
@@ -146,10 +146,7 @@ class Reversal:
             return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
         def work() -> Json:
-            done = train(fresh(), training_set, known, recipe, folder, seed=seed, label=arm.label)
-            if main_process():  # beside the weights, so that other commands can load the folder
-                tokenizer.save_pretrained(folder)
-            return done
+            return train(fresh(), training_set, known, recipe, folder, seed=seed, label=arm.label, tokenizer=tokenizer)
 
         training = store.part(f"training/seed{seed}/{arm.name}", work)
         own = "kv" if is_softmax(arm.ka) else "ka"

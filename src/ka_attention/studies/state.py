@@ -124,8 +124,6 @@ class StateRecipe(TaskSettings):
         super().__post_init__()
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise UserError(f"--set tasks: no task {unknown[0]!r}; allowed are {', '.join(TASKS)}")
-        if not self.layers or min(self.layers) < 1:
-            raise UserError(f"--set layers: expected numbers from 1 on, got {self.layers}")
 
 
 RECIPES = {

@@ -38,14 +38,15 @@ def train(
     *,
     seed: int,
     label: str,
+    tokenizer: Any = None,
     console: Console = progress.console,
 ) -> dict[str, Any]:
     """Train ``model`` on ``train_set`` until ``eval_set``'s loss stops falling; it holds the best weights at return.
 
     The data sets yield ``{"input_ids", "labels"}``; the loss is the mean over labels that are not −100. ``seed`` orders
-    the batches; the same seed gives the same order to every model. ``folder`` is what ``from_pretrained`` loads,
-    with the best weights as ``model.safetensors``; until the end it holds a checkpoint an epoch: calling again with the
-    same arguments after a kill continues from the last.
+    the batches; the same seed gives the same order to every model. ``folder`` is what ``from_pretrained`` loads, with
+    the best weights as ``model.safetensors`` and ``tokenizer``; until the end it holds a checkpoint an epoch: calling
+    again with the same arguments after a kill continues from the last.
 
     Returns ``epochs`` (rows of epoch, train_ppl = exp of the epoch's mean training loss, val_ppl, seconds of the
     training steps alone, best: whether it improved), ``best_epoch``, ``best_val_ppl``, ``seconds_per_epoch`` and
@@ -68,6 +69,8 @@ def train(
     model.config.use_cache = use_cache  # which the Trainer switches off
     if main_process():
         model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         shutil.rmtree(checkpoints)
     best = min(rows, key=lambda row: row["val_ppl"])
     return {
