@@ -154,8 +154,7 @@ def _refuse_derivatives(inputs: tuple) -> None:
     """There is the derivative of autograd and no other; without this, forward mode would find zeros."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     if all(each.key() == TransformType.Vmap for each in transforms) and (
-        forward_ad._current_level < 0
-        or all(x is None or forward_ad.unpack_dual(x).tangent is None for x in inputs[:6])
+        forward_ad._current_level < 0 or all(x is None or forward_ad.unpack_dual(x).tangent is None for x in inputs[:6])
     ):
         return
     raise RuntimeError(
