@@ -101,7 +101,7 @@ class _Kill(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["epoch_2", "after_the_last_epoch", "half_a_checkpoint"])
+@pytest.mark.parametrize("moment", ["epoch_2", "after_the_last_epoch", "half_a_checkpoint", "half_a_state"])
 def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, monkeypatch, moment):
     whole = run(text, tmp_path / "whole", replace(SETTINGS, schedule="cosine"))[1]
     settings, folder = replace(SETTINGS, schedule="cosine"), tmp_path / "cut"
@@ -120,9 +120,10 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, mon
             patch.setattr(training, "mean_loss", dies_in_the_second_epoch)
         with pytest.raises(_Kill):
             run(text, folder, settings)
-    if moment == "half_a_checkpoint":
+    if moment in ("half_a_checkpoint", "half_a_state"):
         shutil.copytree(folder / "checkpoints" / "checkpoint-6", folder / "checkpoints" / "checkpoint-12")
-        (folder / "checkpoints" / "checkpoint-12" / "trainer_state.json").unlink()
+        state = folder / "checkpoints" / "checkpoint-12" / "trainer_state.json"
+        state.write_text(state.read_text()[:99]) if moment == "half_a_state" else state.unlink()
     scored = []
     monkeypatch.setattr(training, "mean_loss", lambda *arguments: scored.append(1) or mean_loss(*arguments))
     continued = run(text, folder, settings)[1]

@@ -77,7 +77,7 @@ class TaskSettings(TrainingSettings):
         for name in ("length", "test_lengths", "test_samples", "least_seeds", "heads", "batch_size", "layers"):
             given = getattr(self, name, 1)  # layers are a setting of some studies
             if min(given if isinstance(given, tuple) else [given], default=0) < 1:
-                raise UserError(f"--set {name}: expected at least 1, got {given or 'none'}")
+                raise UserError(f"--set {name}: expected at least 1, got {given}")
         if self.hidden_size < 1 or self.hidden_size % (8 * self.heads):
             raise UserError(f"--set hidden_size: expected heads × a multiple of 8, got {self.hidden_size}")
         if self.train_samples < self.batch_size:

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
+from ka_attention.files import read_object
 from ka_attention.studies import hub, progress
 from ka_attention.studies.data import Sequences
 from ka_attention.studies.recipes import TrainingSettings
@@ -139,8 +141,12 @@ def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> Trai
 
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint: the Trainer writes its state file last."""
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{STATE}")]
+    """The newest whole checkpoint: the Trainer writes its state file last, and a kill may leave half of that."""
+    whole = []
+    for state in checkpoints.glob(f"checkpoint-*/{STATE}"):
+        with suppress(UserError):
+            read_object(state, "--out")
+            whole.append(state.parent)
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
