@@ -74,7 +74,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = _as_bool(attention_mask)
+    mask = None if attention_mask is None else _as_bool(attention_mask)
     layer_idx: Any = module.layer_idx
     ka = KAConfig.of(module.config)
     is_ka = ka.caches_outputs(layer_idx)
@@ -117,7 +117,7 @@ def attention_forward(
         if dropout:
             raise ValueError(f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {dropout}")
         v = value if state is None else state.value
-        gate = _gate(module, ka, v)
+        gate = ka.gate_init if ka.gate == "fixed" else _learned_gate(module, ka, v)
         if adapter is None and ka.adapters and str(layer_idx) in ka.adapters:
             raise RuntimeError(
                 f"ka_config has an adapter for layer {layer_idx}, which has none: make the model with "
@@ -157,9 +157,7 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
 
 
-def _gate(module: nn.Module, ka: KAConfig, v: Tensor) -> float | Tensor:
-    if ka.gate == "fixed":
-        return ka.gate_init
+def _learned_gate(module: nn.Module, ka: KAConfig, v: Tensor) -> Tensor:
     gate = getattr(module, "ka_gate", None)
     if gate is None:
         raise RuntimeError(
@@ -169,9 +167,9 @@ def _gate(module: nn.Module, ka: KAConfig, v: Tensor) -> float | Tensor:
     return gate(v)
 
 
-def _as_bool(mask: Tensor | None) -> Tensor | None:
+def _as_bool(mask: Tensor) -> Tensor:
     """An additive mask of zeros and minus infinities as a boolean one, True where attention is allowed."""
-    if mask is None or mask.dtype == torch.bool:
+    if mask.dtype == torch.bool:
         return mask
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if not torch.compiler.is_compiling() and bool((~hidden & (mask != 0)).any()):
