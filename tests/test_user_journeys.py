@@ -22,7 +22,7 @@ from ka_attention.studies.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "data.md")
+DATA = ROOT / "docs" / "data.md"
 
 
 def blocks(page, language):
@@ -40,7 +40,7 @@ def commands(page):
 
 @pytest.mark.parametrize(
     ("program", "words"),
-    [pytest.param(*called, id=f"{page.name}: {line}") for page in PAGES for line, *called in commands(page)],
+    [pytest.param(*called, id=f"{page.name}: {line}") for page in (README, DATA) for line, *called in commands(page)],
 )
 def test_every_command_shown_exists_with_its_options(program, words):
     if program == "make":
@@ -74,11 +74,14 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         assert result.exit_code == 0, f"{line}: {result.output}"
         ran.add(words[0])
     assert ran == {"compare", "recipes"}
+    (code,) = blocks(DATA, "python")  # loads what a run has left
+    left = {}
+    exec(code.replace("runs/quick/weights/seed0/ka", "runs/mine/weights/seed0/ka-w4"), left)
+    assert left["model"].config.ka_config["window"] == 4
+    assert left["tokenizer"]("text")["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "code", [code for page in PAGES for code in blocks(page, "python")], ids=lambda code: code.strip().split("\n")[0]
-)
+@pytest.mark.parametrize("code", blocks(README, "python"), ids=lambda code: code.strip().split("\n")[0])
 def test_every_python_block_runs(code, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
