@@ -92,7 +92,7 @@ RECIPES = {
             layers=(1, 2, 3),
             length=32,
             test_lengths=(32, 96),
-            train_samples=32 * 300,
+            train_samples=32 * 275,
             batch_size=32,
             test_samples=256,
         ),
