@@ -140,6 +140,13 @@ def test_another_setting_in_the_same_folder_is_refused(corpus, tmp_path):
     assert (out / "results.json").read_text() == before
 
 
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    recorded = Path(__file__).parents[1] / "docs" / "results" / "quick" / "results.json"
+    shutil.copy(recorded, tmp_path)
+    (tmp_path / "report.html").mkdir()
+    refused(ka("report", tmp_path), "report.html", "directory")
+
+
 def test_a_report_of_another_schema_is_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"schema_version": 0}')
     assert refused(ka("report", tmp_path), "has schema 0")

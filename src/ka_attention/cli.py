@@ -24,6 +24,11 @@ class _Commands(TyperGroup):
         except UserError as error:
             typer.echo(f"ka: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that may not be written
+            if error.filename is None:
+                raise
+            typer.echo(f"ka: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("ka: stopped; the same command continues where it was", err=True)
             raise typer.Exit(130) from None
