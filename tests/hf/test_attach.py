@@ -50,6 +50,13 @@ def test_adapters_of_layers_that_are_no_ka_layers_are_refused(ka, adapter, named
     assert not any(hasattr(m, "ka_adapter") for m in attention_modules(model))
 
 
+def test_adapters_come_from_one_place():
+    model = make("llama")
+    with pytest.raises(ValueError, match="^adapter: ka.adapters names adapters too"):
+        attach(model, KAConfig(adapters={"1": ONE}), {0: nn.Identity()})
+    assert not is_attached(model)
+
+
 @pytest.mark.parametrize("model", [lambda: attach(make("llama")), made_as_ka], ids=["attached", "made"])
 def test_a_ka_model_does_not_change_to_another_attention(model):
     model = model()

@@ -41,6 +41,8 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     register()
     if is_attached(model):
         raise ValueError("model: it is attached already, call ka_attention.hf.detach first")
+    if adapter is not None and ka.adapters:
+        raise ValueError("adapter: ka.adapters names adapters too, give only one of the two")
     check_supported(model)
     text, modules = text_config(model), attention_modules(model)
     wanted = set(ka.layers or ()) | {int(i) for i in ka.adapters or ()}
