@@ -52,7 +52,7 @@ def test_adapters_of_layers_that_are_no_ka_layers_are_refused(ka, adapter, named
 
 def test_adapters_come_from_one_place():
     model = make("llama")
-    with pytest.raises(ValueError, match="^adapter: ka.adapters names adapters too"):
+    with pytest.raises(ValueError, match=r"^adapter: ka\.adapters names adapters too"):
         attach(model, KAConfig(adapters={"1": ONE}), {0: nn.Identity()})
     assert not is_attached(model)
 
