@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ka_attention.hf.config import KAConfig
 
 # Values of more elements take U in place, a launch of its own; fewer wait for the next concatenation, which then reads
-# a strided tensor: that takes a GPU longer, by more than the launch costs the processor where values are large.
+# a strided tensor: where values are large that may take a GPU longer than the launch takes the processor. An estimate:
+# on a CPU both are equal, on a GPU they have not been measured.
 IN_PLACE = 2**20
 
 
