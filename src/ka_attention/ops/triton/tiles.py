@@ -86,12 +86,12 @@ def longest_reach(device: torch.device, windowed: bool) -> int:
 def wave(device: torch.device, heads: int, size: int) -> int:
     """How many of the heads advance together, each reading its `size` bytes of keys and values block after block.
 
-    As many as the L2 cache holds, half of it left to other things, or as keep the multiprocessors busy: a chain of
-    blocks alone occupies a few of them.
+    There is a wave for each time that all of them would fill the L2 cache; but of no fewer than one head for 16
+    multiprocessors, since with few heads the chain from block to block sets the pace.
     """
     cache = 1 << 14 if device == INTERPRETED else torch.cuda.get_device_properties(device).L2_cache_size
-    most = max(cache // 2 // size, _processors(device) // 8)
-    return triton.cdiv(heads, triton.cdiv(heads, most))
+    waves = min(heads * size // cache, heads // (_processors(device) // 16 or 1))
+    return triton.cdiv(heads, max(waves, 1))
 
 
 def links(device: torch.device, heads: int) -> int:
