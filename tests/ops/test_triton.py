@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,13 +283,22 @@ def test_what_it_cannot_do_is_refused(shape, dtype, message):
         ka_attention(x, x, x, backend="triton")
 
 
-def test_a_known_launch_gives_the_compiled_kernel_what_it_takes(monkeypatch):
-    """Bare pointers in the order of its signature, if all are multiples of 16; absent tensors are null pointers."""
+@pytest.fixture
+def launched(monkeypatch):
+    """A launch of a kernel that only notes how it is called, and the notes."""
     from ka_attention.ops.triton import launch
 
+    calls: list[tuple] = []
+
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid):
             return lambda *arguments: calls.append(("compiled", grid, arguments))
+
+        def run(self, x, y, z, stream, *arguments):
+            assert (stream, *arguments[:5]) == (("stream", 3), "function", "metadata", None, None, None)
+            calls.append(("run", (x, y, z), arguments[5:]))
 
     class Kernel:
         arg_names = ("X", "Y", "T", "scale", "D", "BM")
@@ -296,18 +306,41 @@ def test_a_known_launch_gives_the_compiled_kernel_what_it_takes(monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **constants: calls.append(("kernel", grid, arguments, constants)) or Compiled()
 
-    calls: list[tuple] = []
+    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: ("stream", device))
     monkeypatch.setattr(launch, "CompiledKernel", Compiled)
-    run = launch.Launch(Kernel(), (5, 2), 70, 0.5, num_warps=4, BM=64, D=16)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    return launch.Launch(Kernel(), (5, 2), 70, 0.5, num_warps=4, BM=64, D=16), calls
+
+
+def test_a_known_launch_gives_the_compiled_kernel_what_it_takes(launched):
+    """Bare pointers in the order of its signature, if all are multiples of 16; absent tensors are null pointers."""
+    run, calls = launched
     x = torch.zeros(64, dtype=torch.uint8)
     x = x[-x.data_ptr() % 16 :]
     for tensors in ((x[1:], None), (x, None), (x, None), (x[16:], None), (x[1:], None)):
         run(*tensors)
-    assert [call[0] for call in calls] == ["kernel", "kernel", "compiled", "compiled", "kernel"]
+    assert [call[0] for call in calls] == ["kernel", "kernel", "run", "run", "kernel"]
     assert all(call[1] == (5, 2, 1) for call in calls)
     assert calls[3][2] == (x.data_ptr() + 16, 0, 70, 0.5, 16, 64)
     assert calls[4][2][2:] == (70, 0.5)
     assert calls[4][3] == {"num_warps": 4, "BM": 64, "D": 16}
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_known_launch_is_seen_by_hooks(launched, monkeypatch, name):
+    import triton
+
+    run, calls = launched
+    hook = triton.knobs.HookChain()
+    monkeypatch.setattr(triton.knobs.runtime, name, hook)
+    x = torch.zeros(0)
+    for change in (int, int, lambda: hook.add(print), lambda: hook.remove(print)):
+        change()
+        run(x, None)
+    monkeypatch.setattr(triton.knobs.runtime, name, print)
+    run(x, None)
+    assert [call[0] for call in calls] == ["kernel", "run", "compiled", "run", "compiled"]
+    assert calls[1][1:] == calls[2][1:] == calls[4][1:]
 
 
 @kernels

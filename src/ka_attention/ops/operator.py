@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 _SOURCES = sorted(Path(__file__).parent.rglob("*.py"))
 REVISION = f"{zlib.crc32(b''.join(file.read_bytes() for file in _SOURCES)):08x}"
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
 
 @functools.cache
 def _load(backend: str) -> ModuleType:
@@ -87,29 +89,40 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of those of q, k, v, gate, k_past, u_past that are present, in this order."""
-    with _without_autocast(q, backend):
-        grads = _load(backend).backward(
-            da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
-            scale=scale, window=window, softcap=softcap,
-        )  # fmt: skip
-    return [grad.contiguous() for grad in grads if grad is not None]
+    tensors = da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved
+    return [grad for grad in _gradients(*tensors, scale, window, softcap, backend) if grad is not None]
+
+
+def _gradients(da, *inputs) -> list[Tensor | None]:
+    """Of q, k, v, gate, k_past, u_past."""
+    *tensors, scale, window, softcap, backend = inputs
+    with _without_autocast(da, backend):
+        grads = _load(backend).backward(da, *tensors, scale=scale, window=window, softcap=softcap)
+    return [None if grad is None else grad.contiguous() for grad in grads]
+
+
+def _save(ctx, inputs, output):
+    *tensors, scale, window, softcap, _, backend, _ = inputs
+    ctx.options = scale, window, softcap, backend
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.window, ctx.softcap, _, ctx.backend, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # the gradient of lse would be a tensor of zeros
 
 
 def _differentiate(ctx, da, *_):
     if da is None:
         return (None,) * 14
     tensors = ctx.saved_tensors
-    seen = torch.is_grad_enabled() or _traced(da)  # the library operator refuses a second derivative
-    run: Callable = backward if seen else _backward
-    grads = iter(run(da, *tensors, ctx.scale, ctx.window, ctx.softcap, ctx.backend))
-    return *(None if x is None else next(grads) for x in tensors[:6]), *(None,) * 8
+    if torch.is_grad_enabled() or _traced(da):  # the library operator refuses a second derivative
+        present = iter(backward(da, *tensors, *ctx.options))
+        grads = [None if x is None else next(present) for x in tensors[:6]]
+    else:
+        grads = _gradients(da, *tensors, *ctx.options)
+    return *grads, *(None,) * 8
 
 
 class _Eager(torch.autograd.Function):
@@ -118,8 +131,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # with setup_context, PyTorch binds the arguments to the signature at every call
         output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+        _save(ctx, inputs, output)
+        return output[:1]
 
 
 _apply = super(torch.autograd.Function, _Eager).apply  # past functorch's part of `apply`, which takes 5 µs
@@ -170,5 +183,5 @@ def _traced(q: Tensor, *others: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or q.is_meta
-        or not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in (q, *others))
+        or not _PLAIN.issuperset(map(type, (q, *others)))
     )

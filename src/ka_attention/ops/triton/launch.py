@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
 from ka_attention.ops.triton.forward import forward_kernel
@@ -25,15 +26,20 @@ def outputs(q: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
     each diagonal block the rows of S, where I + S = (I − L G)⁻¹.
     """
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return q.new_empty(q.shape), lse, q.new_empty((*q.shape[:3], choose(q).columns.BM) if save else 0)
+    return _outputs(q, choose(q).columns.BM if save else 0)
+
+
+def _outputs(q: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    a, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
+    return a, lse, q.new_empty((B, H, T, width) if width else 0)
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save):
     """`outputs`, filled. Same input, same bits."""
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
     plan = _plan(None, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
-    a, lse, solve = outputs(q, save)
+    a, lse, solve = _outputs(q, plan.BM if save else 0)
     u = a if gate is None or plan.mode != "chain" else torch.empty_like(a)
     band, flags = plan.band(q), plan.flags(q)
     with torch.cuda.device_of(q):
@@ -46,7 +52,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
 
 def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve, *, scale, window, softcap):
     """Gradients of q, k, v, gate, k_past, u_past; None for those that are absent. Same input, same bits."""
-    da, q, k, v, k_past, u_past = map(_unit_stride, (da.to(q.dtype), q, k, v, k_past, u_past))
+    da, q, k, v, k_past, u_past = map(_unit_stride, (da, q, k, v, k_past, u_past))
     plan = _plan(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, True)
     a, lse, solve = a.contiguous(), lse.contiguous(), solve.contiguous()
     y, delta = torch.empty_like(a), torch.empty_like(lse)
@@ -55,7 +61,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve,
     dk_past = du_past = None
 
     def row_gradients() -> Tensor:
-        dq = q.new_empty(q.shape)
+        dq = torch.empty_like(a)
         rows = plan.schedule(cu_seqlens, plan.row_tiles.BM)
         plan.rows(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
         return dq
@@ -69,7 +75,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, solve,
                 plan.backward_sweep(y, band, cu_seqlens)
             del band  # its memory serves for the gradients
             dq = row_gradients()
-        dk, dv = q.new_empty(q.shape), q.new_empty(q.shape)
+        dk, dv = torch.empty_like(a), torch.empty_like(a)
         plan.columns(
             da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, solve, y, delta, dk, dv, None, dgate,
             plan.flags(q),
@@ -109,7 +115,23 @@ class Launch:
         if aligned and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             self.rest = (*self.numbers, *(self.constants[name] for name in names))
-            self.launch = compiled[self.grid]
+            self.launch = _launcher(compiled, self.grid)
+
+
+def _launcher(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable:
+    """`compiled[grid]` on the current device, which makes ready for a profiler's hooks, less that if there are none."""
+    observed, run, active = compiled[grid], compiled.run, driver.active
+    stream, device = active.get_current_stream, active.get_current_device()
+    fixed = compiled.function, compiled.packed_metadata, None, None, None  # no launch metadata, no hooks
+
+    def launch(*arguments) -> None:
+        hooks = triton.knobs.runtime
+        if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
+            observed(*arguments)
+        else:
+            run(*grid, stream(device), *fixed, *arguments)
+
+    return launch
 
 
 _plans: dict[tuple, "_Plan"] = {}
@@ -118,10 +140,10 @@ _plans: dict[tuple, "_Plan"] = {}
 def _plan(*arguments) -> "_Plan":
     """The plan for calls whose arguments differ in nothing but the tensors' contents."""
     *tensors, scale, window, softcap, save = arguments
-    parts = [tensors[1].dtype, tensors[1].device, torch.backends.cuda.matmul.allow_tf32, scale, window, softcap, save]
-    for x in tensors:  # all on the device of q, the second, of dtypes that follow from q's
-        parts += (None, None) if x is None else (x.shape, x.stride())
-    key = tuple(parts)
+    q = tensors[1]  # all are on its device, of dtypes that follow from its own
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    layout = [None if x is None else (x.shape, x.stride()) for x in tensors]
+    key = (q.dtype, q.device, tf32, scale, window, softcap, save, *layout)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MAX_PLANS:
