@@ -104,32 +104,33 @@ class Launch:
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
         self.launch: Callable | None = None
-        self.rest: tuple = ()
 
     def __call__(self, *tensors: Tensor | None) -> None:
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
         aligned = reduce(or_, pointers) % 16 == 0
         if aligned and self.launch is not None:
-            return self.launch(*pointers, *self.rest)
+            return self.launch(pointers)
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         if aligned and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-            self.rest = (*self.numbers, *(self.constants[name] for name in names))
-            self.launch = _launcher(compiled, self.grid)
+            rest = *self.numbers, *(self.constants[name] for name in names)
+            self.launch = _launcher(compiled, self.grid, rest)
 
 
-def _launcher(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable:
-    """`compiled[grid]` on the current device, which makes ready for a profiler's hooks, less that if there are none."""
+def _launcher(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple) -> Callable:
+    """`compiled[grid]` on the current device, given what goes before `rest`; but what that does at every launch for the
+    hooks of profilers is left out unless there are any.
+    """
     observed, run, active = compiled[grid], compiled.run, driver.active
     stream, device = active.get_current_stream, active.get_current_device()
     fixed = compiled.function, compiled.packed_metadata, None, None, None  # no launch metadata, no hooks
 
-    def launch(*arguments) -> None:
+    def launch(pointers: list[int]) -> None:
         hooks = triton.knobs.runtime
         if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
-            observed(*arguments)
+            observed(*pointers, *rest)
         else:
-            run(*grid, stream(device), *fixed, *arguments)
+            run(*grid, stream(device), *fixed, *pointers, *rest)
 
     return launch
 
