@@ -21,12 +21,6 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(params=[0, 2**20], ids=["at once", "late"])
-def in_place(request, monkeypatch):
-    """A growing cache puts U in V's place at once where values are large, else with the next concatenation."""
-    monkeypatch.setattr("ka_attention.hf.cache.IN_PLACE", request.param)
-
-
 def run(model, chunks, cache, **inputs):
     with torch.no_grad():
         return torch.cat([model(chunk, past_key_values=cache, **inputs).logits for chunk in chunks], dim=1)
@@ -160,7 +154,7 @@ def test_repeat_select_reset_copy_and_several_turns(ka):
 
 
 @pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3, gate="token", gate_init=0.5)], ids=["full", "window"])
-def test_gradients_through_a_cache_of_two_chunks(ka, in_place):
+def test_gradients_through_a_cache_of_two_chunks(ka):
     model, ids = attached("llama", ka), tokens()
 
     def gradients(chunks, cache):
@@ -228,7 +222,7 @@ KA_LAYER = [KAConfig(), KAConfig(window=4), KAConfig(layers=(1,), window=4), KAC
 
 @pytest.mark.parametrize("ka", KA_LAYER, ids=range(len(KA_LAYER)))
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_who_reads_the_values_between_steps_finds_what_later_tokens_read(family, ka, in_place):
+def test_who_reads_the_values_between_steps_finds_what_later_tokens_read(family, ka):
     """After each step: of the heads and tokens that one parallel pass leaves; looking changes nothing."""
     model, ids = attached(family, ka), tokens()
     looked, alone = KACache(model.config), KACache(model.config)
@@ -245,7 +239,7 @@ def test_who_reads_the_values_between_steps_finds_what_later_tokens_read(family,
 
 @pytest.mark.parametrize("ka", KA_LAYER[:2], ids=["full", "window"])
 @pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "copy", "reset"])
-def test_a_cache_may_be_changed_right_after_a_step(change, ka, in_place):
+def test_a_cache_may_be_changed_right_after_a_step(change, ka):
     model, ids = attached("llama", ka), tokens(2, 9)
     cache, rows, kept = KACache(model.config), torch.arange(2), 6
     cache.activate_past_recording()

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ka_attention.hf.cache import KAState
+from ka_attention.hf.cache import KADynamicLayer, KAState
 from ka_attention.hf.config import KAConfig
 from ka_attention.ops import cache_values, ka_attention
 from ka_attention.ops.api import attend_one, repeat_heads
@@ -77,8 +77,23 @@ def attention_forward(
     mask = None if attention_mask is None else _as_bool(attention_mask)
     layer_idx: Any = module.layer_idx
     ka = KAConfig.of(module.config)
-    is_ka = ka.caches_outputs(layer_idx)
     (_, heads, n, _), (_, key_heads, length, _) = query.shape, key.shape
+    if (  # most steps of decoding, which take the processor longer to ask about than to compute: they skip the rest
+        n == 1 < length
+        and ka.is_plain
+        and isinstance(value, KAState)
+        and type(value.layer) is KADynamicLayer
+        and value.layer.groups * key_heads == heads
+        and mask is softcap is sliding_window is None
+        and not dropout
+        and "cu_seq_lens_q" not in kwargs
+        and "ka_adapter" not in module._modules
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        out = attend_one(query, key, value.values, None, scale)
+        value.layer.commit(out)
+        return out.transpose(1, 2).contiguous(), None
+    is_ka = ka.caches_outputs(layer_idx)
     # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
     window = ka.window_of(layer_idx, sliding_window if is_ka else None)
 

@@ -18,10 +18,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ka_attention.hf.config import KAConfig
 
-# Values of more elements take U in place, a launch of its own; fewer wait for the next concatenation, which then reads
-# a strided tensor: where values are large that may take a GPU longer than the launch takes the processor. An estimate:
-# on a CPU both are equal, on a GPU they have not been measured.
-IN_PLACE = 2**20
+# So many slots are made at a time, or up to an eighth of those in use where that is more.
+SPARE = 32
 
 
 class KAState:
@@ -77,37 +75,116 @@ class _KALayer:
         super().reset()  # type: ignore[misc]
 
 
+class _Room:
+    """Keys and values with spare slots behind them: a step writes its token instead of copying all others.
+
+    Where they have as many heads, they take turns in one buffer, of which one call writes a step. What was handed out
+    never changes: only the two tensors handed out last go on growing, any others move to a new buffer first.
+    """
+
+    shown: tuple[Any, Any] = (None, None)
+    buffer: Tensor | None
+    keys: Tensor
+    values: Tensor
+    end: int  # slots in use
+
+    def holds(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are the tensors handed out last, and the next token has a slot."""
+        mine = keys is self.shown[0] and values is self.shown[1]
+        return mine and self.end < self.keys.shape[2] and _is_writable(self.keys)
+
+    def start(self, keys: Tensor, values: Tensor) -> None:
+        """Move keys and values to a new buffer."""
+        self.shown = keys, values
+        self.buffer = self.keys = self.values = None  # type: ignore[assignment]  # freed before more is taken
+        B, _, self.end, D = keys.shape
+        # Depends on T alone, and so do strides: cuDNN plans its kernels for each length and stride that it meets.
+        step = max(SPARE, 1 << self.end.bit_length() >> 4)
+        slots = (self.end // step + 1) * step
+        if keys.shape == values.shape:
+            self.buffer = keys.new_empty(B, keys.shape[1], 2 * slots, D)
+            self.keys, self.values = self.buffer[:, :, ::2], self.buffer[:, :, 1::2]
+        else:
+            self.keys, self.values = (x.new_empty(B, x.shape[1], slots, x.shape[3]) for x in (keys, values))
+        self.keys[:, :, : self.end].copy_(keys)
+        self.values[:, :, : self.end].copy_(values)
+
+    def append(self, key: Tensor, value: Tensor, late: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of one more token; ``late`` takes the place of the last value."""
+        end, length = self.end, self.shown[0].shape[2] + 1
+        if self.buffer is not None:
+            step = [key, value] if late is None else [late, key, value]
+            torch.cat(step, 2, out=self.buffer.narrow(2, 2 * end + 2 - len(step), len(step)))
+        else:
+            self.keys.narrow(2, end, 1).copy_(key)
+            step = [value] if late is None else [late, value]
+            torch.cat(step, 2, out=self.values.narrow(2, end + 1 - len(step), len(step)))
+        self.end = end = end + 1
+        self.shown = self.keys.narrow(2, end - length, length), self.values.narrow(2, end - length, length)
+        return self.shown
+
+    def last(self, kept: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The last ``kept`` tokens of keys and values, which can go on growing if those could."""
+        tail = keys[:, :, -kept:], values[:, :, -kept:]
+        if keys is self.shown[0]:
+            self.shown = tail
+        return tail
+
+
+def _is_writable(x: Tensor) -> bool:
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
 class KADynamicLayer(_KALayer, DynamicLayer):
-    """Grows by concatenation, which puts U of the last tokens in V's place; who reads ``values`` before, gets U too."""
+    """Grows token by token in spare slots; by concatenation where tokens come in chunks or gradients are recorded.
+
+    U of the last token takes V's place with the next token, or when somebody reads ``values``.
+    """
 
     keys: Any
+    _values: Any
     _late: Any  # U that is not in its place yet
+
+    def __init__(self, groups: int, **kwargs: Any) -> None:
+        super().__init__(groups, **kwargs)
+        self.room = _Room()
 
     @property
     def values(self) -> Any:
-        if self._late is not None:
-            self.values = torch.cat(self._pieces(), dim=2)
+        if (late := self._late) is not None:
+            self._late, n = None, late.shape[2]
+            if late.requires_grad or not _is_writable(self._values):  # autograd still needs the tensor that holds V
+                self._values = torch.cat((self._values[:, :, :-n], late), dim=2)
+            else:
+                self._values[:, :, -n:].copy_(late)
         return self._values
 
     @values.setter
     def values(self, values: Any) -> None:
         self._values, self._late = values, None
 
-    def _pieces(self) -> tuple[Tensor, ...]:
-        """``values``, to be concatenated."""
-        if self._late is None:
-            return (self._values,)
-        return self._values[:, :, : -self._late.shape[2]], self._late
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         value = self._begin(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value)
-        is_first = self.keys.numel() == 0
-        self.keys = keys = torch.cat((self.keys, key_states), dim=2)
-        self.values = values = value if is_first else torch.cat((*self._pieces(), self._repeat(value)), dim=2)
-        self.pending = key_states.shape[2]
-        return keys, KAState(self, keys, values, value)
+        keys = self.keys
+        batch, _, self.pending, _ = key_states.shape
+        if keys.numel() == 0:
+            self.keys, self.values = torch.cat((keys, key_states), dim=2), value
+        elif (
+            self.pending > 1
+            or torch.is_grad_enabled()
+            or batch != keys.shape[0]
+            or key_states.dtype != keys.dtype
+            or torch.compiler.is_dynamo_compiling()
+        ):
+            self.keys = torch.cat((keys, key_states), dim=2)
+            self.values = torch.cat((self.values, self._repeat(value)), dim=2)
+        else:
+            if not self.room.holds(keys, self._values):
+                self.room.start(keys, self.values)
+            self.keys, self.values = self.room.append(key_states, self._repeat(value), self._late)
+        return self.keys, KAState(self, self.keys, self._values, value)
 
     def align(self, mask: Tensor | None, window: int | None, length: int) -> tuple[Tensor | None, int | None]:
         # The mask is made for the layer that sees most; every layer's keys end at the same token.
@@ -119,15 +196,12 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             u = u.to(self._values.dtype)
         if past <= 0:  # negative: a window is shorter than what is new. The memory is to be the cache's own.
             self.values = (self._values if u is None else u[:, :, -past:]).contiguous()
-        elif u is None:
-            return
-        elif u.requires_grad or self._values.numel() <= IN_PLACE:  # autograd still needs the tensor that holds V
-            self._late = u
         else:
-            self._values[:, :, past:].copy_(u)
+            self._late = u
 
     def reset(self) -> None:
         self.is_initialized = False  # dropped, not zeroed: transformers before 5.23 keeps the length of window layers
+        self.room = _Room()
         super().reset()
 
 
@@ -142,7 +216,7 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
             sight = kept + key_states.shape[2]
             state.keys, state.values = keys[:, :, -sight:], state.values[:, :, -sight:]
         else:
-            self.keys, self.values = keys[:, :, -kept:], state.values[:, :, -kept:]
+            self.keys, self.values = self.room.last(kept, keys, state.values)
         return keys, state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -29,6 +29,7 @@ class KAConfig:
     gate_init: float = 1.0
     gate_range: tuple[float, float] = (0.0, 1.0)
     adapters: dict[str, dict[str, Any]] | None = None
+    is_plain: ClassVar[bool]
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.
@@ -55,6 +56,10 @@ class KAConfig:
         specs = {} if self.adapters is None else self.adapters
         if not isinstance(specs, dict) or not all(str(i).isdecimal() and isinstance(x, dict) for i, x in specs.items()):
             raise ValueError(f"adapters: expected None or {{'index of a layer': {{…}}, …}}, got {self.adapters!r}")
+
+        # Plain KA-attention in every layer: nothing else to ask about. An attribute, since layers ask at every step.
+        is_plain = (self.layers, self.window, self.gate, self.gate_init) == (None, None, "fixed", 1) and not specs
+        object.__setattr__(self, "is_plain", is_plain)
 
     def enabled(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` is a KA layer."""
