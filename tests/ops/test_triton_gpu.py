@@ -102,9 +102,9 @@ def test_a_million_tokens():
     from ka_attention.ops import triton
 
     tensors, _ = plain_call(1_000_000, H=1)
-    a, lse, _ = triton.forward(*tensors, **OPTIONS | {"window": 512})
+    a, lse, _ = triton.forward(*tensors, **OPTIONS | {"window": 512}, save=False)
     part = [x[:, :, :2048] if x is not None else None for x in tensors]
-    head, *_ = triton.forward(*part, **OPTIONS | {"window": 512})
+    head, *_ = triton.forward(*part, **OPTIONS | {"window": 512}, save=False)
     assert torch.equal(a[:, :, :2048], head)
     assert torch.isfinite(a).all()
     assert torch.isfinite(lse).all()
