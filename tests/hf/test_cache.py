@@ -1,6 +1,7 @@
 """The KA cache against the parallel operator, at the logits: all ways to fill it and all operations."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -266,6 +267,124 @@ def test_a_cache_may_be_changed_right_after_a_step(change, ka):
             kept = 0
     got = run(model, ids[rows, kept:].split(1, 1), cache)
     assert largest(got - parallel(model, ids[rows])[:, kept:]) < TINY
+
+
+@pytest.fixture
+def few_slots(monkeypatch):
+    """Buffers of growing caches fill up soon."""
+    monkeypatch.setattr("ka_attention.hf.cache.SPARE", 4)
+    monkeypatch.setattr("ka_attention.hf.cache.KAWindowLayer.spare", 4)
+
+
+@pytest.mark.parametrize("ka", CONFIGS[:5], ids=range(5))
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "mistral", "gemma3_text"])
+def test_a_cache_grows_through_several_buffers(family, ka, few_slots):
+    model, ids = attached(family, ka), tokens(2, 24)
+    want = parallel(model, ids)
+    for sizes in ([1] * 24, [3] + [1] * 6 + [4] + [1] * 11):
+        assert largest(run(model, ids.split(sizes, 1), KACache(model.config)) - want) < TINY
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("window", [None, 4, 5])
+def test_most_steps_copy_nothing(family, window, few_slots):
+    """They write where the step before did, so that a buffer serves several steps, in windows too."""
+    model, ids = attached(family, KAConfig(window=window)), tokens(1, 24)
+    cache, buffers = KACache(model.config), []
+    for token in ids.split(1, 1):
+        run(model, [token], cache)
+        buffers.append(cache.layers[0].keys.untyped_storage().data_ptr())
+    moves = sum(a != b for a, b in itertools.pairwise(buffers))
+    assert 1 <= moves <= 24 / 3
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_strides_depend_on_the_length_alone(family):
+    """Whatever length the prompt had: some kernels are planned for each length and stride."""
+    model, strides = attached(family, KAConfig()), set()
+    for prompt in (60, 63, 64, 65, 69):
+        cache = KACache(model.config)
+        run(model, tokens(1, 70).split([prompt] + [1] * (70 - prompt), 1), cache)
+        strides.add((cache.layers[0].keys.stride(), cache.layers[0].values.stride()))
+    assert len(strides) == 1
+
+
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=4)], ids=["full", "window"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_what_was_read_from_a_cache_stays_as_it_was(family, ka, few_slots):
+    """Through steps, a crop after which other tokens come, new places of rows, and a copy that goes its own way."""
+    model, ids = attached(family, ka), tokens(2, 30)
+    cache, kept = KACache(model.config), []
+    cache.activate_past_recording()
+
+    def go(start, end, cache=cache):
+        run(model, ids[:, start:end].split(1, 1), cache)
+        kept.extend((x, x.clone()) for layer in cache.layers for x in (layer.keys, layer.values))
+
+    go(0, 7)
+    go(7, 9)
+    cache.crop(-3)
+    go(9, 14)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    go(14, 16)
+    other, twin = copy.deepcopy(cache), copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for each, start in ((cache, 16), (other, 18), (twin, 20), (cache, 22), (twin, 24)):
+        go(start, start + 2, each)
+    assert all(torch.equal(x, before) for x, before in kept)
+    order = torch.tensor([1, 0])
+    past = torch.cat([ids[order][:, :6], ids[order][:, 9:14], ids[:, 14:16]], 1)
+    for each, mine in ((cache, [16, 17, 22, 23]), (other, [18, 19]), (twin, [20, 21, 24, 25])):
+        each.crop(0)
+        whole = torch.cat([past, ids[:, mine], ids[:, 26:]], 1)
+        assert largest(run(model, ids[:, 26:].split(1, 1), each) - parallel(model, whole)[:, -4:]) < TINY
+
+
+def test_a_cache_goes_from_one_gradient_mode_to_another():
+    model, ids = attached("gpt_neox", KAConfig()), tokens(2, 14)
+    want, cache, logits, start = parallel(model, ids), KACache(model.config), [], 0
+    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.no_grad, torch.inference_mode, torch.no_grad]
+    for mode, sizes in zip(modes, ([3, 1, 1], [1, 1], [1, 1], [1, 1], [1, 1], [1]), strict=True):
+        for size in sizes:
+            with mode():
+                logits.append(model(ids[:, start : start + size], past_key_values=cache).logits.detach())
+            start += size
+        with torch.no_grad():
+            assert all(layer.values.shape[2] == start for layer in cache.layers)
+    assert largest(torch.cat(logits, 1) - want) < TINY
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_the_short_way_of_a_step_is_the_long_way(family, monkeypatch):
+    """To the bit: a plain step skips questions, not arithmetic."""
+    model, logits = attached(family, KAConfig()).float(), []
+    of = KAConfig.of(model.config)
+    for is_plain in (True, False):
+        monkeypatch.setitem(vars(of), "is_plain", is_plain)
+        logits.append(run(model, tokens(2, 12).split([1, 1, 5, 1, 1, 1, 1, 1], 1), KACache(model.config)))
+    assert of is KAConfig.of(model.config)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_keys_or_values_alone_may_be_replaced(which):
+    """The cache goes on from what it was given, as it does where both are new."""
+    model, ids = attached("gpt_neox", KAConfig()), tokens(2, 8)
+    caches = KACache(model.config), KACache(model.config)
+    for cache, replaced in zip(caches, ([which], ["keys", "values"]), strict=True):
+        run(model, ids[:, :5].split(1, 1), cache)
+        for layer in cache.layers:
+            for name in replaced:
+                tensor = getattr(layer, name)
+                setattr(layer, name, tensor.flip(2) if name == which else tensor.clone())
+    assert torch.equal(*(run(model, ids[:, 5:].split(1, 1), cache) for cache in caches))
+
+
+def test_another_batch_does_not_fit():
+    model, cache = attached("gpt_neox", KAConfig()), KACache(attached("gpt_neox", KAConfig()).config)
+    run(model, tokens(2, 3).split(1, 1), cache)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        run(model, [tokens(1, 1)], cache)
 
 
 def test_the_cache_owns_its_memory():

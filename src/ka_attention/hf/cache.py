@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ka_attention.hf.config import KAConfig
 
-# So many slots are made at a time, or up to an eighth of those in use where that is more.
+# Slots are made by so many at a time, or by up to an eighth of those in use where that is more.
 SPARE = 32
 
 
@@ -93,14 +93,14 @@ class _Room:
         mine = keys is self.shown[0] and values is self.shown[1]
         return mine and self.end < self.keys.shape[2] and _is_writable(self.keys)
 
-    def start(self, keys: Tensor, values: Tensor) -> None:
-        """Move keys and values to a new buffer."""
+    def start(self, keys: Tensor, values: Tensor, spare: int) -> None:
+        """Move keys and values to a new buffer with at least so many spare slots."""
         self.shown = keys, values
         self.buffer = self.keys = self.values = None  # type: ignore[assignment]  # freed before more is taken
         B, _, self.end, D = keys.shape
-        # Depends on T alone, and so do strides: cuDNN plans its kernels for each length and stride that it meets.
+        # With one spare slot, strides depend on T alone: cuDNN plans its kernels for each length and stride it meets.
         step = max(SPARE, 1 << self.end.bit_length() >> 4)
-        slots = (self.end // step + 1) * step
+        slots = ((self.end + spare - 1) // step + 1) * step
         if keys.shape == values.shape:
             self.buffer = keys.new_empty(B, keys.shape[1], 2 * slots, D)
             self.keys, self.values = self.buffer[:, :, ::2], self.buffer[:, :, 1::2]
@@ -141,6 +141,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
     U of the last token takes V's place with the next token, or when somebody reads ``values``.
     """
 
+    spare = 1  # slots that a new buffer has at least
     keys: Any
     _values: Any
     _late: Any  # U that is not in its place yet
@@ -165,12 +166,11 @@ class KADynamicLayer(_KALayer, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         value = self._begin(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value)
         keys = self.keys
         batch, _, self.pending, _ = key_states.shape
-        if keys.numel() == 0:
-            self.keys, self.values = torch.cat((keys, key_states), dim=2), value
+        if not self.is_initialized or keys.numel() == 0:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states.contiguous(), value
         elif (
             self.pending > 1
             or torch.is_grad_enabled()
@@ -182,7 +182,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             self.values = torch.cat((self.values, self._repeat(value)), dim=2)
         else:
             if not self.room.holds(keys, self._values):
-                self.room.start(keys, self.values)
+                self.room.start(keys, self.values, self.spare)
             self.keys, self.values = self.room.append(key_states, self._repeat(value), self._late)
         return self.keys, KAState(self, self.keys, self._values, value)
 
@@ -207,6 +207,8 @@ class KADynamicLayer(_KALayer, DynamicLayer):
 
 class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
     """Keeps the last ``window - 1`` tokens; more of them, out of sight, while decoding may take tokens back."""
+
+    spare = SPARE  # its tokens move to a new buffer whenever the slots of one are used up
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         keys, state = super().update(key_states, value_states, *args, **kwargs)
