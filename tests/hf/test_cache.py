@@ -393,8 +393,22 @@ def test_the_cache_owns_its_memory():
         model = attached("gpt_neox", ka)
         cache = KACache(model.config)
         run(model, [tokens()], cache)
-        held = sum(layer.values.untyped_storage().nbytes() for layer in cache.layers)
-        assert held == sum(layer.values.nbytes for layer in cache.layers)
+        for layer, x in itertools.product(cache.layers, ("keys", "values")):
+            assert getattr(layer, x).untyped_storage().nbytes() == getattr(layer, x).nbytes
+
+
+@pytest.mark.parametrize(("family", "window"), [("gpt_neox", None), ("llama", None), ("llama", 64)])
+def test_spare_slots_are_few(family, window):
+    """As many as said in `cache_bytes`: 32 or an eighth, and 32 more in a window."""
+    model = attached(family, KAConfig(window=window), max_position_embeddings=1024)
+    cache = KACache(model.config)
+    for start in range(0, 600, 100):
+        run(model, tokens(1, 100, seed=start).split([98, 1, 1], 1), cache)
+        for layer in cache.layers:
+            held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (layer.keys, layer.values)}
+            a_slot = (layer.keys[:, :, 0].numel() + layer.values[:, :, 0].numel()) * layer.keys.element_size()
+            used = layer.keys.shape[2]
+            assert sum(held.values()) // a_slot - used <= max(32, used // 8) + (0 if window is None else 32)
 
 
 def test_a_changed_configuration_is_heeded():

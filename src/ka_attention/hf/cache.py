@@ -219,6 +219,8 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
             state.keys, state.values = keys[:, :, -sight:], state.values[:, :, -sight:]
         else:
             self.keys, self.values = self.room.last(kept, keys, state.values)
+            if self.pending > kept:
+                self.keys = self.keys.contiguous()  # not a view of more, which would stay until the next token
         return keys, state
 
 
@@ -375,7 +377,11 @@ def _refuse_offloading(offloading: bool) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds now, measured from its tensors."""
+    """Bytes of all keys and values that a cache holds now, measured from its tensors.
+
+    A KACache that decodes has spare slots besides: for 32 tokens or an eighth more at most, in layers with a window for
+    32 tokens more than that.
+    """
     layers: list[Any] = cache.layers
     tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
