@@ -197,7 +197,7 @@ def test_heads_that_take_turns(given, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "size", "expected"), [(256, 2 << 20, 26), (64, 512 << 10, 64), (32, 8 << 20, 8), (8, 16 << 20, 8)]
+    ("heads", "size", "expected"), [(256, 2 << 20, 16), (64, 1 << 20, 64), (20, 8 << 20, 7), (32, 16 << 20, 8)]
 )
 def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monkeypatch):
     from types import SimpleNamespace

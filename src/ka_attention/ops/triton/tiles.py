@@ -86,12 +86,14 @@ def longest_reach(device: torch.device, windowed: bool) -> int:
 def wave(device: torch.device, heads: int, size: int) -> int:
     """How many of the heads advance together, each reading its `size` bytes of keys and values block after block.
 
-    There is a wave for each time that all of them would fill the L2 cache; but of no fewer than one head for 16
-    multiprocessors, since with few heads the chain from block to block sets the pace.
+    All of them, unless they would fill the L2 cache twice: then as many as leave a third of it to other things, but no
+    fewer than one for 16 multiprocessors. With fewer the chain from block to block sets the pace.
     """
     cache = 1 << 14 if device == INTERPRETED else torch.cuda.get_device_properties(device).L2_cache_size
-    waves = min(heads * size // cache, heads // (_processors(device) // 16 or 1))
-    return triton.cdiv(heads, max(waves, 1))
+    if heads * size < 2 * cache:
+        return heads
+    most = max(cache * 2 // 3 // size, _processors(device) // 16)
+    return triton.cdiv(heads, triton.cdiv(heads, most))
 
 
 def links(device: torch.device, heads: int) -> int:
