@@ -83,51 +83,57 @@ class _Room:
     """
 
     shown: tuple[Any, Any] = (None, None)
-    buffer: Tensor | None
+    buffer: Tensor | None  # of both, or None
     keys: Tensor
     values: Tensor
+    first: int  # slot of the first token handed out
     end: int  # slots in use
-
-    def holds(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether these are the tensors handed out last, and the next token has a slot."""
-        mine = keys is self.shown[0] and values is self.shown[1]
-        return mine and self.end < self.keys.shape[2] and _is_writable(self.keys)
+    slots: int
+    is_inference: bool  # written in inference mode alone
 
     def start(self, keys: Tensor, values: Tensor, spare: int) -> None:
         """Move keys and values to a new buffer with at least so many spare slots."""
         self.shown = keys, values
         self.buffer = self.keys = self.values = None  # type: ignore[assignment]  # freed before more is taken
-        B, _, self.end, D = keys.shape
+        B, H, self.end, D = keys.shape
+        self.first = 0
         # With one spare slot, strides depend on T alone: cuDNN plans its kernels for each length and stride it meets.
         step = max(SPARE, 1 << self.end.bit_length() >> 4)
-        slots = ((self.end + spare - 1) // step + 1) * step
+        self.slots = slots = ((self.end + spare - 1) // step + 1) * step
         if keys.shape == values.shape:
-            self.buffer = keys.new_empty(B, keys.shape[1], 2 * slots, D)
+            self.buffer = keys.new_empty(B, H, 2 * slots, D)
             self.keys, self.values = self.buffer[:, :, ::2], self.buffer[:, :, 1::2]
         else:
             self.keys, self.values = (x.new_empty(B, x.shape[1], slots, x.shape[3]) for x in (keys, values))
+        self.is_inference = self.keys.is_inference()
         self.keys[:, :, : self.end].copy_(keys)
         self.values[:, :, : self.end].copy_(values)
 
     def append(self, key: Tensor, value: Tensor, late: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values with those of one more token; ``late`` takes the place of the last value."""
-        end, length = self.end, self.shown[0].shape[2] + 1
-        if self.buffer is not None:
+        first, end = self.first, self.end
+        self.end = after = end + 1
+        if (buffer := self.buffer) is not None:  # as_strided: narrow takes the processor half as long again
+            B, H, _, D = key.shape
+            row = self.slots * 2 * D
             step = [key, value] if late is None else [late, key, value]
-            torch.cat(step, 2, out=self.buffer.narrow(2, 2 * end + 2 - len(step), len(step)))
+            n = len(step)
+            torch.cat(step, 2, out=buffer.as_strided((B, H, n, D), (H * row, row, D, 1), (2 * after - n) * D))
+            size, stride = (B, H, after - first, D), (H * row, row, 2 * D, 1)
+            start = 2 * first * D
+            self.shown = buffer.as_strided(size, stride, start), buffer.as_strided(size, stride, start + D)
         else:
             self.keys.narrow(2, end, 1).copy_(key)
             step = [value] if late is None else [late, value]
-            torch.cat(step, 2, out=self.values.narrow(2, end + 1 - len(step), len(step)))
-        self.end = end = end + 1
-        self.shown = self.keys.narrow(2, end - length, length), self.values.narrow(2, end - length, length)
+            torch.cat(step, 2, out=self.values.narrow(2, after - len(step), len(step)))
+            self.shown = self.keys.narrow(2, first, after - first), self.values.narrow(2, first, after - first)
         return self.shown
 
     def last(self, kept: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The last ``kept`` tokens of keys and values, which can go on growing if those could."""
         tail = keys[:, :, -kept:], values[:, :, -kept:]
         if keys is self.shown[0]:
-            self.shown = tail
+            self.shown, self.first = tail, self.end - tail[0].shape[2]
         return tail
 
 
@@ -181,9 +187,16 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             self.keys = torch.cat((keys, key_states), dim=2)
             self.values = torch.cat((self.values, self._repeat(value)), dim=2)
         else:
-            if not self.room.holds(keys, self._values):
-                self.room.start(keys, self.values, self.spare)
-            self.keys, self.values = self.room.append(key_states, self._repeat(value), self._late)
+            room, shown = self.room, self.room.shown
+            if (
+                keys is not shown[0]
+                or self._values is not shown[1]
+                or room.end == room.slots
+                or (room.is_inference and not torch.is_inference_mode_enabled())
+            ):
+                room.start(keys, self.values, self.spare)
+            self.keys, self._values = room.append(key_states, self._repeat(value), self._late)
+            self._late = None
         return self.keys, KAState(self, self.keys, self._values, value)
 
     def align(self, mask: Tensor | None, window: int | None, length: int) -> tuple[Tensor | None, int | None]:
