@@ -38,13 +38,18 @@ def step(kind: str, static: bool, past: Sequence[Tensor], new: Sequence[Tensor])
         if kind == "KA":
             state.commit(past[1][:, :, tokens])
     layer = cache.layers[0]
-    before = dict(vars(layer))  # a growing KA cache has still to write U of the last token: the next step does
+    parts = [layer]
+    if kind == "KA" and not static:  # the next step writes U of the last token too; there nearly always is room
+        layer.room.start(layer.keys, layer._values, spare=1)
+        parts.append(layer.room)
+    before = [dict(vars(part)) for part in parts]
 
     def call() -> Tensor:
         if static:
             layer.cumulative_length.fill_(P)
         else:
-            vars(layer).update(before)
+            for part, state in zip(parts, before, strict=True):
+                vars(part).update(state)
         keys_seen, values_seen = cache.update(k, v, 0)
         return attend(module, q, keys_seen, values_seen, mask, scaling=D**-0.5)[0]
 
