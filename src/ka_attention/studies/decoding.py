@@ -16,10 +16,9 @@ from ka_attention.studies.statistics import mean
 from ka_attention.studies.store import Json
 
 STEPS = 8  # timed tokens a turn
-TURNS = 3
-# Contexts and batch sizes: what the goals name where there is an accelerator, a few seconds of it elsewhere.
-CUDA = (128, 512, 2048, 8192), (1, 32)
-CPU = (32, 128, 512, 1024), (1,)
+# Contexts, batch sizes and turns: what the goals name where there is an accelerator, a few seconds of it elsewhere.
+CUDA = (128, 512, 2048, 8192), (1, 32), 8
+CPU = (32, 128, 512, 1024), (1,), 3
 
 
 def grouped(config: Any) -> Any:
@@ -51,23 +50,24 @@ def evaluate(
     given.
     """
     cuda = model.device.type == "cuda"
-    contexts, batch_sizes = contexts or (CUDA if cuda else CPU)[0], batch_sizes or (CUDA if cuda else CPU)[1]
+    usual = CUDA if cuda else CPU
+    contexts, batch_sizes, turns = contexts or usual[0], batch_sizes or usual[1], usual[2]
     rows: dict[str, list[dict[str, Json]]] = {}
     for name, each in (("MHA", copy.deepcopy(model)), ("GQA", grouped(model.config))):
         softmax = each.to(model.device, torch.bfloat16 if cuda else model.dtype).eval()
         shared = {id(parameter): parameter for parameter in softmax.parameters()}
         models = {"kv": softmax, "ka": attach(copy.deepcopy(softmax, shared))}
-        rows[name] = [_row(models, batch, context) for batch in batch_sizes for context in contexts]
+        rows[name] = [_row(models, batch, context, turns) for batch in batch_sizes for context in contexts]
     return rows
 
 
-def _row(models: dict[str, Any], batch: int, context: int) -> dict[str, Json]:
+def _row(models: dict[str, Any], batch: int, context: int, turns: int) -> dict[str, Json]:
     device = models["kv"].device
     ids = torch.randint(models["kv"].config.vocab_size, (batch, context), device=device)
     prefill: dict[str, list[float]] = {kind: [] for kind in models}
     step: dict[str, list[float]] = {kind: [] for kind in models}
     row: dict[str, Json] = {"batch": batch, "context": context}
-    for turn in range(TURNS + 1):
+    for turn in range(turns + 1):
         caches: dict[str, Any] = {}
         for kind, model in models.items():
             cache = caches[kind] = (KACache if kind == "ka" else DynamicCache)(config=model.config)
