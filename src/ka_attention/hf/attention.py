@@ -81,9 +81,9 @@ def attention_forward(
     if (  # most steps of decoding, which take the processor longer to ask about than to compute: they skip the rest
         n == 1 < length
         and ka.is_plain
-        and isinstance(value, KAState)
-        and type(value.layer) is KADynamicLayer
-        and value.layer.groups * key_heads == heads
+        and type(value) is KAState
+        and type(layer := value.layer) is KADynamicLayer
+        and layer.groups * key_heads == heads
         and mask is softcap is sliding_window is None
         and not dropout
         and "cu_seq_lens_q" not in kwargs
@@ -91,7 +91,7 @@ def attention_forward(
         and not torch._C._is_any_autocast_enabled()
     ):
         out = attend_one(query, key, value.values, None, scale)
-        value.layer.commit(out)
+        layer.commit(out)
         return out.transpose(1, 2).contiguous(), None
     is_ka = ka.caches_outputs(layer_idx)
     # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
@@ -61,14 +62,8 @@ class _KALayer:
         self.groups = groups
         self.pending: Any = None
 
-    def _begin(self, key: Tensor, value: Tensor) -> Tensor:
-        if self.pending is not None:
-            raise RuntimeError("the last update of this KA cache was never committed: its forward pass did not finish")
-        # Under autocast rotary keys are float32 and values are not. A conversion to the same dtype is not free.
-        return value if value.dtype == key.dtype else value.to(key.dtype)
-
-    def _repeat(self, value: Tensor) -> Tensor:
-        return value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
+    def _refuse_to_begin(self) -> None:
+        raise RuntimeError("the last update of this KA cache was never committed: its forward pass did not finish")
 
     def reset(self) -> None:
         self.pending = None
@@ -171,21 +166,27 @@ class KADynamicLayer(_KALayer, DynamicLayer):
         self._values, self._late = values, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        value = self._begin(key_states, value_states)
-        keys = self.keys
-        batch, _, self.pending, _ = key_states.shape
+        if self.pending is not None:
+            self._refuse_to_begin()
+        dtype, keys = key_states.dtype, self.keys
+        # Under autocast rotary keys are float32 and values are not. A conversion to the same dtype is not free.
+        value = value_states if value_states.dtype is dtype else value_states.to(dtype)
+        batch, _, n, _ = key_states.shape
+        self.pending = n
         if not self.is_initialized or keys.numel() == 0:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.dtype, self.device, self.is_initialized = dtype, key_states.device, True
             self.keys, self.values = key_states.contiguous(), value
-        elif (
-            self.pending > 1
+            return self.keys, KAState(self, self.keys, value, value)
+        stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
+        if (
+            n > 1
             or torch.is_grad_enabled()
             or batch != keys.shape[0]
-            or key_states.dtype != keys.dtype
-            or torch.compiler.is_dynamo_compiling()
+            or dtype is not keys.dtype
+            or is_dynamo_compiling()
         ):
             self.keys = torch.cat((keys, key_states), dim=2)
-            self.values = torch.cat((self.values, self._repeat(value)), dim=2)
+            self.values = torch.cat((self.values, stored), dim=2)
         else:
             room, shown = self.room, self.room.shown
             if (
@@ -195,7 +196,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
                 or (room.is_inference and not torch.is_inference_mode_enabled())
             ):
                 room.start(keys, self.values, self.spare)
-            self.keys, self._values = room.append(key_states, self._repeat(value), self._late)
+            self.keys, self._values = room.append(key_states, stored, self._late)
             self._late = None
         return self.keys, KAState(self, self.keys, self._values, value)
 
@@ -258,8 +259,10 @@ class KAStaticLayer(_KALayer, StaticLayer):
                 torch._dynamo.mark_static_address(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        value = self._begin(key_states, value_states)
-        stored = self._repeat(value)
+        if self.pending is not None:
+            self._refuse_to_begin()
+        value = value_states.to(key_states.dtype)
+        stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value)
         n = key_states.shape[2]

@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
+from torch.compiler import is_dynamo_compiling
 
 GateKind = Literal["fixed", "head", "token"]
 
@@ -83,7 +83,7 @@ class KAConfig:
     def of(cls, model_config: Any) -> KAConfig:
         """The KA configuration of a transformers configuration (the default one where none was set)."""
         global _last
-        if torch.compiler.is_dynamo_compiling():  # a graph would watch `_last`, and does not know the shorter way
+        if is_dynamo_compiling():  # a graph would watch `_last`, and does not know the shorter way
             return cls._read(getattr(model_config, "ka_config", None) or {}, model_config)
         try:  # every layer asks at every step: not by way of what transformers does at each access
             stored = object.__getattribute__(model_config, "ka_config") or {}
