@@ -55,14 +55,14 @@ def _came(run: dict[str, Json]) -> str:
     said = []
     for name, other in _pairs(arms):
         said.append(f"{arms[name]['label']} {percent(changes(_ppl(arms[name]), _ppl(arms[other])))}")
-    text = f"At {run['length']} tokens, PPL against softmax with the same window: {'; '.join(said)}. " if said else ""
+    text = f"At {run['length']:,} tokens, PPL against softmax with the same window: {'; '.join(said)}. " if said else ""
     text += _beside_peers(run)
     attention = [entry for name, entry in arms.items() if name not in PEERS]
     small = [entry for entry in attention if entry["cache_bytes"] < first["cache_bytes"]]
     if small:
         best = min(small, key=lambda entry: mean(_ppl(entry)))
         share = 100 * best["cache_bytes"] / first["cache_bytes"]
-        text += f"Best with a smaller cache than {first['label']} is {best['label']}: {share:.0f} % of the bytes, PPL "
+        text += f"Best with a smaller cache than {first['label']} is {best['label']}: {share:.2g} % of the bytes, PPL "
         text += f"{percent(changes(_ppl(best), _ppl(first)))} against {first['label']}."
     return text
 
@@ -93,21 +93,21 @@ def _text(run: dict[str, Json]) -> Section:
             [entry["label"], f"{entry['cache_bytes'] / 1024:,.1f}", mean_sd(_ppl(entry)), change, mean_sd(last)]
         )
     columns = ["arm", "cache (KiB)", "validation PPL", f"against {base['label']}", "PPL of the last positions"]
-    table = Table(f"{run['length']} tokens: cache of one sequence, computed, and validation PPL", columns, rows)
+    table = Table(f"{run['length']:,} tokens: cache of one sequence, computed, and validation PPL", columns, rows)
     figures = [
         Figure(
             f"window_{run['length']}",
-            f"Validation PPL against the cache of one sequence of {run['length']} tokens; best is low and left",
+            f"Validation PPL against the cache of one sequence of {run['length']:,} tokens; best is low and left",
             partial(_draw_text, arms),
         ),
         Figure(
             f"window_{run['length']}_position",
-            f"Validation PPL by position, {run['length']} tokens (mean over seeds)",
+            f"Validation PPL by position, {run['length']:,} tokens (mean over seeds)",
             partial(_draw_position, arms),
             WITH_LEGEND_ABOVE,
         ),
     ]
-    return Section(f"Text of {run['length']} tokens", (), [table], figures)
+    return Section(f"Text of {run['length']:,} tokens", (), [table], figures)
 
 
 def _draw_text(arms: dict[str, Json], ax: Any) -> None:
