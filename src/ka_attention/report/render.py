@@ -22,15 +22,18 @@ from ka_attention.report.document import Figure, Section, Table
 _INK = "#010203"
 # Each has a contrast of at least 3.5 : 1 on white and on the dark page; line styles and markers differ besides.
 _COLOURS = ("#2f7ed8", "#d9631e", "#1f9254", "#a857c9", "#c4404f", "#0f8f9c", "#8a7a1f", "#7d7d7d")
-_LINES = ("-", "--", "-.", ":") * 2
+_LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_CURVES = [(i, i + i // 8, i + 3 * (i // 8)) for i in range(24)]  # colours come again with other lines and markers
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": _INK,
-    "axes.prop_cycle": cycler(color=_COLOURS) + cycler(linestyle=_LINES) + cycler(marker=_MARKERS),
+    "axes.prop_cycle": cycler(color=[_COLOURS[i % 8] for i, _, _ in _CURVES])
+    + cycler(linestyle=[_LINES[j % 4] for _, j, _ in _CURVES])
+    + cycler(marker=[_MARKERS[k % 8] for _, _, k in _CURVES]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlecolor": _INK,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.position import by_octave
 from ka_attention.studies.recurrent import LABELS as PEERS
 from ka_attention.studies.statistics import changes, mean, mean_sd, percent, values
 from ka_attention.studies.store import Json
@@ -40,6 +41,12 @@ def sections(results: dict[str, Json]) -> list[Section]:
 
 def _ppl(entry: dict[str, Json]) -> list[float]:
     return values(entry, "perplexity", "ppl")
+
+
+def _octaves(entry: dict[str, Json]) -> list[tuple[str, list[float]]]:
+    """Ranges of positions, each twice the one before, and in each one perplexity a seed."""
+    seeds = [by_octave(one["perplexity"]["by_position"]) for one in entry["seeds"]]
+    return [(each[0][0], [ppl for _, ppl in each]) for each in zip(*seeds, strict=True)]
 
 
 def _pairs(arms: dict[str, Json]) -> list[tuple[str, str]]:
@@ -87,12 +94,12 @@ def _text(run: dict[str, Json]) -> Section:
     base = next(iter(arms.values()))
     rows = []
     for entry in sorted(arms.values(), key=lambda entry: entry["cache_bytes"]):
-        last = [one["perplexity"]["by_position"][-1]["ppl"] for one in entry["seeds"]]
+        positions, last = _octaves(entry)[-1]
         change = percent(changes(_ppl(entry), _ppl(base)))
         rows.append(
             [entry["label"], f"{entry['cache_bytes'] / 1024:,.1f}", mean_sd(_ppl(entry)), change, mean_sd(last)]
         )
-    columns = ["arm", "cache (KiB)", "validation PPL", f"against {base['label']}", "PPL of the last positions"]
+    columns = ["arm", "cache (KiB)", "validation PPL", f"against {base['label']}", f"PPL of {positions}"]
     table = Table(f"{run['length']:,} tokens: cache of one sequence, computed, and validation PPL", columns, rows)
     figures = [
         Figure(
@@ -112,12 +119,12 @@ def _text(run: dict[str, Json]) -> Section:
 
 def _draw_text(arms: dict[str, Json], ax: Any) -> None:
     kinds: dict[str, list[dict[str, Json]]] = {}
-    for name, entry in arms.items():
-        kinds.setdefault(re.sub(r"-w\d+$", "", name), []).append(entry)
+    for entry in arms.values():
+        kinds.setdefault(re.sub(r", window \d+$", "", entry["label"]), []).append(entry)
     for kind, entries in kinds.items():
         entries.sort(key=lambda entry: entry["cache_bytes"])
         sizes = [entry["cache_bytes"] / 1024 for entry in entries]
-        ax.plot(sizes, [mean(_ppl(entry)) for entry in entries], marker="o", label=kind)
+        ax.plot(sizes, [mean(_ppl(entry)) for entry in entries], label=kind)
     ax.set_xscale("log", base=2)
     ax.set_xlabel("cache (KiB a sequence)")
     ax.set_ylabel("validation PPL")
@@ -126,10 +133,10 @@ def _draw_text(arms: dict[str, Json], ax: Any) -> None:
 
 def _draw_position(arms: dict[str, Json], ax: Any) -> None:
     for entry in arms.values():
-        runs = [one["perplexity"]["by_position"] for one in entry["seeds"]]
-        ppl = [mean([run[i]["ppl"] for run in runs]) for i in range(len(runs[0]))]
-        ax.plot([(run["first"] + run["last"]) / 2 for run in runs[0]], ppl, label=entry["label"])
-    ax.set_xlabel("position (tokens)")
+        octaves = _octaves(entry)
+        ax.plot([mean(ppl) for _, ppl in octaves], label=entry["label"])
+    ax.set_xticks(range(len(octaves)), [name for name, _ in octaves], rotation=45, ha="right")
+    ax.set_xlabel("position in the sequence (tokens)")
     ax.set_ylabel("validation PPL")
     ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
 
@@ -170,7 +177,7 @@ def _tasks(results: dict[str, Json]) -> Section:
 def _draw_groups(by_arm: dict[str, dict[str, dict[str, Json]]], name: str, unit: str, ax: Any) -> None:
     for kind, found in by_arm.items():
         groups = by_group(found[name], 0)
-        ax.plot(list(groups), [100 * right for right in groups.values()], marker="o", label=kind)
+        ax.plot(list(groups), [100 * right for right in groups.values()], label=kind)
     if name != "dereference":
         ax.set_xscale("log", base=2)
     ax.set_ylim(0, 103)
