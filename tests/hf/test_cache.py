@@ -9,6 +9,8 @@ from transformers import DynamicCache
 from zoo import FAMILIES, make, tokens
 
 from ka_attention.hf import KACache, KAConfig, KAStaticCache, attach, bytes_per_token, cache_bytes
+from ka_attention.hf.adapters import LinearAdapter
+from ka_attention.hf.cache import KADynamicLayer
 
 TINY = 1e-11  # float64: rounding only
 CONFIGS = [
@@ -341,7 +343,8 @@ def test_what_was_read_from_a_cache_stays_as_it_was(family, ka, few_slots):
         assert largest(run(model, ids[:, 26:].split(1, 1), each) - parallel(model, whole)[:, -4:]) < TINY
 
 
-def test_a_cache_goes_from_one_gradient_mode_to_another():
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_cache_goes_from_one_gradient_mode_to_another(looks):
     model, ids = attached("gpt_neox", KAConfig()), tokens(2, 14)
     want, cache, logits, start = parallel(model, ids), KACache(model.config), [], 0
     modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.no_grad, torch.inference_mode, torch.no_grad]
@@ -351,7 +354,7 @@ def test_a_cache_goes_from_one_gradient_mode_to_another():
                 logits.append(model(ids[:, start : start + size], past_key_values=cache).logits.detach())
             start += size
         with torch.no_grad():
-            assert all(layer.values.shape[2] == start for layer in cache.layers)
+            assert not looks or all(layer.values.shape[2] == start for layer in cache.layers)
     assert largest(torch.cat(logits, 1) - want) < TINY
 
 
@@ -365,6 +368,44 @@ def test_the_short_way_of_a_step_is_the_long_way(family, monkeypatch):
         logits.append(run(model, tokens(2, 12).split([1, 1, 5, 1, 1, 1, 1, 1], 1), KACache(model.config)))
     assert of is KAConfig.of(model.config)
     assert torch.equal(*logits)
+
+
+def test_the_short_way_of_a_step_leaves_no_question_out(monkeypatch):
+    """Dropout and packed sequences are refused, an adapter is heeded, autocast is as on the long way."""
+    model, ids = attached("gpt_neox", KAConfig()), tokens(2, 4)
+    of, sizes = KAConfig.of(model.config), [2, 1, 1]
+    logits = []
+    for is_plain in (True, False):
+        monkeypatch.setitem(vars(of), "is_plain", is_plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(run(model.float(), ids.split(sizes, 1), KACache(model.config)))
+    assert torch.equal(*logits)
+    monkeypatch.setitem(vars(of), "is_plain", True)
+
+    cache, ends = KACache(model.config), torch.tensor([0, 1], dtype=torch.int32)
+    run(model.double(), [ids[:, :2]], cache)
+    with pytest.raises(ValueError, match=r"^cu_seq_lens_q: packed sequences cannot continue a cache"):
+        run(model, [ids[:, 2:3]], cache, cu_seq_lens_q=ends)
+    attention = model.gpt_neox.layers[0].attention
+    attention.ka_adapter = LinearAdapter(4, 8).double()
+    attention.ka_adapter.weight.data.mul_(0.5)
+    assert largest(run(model, ids.split(sizes, 1), KACache(model.config)) - parallel(model, ids)) < TINY
+    del attention.ka_adapter
+    cache = KACache(model.config)
+    run(model, [ids[:, :2]], cache)
+    attention.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout"):
+        run(model.train(), [ids[:, 2:3]], cache)
+
+
+def test_a_value_is_read_as_it_is_until_its_output_is_known():
+    layer, x = KADynamicLayer(1), torch.arange(4.0).view(4, 1, 1, 1, 1)
+    with torch.no_grad():
+        for key in x:
+            layer.update(key, key)
+            assert layer.values[0, 0, -1] == key
+            layer.commit(-key)
+    assert layer.values.flatten().tolist() == [0, -1, -2, -3]
 
 
 @pytest.mark.parametrize("which", ["keys", "values"])
