@@ -408,6 +408,20 @@ def test_a_value_is_read_as_it_is_until_its_output_is_known():
     assert layer.values.flatten().tolist() == [0, -1, -2, -3]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.inference_mode()
+def test_values_may_be_wider_than_keys(groups):
+    """V of fused projections, whose batches lie apart, takes its place for every query head, and U after it."""
+    layer, u = KADynamicLayer(groups), torch.randn(2, 3 * groups, 5, 6)
+    for t in range(5):
+        fused = torch.randn(2, 1, 6, 10).transpose(1, 2)[:, :3]
+        layer.update(fused[..., :4], fused[..., 4:])
+        newest = fused[..., 4:].repeat_interleave(groups, 1)
+        assert torch.equal(layer._values[:, :, -1:], newest if t else fused[..., 4:])
+        layer.commit(u[:, :, t : t + 1])
+    assert torch.equal(layer.values, u)
+
+
 @pytest.mark.parametrize("which", ["keys", "values"])
 def test_keys_or_values_alone_may_be_replaced(which):
     """The cache goes on from what it was given, as it does where both are new."""

@@ -108,8 +108,9 @@ class _Room:
         """Keys and values with those of one more token; ``late`` takes the place of the last value."""
         first, end = self.first, self.end
         self.end = after = end + 1
-        if (buffer := self.buffer) is not None:  # as_strided: narrow takes the processor half as long again
-            B, H, _, D = key.shape
+        B, H, _, D = key.shape
+        # as_strided: narrow takes the processor half as long again
+        if (buffer := self.buffer) is not None:
             row = self.slots * 2 * D
             step = [key, value] if late is None else [late, key, value]
             n = len(step)
@@ -118,10 +119,19 @@ class _Room:
             start = 2 * first * D
             self.shown = buffer.as_strided(size, stride, start), buffer.as_strided(size, stride, start + D)
         else:
-            self.keys.narrow(2, end, 1).copy_(key)
-            step = [value] if late is None else [late, value]
-            torch.cat(step, 2, out=self.values.narrow(2, after - len(step), len(step)))
-            self.shown = self.keys.narrow(2, first, after - first), self.values.narrow(2, first, after - first)
+            keys, values = self.keys, self.values
+            _, Hq, _, Dv = values.shape
+            T, G, of_keys, of_values = after - first, Hq // H, keys.stride(), values.stride()
+            keys.as_strided((B, H, 1, D), of_keys, end * D).copy_(key)
+            value = value.expand(B, H, G, Dv)  # for each query head; tokens side by side are one longer line
+            step = [value] if late is None else [late.view(B, H, G, Dv), value]
+            n = len(step)
+            batch, row, _, _ = of_values
+            torch.cat(step, 3, out=values.as_strided((B, H, G, n * Dv), (batch, G * row, row, 1), (after - n) * Dv))
+            self.shown = (
+                keys.as_strided((B, H, T, D), of_keys, first * D),
+                values.as_strided((B, Hq, T, Dv), of_values, first * Dv),
+            )
         return self.shown
 
     def last(self, kept: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +187,6 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             self.dtype, self.device, self.is_initialized = dtype, key_states.device, True
             self.keys, self.values = key_states.contiguous(), value
             return self.keys, KAState(self, self.keys, value, value)
-        stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
         if (
             n > 1
             or torch.is_grad_enabled()
@@ -185,6 +194,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             or dtype is not keys.dtype
             or is_dynamo_compiling()
         ):
+            stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
             self.keys = torch.cat((keys, key_states), dim=2)
             self.values = torch.cat((self.values, stored), dim=2)
         else:
@@ -196,7 +206,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
                 or (room.is_inference and not torch.is_inference_mode_enabled())
             ):
                 room.start(keys, self.values, self.spare)
-            self.keys, self._values = room.append(key_states, stored, self._late)
+            self.keys, self._values = room.append(key_states, value, self._late)
             self._late = None
         return self.keys, KAState(self, self.keys, self._values, value)
 
