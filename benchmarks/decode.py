@@ -40,7 +40,7 @@ def step(kind: str, static: bool, past: Sequence[Tensor], new: Sequence[Tensor])
     layer = cache.layers[0]
     parts = [layer]
     if kind == "KA" and not static:  # the next step writes U of the last token too; there nearly always is room
-        layer.room.start(layer.keys, layer._values, spare=1)
+        layer.room.start(layer.keys, layer._values)
         parts.append(layer.room)
     before = [dict(vars(part)) for part in parts]
 

@@ -81,20 +81,18 @@ class _Room:
     buffer: Tensor | None  # of both, or None
     keys: Tensor
     values: Tensor
-    first: int  # slot of the first token handed out
     end: int  # slots in use
     slots: int
     is_inference: bool  # written in inference mode alone
 
-    def start(self, keys: Tensor, values: Tensor, spare: int) -> None:
-        """Move keys and values to a new buffer with at least so many spare slots."""
+    def start(self, keys: Tensor, values: Tensor) -> None:
+        """Move keys and values to a new buffer."""
         self.shown = keys, values
         self.buffer = self.keys = self.values = None  # type: ignore[assignment]  # freed before more is taken
         B, H, self.end, D = keys.shape
-        self.first = 0
-        # With one spare slot, strides depend on T alone: cuDNN plans its kernels for each length and stride it meets.
+        # Strides depend on T alone: cuDNN plans its kernels for each length and stride it meets.
         step = max(SPARE, 1 << self.end.bit_length() >> 4)
-        self.slots = slots = ((self.end + spare - 1) // step + 1) * step
+        self.slots = slots = (self.end // step + 1) * step
         if keys.shape == values.shape:
             self.buffer = keys.new_empty(B, H, 2 * slots, D)
             self.keys, self.values = self.buffer[:, :, ::2], self.buffer[:, :, 1::2]
@@ -106,40 +104,29 @@ class _Room:
 
     def append(self, key: Tensor, value: Tensor, late: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values with those of one more token; ``late`` takes the place of the last value."""
-        first, end = self.first, self.end
-        self.end = after = end + 1
+        end = self.end
+        self.end = T = end + 1
         B, H, _, D = key.shape
         # as_strided: narrow takes the processor half as long again
         if (buffer := self.buffer) is not None:
             row = self.slots * 2 * D
             step = [key, value] if late is None else [late, key, value]
             n = len(step)
-            torch.cat(step, 2, out=buffer.as_strided((B, H, n, D), (H * row, row, D, 1), (2 * after - n) * D))
-            size, stride = (B, H, after - first, D), (H * row, row, 2 * D, 1)
-            start = 2 * first * D
-            self.shown = buffer.as_strided(size, stride, start), buffer.as_strided(size, stride, start + D)
+            torch.cat(step, 2, out=buffer.as_strided((B, H, n, D), (H * row, row, D, 1), (2 * T - n) * D))
+            size, stride = (B, H, T, D), (H * row, row, 2 * D, 1)
+            self.shown = buffer.as_strided(size, stride, 0), buffer.as_strided(size, stride, D)
         else:
             keys, values = self.keys, self.values
             _, Hq, _, Dv = values.shape
-            T, G, of_keys, of_values = after - first, Hq // H, keys.stride(), values.stride()
+            G, of_keys, of_values = Hq // H, keys.stride(), values.stride()
             keys.as_strided((B, H, 1, D), of_keys, end * D).copy_(key)
             value = value.expand(B, H, G, Dv)  # for each query head; tokens side by side are one longer line
             step = [value] if late is None else [late.view(B, H, G, Dv), value]
             n = len(step)
             batch, row, _, _ = of_values
-            torch.cat(step, 3, out=values.as_strided((B, H, G, n * Dv), (batch, G * row, row, 1), (after - n) * Dv))
-            self.shown = (
-                keys.as_strided((B, H, T, D), of_keys, first * D),
-                values.as_strided((B, Hq, T, Dv), of_values, first * Dv),
-            )
+            torch.cat(step, 3, out=values.as_strided((B, H, G, n * Dv), (batch, G * row, row, 1), (T - n) * Dv))
+            self.shown = keys.as_strided((B, H, T, D), of_keys), values.as_strided((B, Hq, T, Dv), of_values)
         return self.shown
-
-    def last(self, kept: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The last ``kept`` tokens of keys and values, which can go on growing if those could."""
-        tail = keys[:, :, -kept:], values[:, :, -kept:]
-        if keys is self.shown[0]:
-            self.shown, self.first = tail, self.end - tail[0].shape[2]
-        return tail
 
 
 def _is_writable(x: Tensor) -> bool:
@@ -152,7 +139,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
     U of the last token takes V's place with the next token, or when somebody reads ``values``.
     """
 
-    spare = 1  # slots that a new buffer has at least
+    has_room = True
     keys: Any
     _values: Any
     _late: Any  # U that is not in its place yet
@@ -189,14 +176,16 @@ class KADynamicLayer(_KALayer, DynamicLayer):
             return self.keys, KAState(self, self.keys, value, value)
         if (
             n > 1
+            or not self.has_room
             or torch.is_grad_enabled()
             or batch != keys.shape[0]
             or dtype is not keys.dtype
             or is_dynamo_compiling()
         ):
             stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
-            self.keys = torch.cat((keys, key_states), dim=2)
-            self.values = torch.cat((self.values, stored), dim=2)
+            late = self._late
+            past = (self._values,) if late is None else (self._values[:, :, : -late.shape[2]], late)
+            self.keys, self.values = torch.cat((keys, key_states), dim=2), torch.cat((*past, stored), dim=2)
         else:
             room, shown = self.room, self.room.shown
             if (
@@ -205,7 +194,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
                 or room.end == room.slots
                 or (room.is_inference and not torch.is_inference_mode_enabled())
             ):
-                room.start(keys, self.values, self.spare)
+                room.start(keys, self.values)
             self.keys, self._values = room.append(key_states, value, self._late)
             self._late = None
         return self.keys, KAState(self, self.keys, self._values, value)
@@ -232,7 +221,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
 class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
     """Keeps the last ``window - 1`` tokens; more of them, out of sight, while decoding may take tokens back."""
 
-    spare = SPARE  # its tokens move to a new buffer whenever the slots of one are used up
+    has_room = False  # spare slots would take more than a short window does
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         keys, state = super().update(key_states, value_states, *args, **kwargs)
@@ -242,7 +231,7 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
             sight = kept + key_states.shape[2]
             state.keys, state.values = keys[:, :, -sight:], state.values[:, :, -sight:]
         else:
-            self.keys, self.values = self.room.last(kept, keys, state.values)
+            self.keys, self.values = keys[:, :, -kept:], state.values[:, :, -kept:]
             if self.pending > kept:
                 self.keys = self.keys.contiguous()  # not a view of more, which would stay until the next token
         return keys, state
@@ -405,8 +394,8 @@ def _refuse_offloading(offloading: bool) -> None:
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds now, measured from its tensors.
 
-    A KACache that decodes has spare slots besides: for 32 tokens or an eighth more at most, in layers with a window for
-    32 tokens more than that.
+    A KACache that decodes has spare slots besides: at most for 32 tokens or for an eighth more, whichever is more, and
+    in layers with a window for one token.
     """
     layers: list[Any] = cache.layers
     tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
