@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -241,6 +243,14 @@ def test_damaged_weights_are_one_line(damage, trained, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "run")
     damage(out / "weights" / "seed0" / "ka")
     assert refused(ka("evaluate", out), "--out: cannot load", "delete its file in parts/training")
+
+
+def test_a_full_disk_is_one_line(corpus, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(compare, "train", full)
+    refused(ka("compare", "--data", corpus, *tiny.arguments(), "--out", tmp_path / "run"), "No space left")
 
 
 def test_ctrl_c_says_that_the_same_command_continues(corpus, tmp_path, monkeypatch):

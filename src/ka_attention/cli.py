@@ -24,10 +24,10 @@ class _Commands(TyperGroup):
         except UserError as error:
             typer.echo(f"ka: {error}", err=True)
             raise typer.Exit(2) from None
-        except OSError as error:  # a full disk, a folder that may not be written
-            if error.filename is None:
+        except OSError as error:  # a folder that may not be written; a full disk, which has no file name
+            if error.errno is None:  # not from the operating system
                 raise
-            typer.echo(f"ka: {error.filename}: {error.strerror}", err=True)
+            typer.echo(f"ka: {error.filename or 'writing'}: {error.strerror}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("ka: stopped; the same command continues where it was", err=True)

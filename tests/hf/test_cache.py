@@ -154,13 +154,19 @@ def test_repeat_select_reset_copy_and_several_turns(ka):
     assert largest(run(model, [ids[:, 4:]], kept) - parallel(model, ids)[:, 4:]) < TINY
 
 
+@pytest.mark.parametrize("looks", [False, True])  # who reads values makes U take V's place at once
 @pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3, gate="token", gate_init=0.5)], ids=["full", "window"])
-def test_gradients_through_a_cache_of_two_chunks(ka):
+def test_gradients_through_a_cache_of_two_chunks(ka, looks):
     model, ids = attached("llama", ka), tokens()
 
     def gradients(chunks, cache):
         model.zero_grad()
-        logits = torch.cat([model(c, past_key_values=cache, use_cache=cache is not None).logits for c in chunks], 1)
+        parts = []
+        for chunk in chunks:
+            parts.append(model(chunk, past_key_values=cache, use_cache=cache is not None).logits)
+            if looks and cache is not None:
+                assert all(layer.values.requires_grad for layer in cache.layers)
+        logits = torch.cat(parts, 1)
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
         return [p.grad.clone() for p in model.parameters()]
 

@@ -10,13 +10,13 @@ from zoo import tokens
 
 from ka_attention.hf import KACache, KAConfig
 from ka_attention.hf.adapters import LinearAdapter
-from ka_attention.hf.cache import KADynamicLayer
+from ka_attention.hf.cache_layers import KADynamicLayer
 
 
 @pytest.fixture
 def few_slots(monkeypatch):
     """Buffers of growing caches fill up soon."""
-    monkeypatch.setattr("ka_attention.hf.cache.SPARE", 4)
+    monkeypatch.setattr("ka_attention.hf.cache_layers.SPARE", 4)
 
 
 @pytest.mark.parametrize("ka", CONFIGS[:5], ids=range(5))
@@ -110,7 +110,9 @@ def test_the_short_way_of_a_step_is_the_long_way(family, monkeypatch):
 
 
 def test_the_short_way_of_a_step_leaves_no_question_out(monkeypatch):
-    """Dropout and packed sequences are refused, an adapter is heeded, autocast is as on the long way."""
+    """Dropout, packed sequences and a cache for other layers are refused, a window and an adapter are heeded, autocast
+    is as on the long way.
+    """
     model, ids = attached("gpt_neox", KAConfig()), tokens(2, 4)
     of, sizes = KAConfig.of(model.config), [2, 1, 1]
     logits = []
@@ -135,6 +137,27 @@ def test_the_short_way_of_a_step_leaves_no_question_out(monkeypatch):
     attention.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         run(model.train(), [ids[:, 2:3]], cache)
+
+    model, ids = attached("llama", KAConfig()), tokens(2, 8)
+    got = run(model, ids.split([4, 1, 1, 1, 1], 1), KACache(model.config), sliding_window=3)
+    assert largest(got - parallel(model, ids, sliding_window=3)) < TINY
+    model.config.ka_config = KAConfig(layers=(1,)).to_dict()
+    cache = KACache(model.config)
+    run(model, [ids[:, :4]], cache)
+    model.config.ka_config = KAConfig().to_dict()
+    with pytest.raises(RuntimeError, match="made for another ka_config"):
+        run(model, [ids[:, 4:5]], cache)
+
+
+def test_a_cache_takes_the_wider_of_two_dtypes():
+    """As transformers' own caches do: what a wider type tells apart is not rounded to what was there before."""
+    layer, x = KADynamicLayer(1), torch.full((1, 1, 1, 4), 1 / 3)
+    with torch.no_grad():
+        for given in (x.bfloat16(), x.bfloat16(), x):
+            layer.update(given, given)
+            layer.commit(given)
+    assert torch.equal(layer.keys, torch.cat((x.bfloat16(), x.bfloat16(), x), 2))
+    assert torch.equal(layer.values, layer.keys)
 
 
 def test_a_value_is_read_as_it_is_until_its_output_is_known():

@@ -129,6 +129,18 @@ def test_rendering_again_gives_the_same_bytes_and_leaves_no_rest(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_two_dozen_curves_look_different(tmp_path):
+    looks = []
+
+    def curves(ax):
+        lines = [ax.plot([1, 2])[0] for _ in range(24)]
+        looks.extend((line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines)
+
+    render("Curves", [section(figures=[Figure("curves", "Many", curves)])], {}, tmp_path)
+    assert len(set(looks)) == len(looks) == 24
+    assert len({colour for colour, _, _ in looks[:8]}) == 8
+
+
 @pytest.mark.parametrize("names", [("twice", "twice"), ("../up",), ("a/b",), ("",)])
 def test_a_bad_figure_name_is_refused_before_anything_is_written(tmp_path, names):
     with pytest.raises(ValueError, match="figure name: expected a file stem"):

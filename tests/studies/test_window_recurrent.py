@@ -1,6 +1,7 @@
 """Recurrent peers: equal parameters and stated states; with flash-linear-attention there, its layers and their sums."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_peers_need_their_library_and_a_gpu(monkeypatch):
 
 def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
     def entry(label, kib, ppl):
-        found = {"ppl": ppl, "by_position": [{"first": 0, "last": 15, "ppl": ppl}]}
+        runs = [{"first": i, "last": i + 15, "ppl": ppl + i} for i in range(0, 64, 16)]
+        found = {"ppl": ppl, "by_position": runs}
         return {"label": label, "cache_bytes": 1024 * kib, "seeds": [{"perplexity": found}]}
 
     arms = {
@@ -87,7 +89,7 @@ def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
         "ka-w32": entry("KA, window 32", 370, 11.0),
         "gla": entry("GLA", 400, 12.1),
     }
-    [summary, *_] = sections(
+    [summary, text, _] = sections(
         {
             "lengths": [{"length": 64, "arms": arms}],
             "tasks": {},
@@ -97,7 +99,21 @@ def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
     setting, _, came = summary.paragraphs
     assert "their cache is their state" in setting
     assert "GLA (400 KiB) +10.0 % (one seed) against KA, window 32 (370 KiB)" in came
-    assert "Best with a smaller cache than softmax is KA, window 32" in came
+    assert "Best with a smaller cache than softmax is KA, window 32: 9.2 % of the bytes" in came
+    assert text.tables[0].columns[-1] == "PPL of 32–63"  # the last octave, a geometric mean
+    assert text.tables[0].rows[0][-1].startswith(f"{((12 + 32) * (12 + 48)) ** 0.5:.1f}")
+
+    drawn = {}
+    ax = SimpleNamespace(
+        plot=lambda ppl, label: drawn.update({label: ppl}),
+        set_xticks=lambda at, names, **_: drawn.update(names=names),
+        set_xlabel=str,
+        set_ylabel=str,
+        figure=SimpleNamespace(legend=lambda **_: None),
+    )
+    text.figures[1].draw(ax)
+    assert drawn["names"] == ["0–15", "16–31", "32–63"]
+    assert drawn["GLA"] == pytest.approx([12.1, 28.1, (44.1 * 60.1) ** 0.5])
 
 
 @pytest.mark.parametrize("name", recurrent.LABELS)
