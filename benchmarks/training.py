@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.goals import Record, section_table
 from benchmarks.harness import machine, medians
 from ka_attention import ka_attention
-from ka_attention.studies.arms import arm, build
-from ka_attention.studies.recipes import COMPARE, ModelSettings
+from ka_attention.harness.arms import arm, build
+from ka_attention.studies.compare.recipes import COMPARE, ModelSettings
 
 PYTHIA = COMPARE["pythia-70m-training"]
 ARMS = {"softmax": "softmax", "KA": "ka"}

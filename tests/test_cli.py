@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import tiny
 
 from ka_attention.cli import app
-from ka_attention.studies import compare
-from ka_attention.studies.recipes import COMPARE
+from ka_attention.studies.compare import study as compare
+from ka_attention.studies.compare.recipes import COMPARE
 
 COMMANDS = ["compare", "train", "evaluate", "report", "study", "inspect", "adapt", "convert", "generate", "recipes"]
 

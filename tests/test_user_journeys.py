@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import tiny
 
 from ka_attention.cli import app
-from ka_attention.studies.data import Sequences
-from ka_attention.studies.tokenizer import train as train_tokenizer
+from ka_attention.harness.data import Sequences
+from ka_attention.harness.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from ka_attention.errors import UserError
 
 if TYPE_CHECKING:
-    from ka_attention.studies.study import Study
+    from ka_attention.harness.study import Study
 
 
 class _Commands(TyperGroup):
@@ -76,8 +76,8 @@ def train(
     set_: Set = None,
 ) -> None:
     """The first half of compare: train every arm. `ka evaluate OUT` does the rest."""
-    from ka_attention.studies.compare import COMPARISON
-    from ka_attention.studies.study import publish
+    from ka_attention.harness.study import publish
+    from ka_attention.studies.compare.study import COMPARISON
 
     chosen, store = _open(COMPARISON, recipe, data, tokenizer, out, set_)
     publish(COMPARISON, chosen, store, seeds, COMPARISON.train(chosen, store, seeds))
@@ -86,9 +86,10 @@ def train(
 @app.command()
 def evaluate(out: Folder) -> None:
     """The second half of compare: evaluate the models that were trained in OUT, and write the report."""
-    from ka_attention.studies.compare import COMPARISON
-    from ka_attention.studies.recipes import COMPARE, override
-    from ka_attention.studies.study import open_store, publish, read, undamaged
+    from ka_attention.harness.settings import override
+    from ka_attention.harness.study import open_store, publish, read, undamaged
+    from ka_attention.studies.compare.recipes import COMPARE
+    from ka_attention.studies.compare.study import COMPARISON
 
     stored = read(out / "parts", "identity.json")
     if stored.get("study") != COMPARISON.name:
@@ -107,8 +108,8 @@ def evaluate(out: Folder) -> None:
 @app.command()
 def report(out: Folder) -> None:
     """Write the report of the results in OUT again."""
+    from ka_attention.harness.study import read, report, undamaged
     from ka_attention.studies import catalogue
-    from ka_attention.studies.study import read, report, undamaged
 
     results = read(out, "results.json")
     with undamaged(out / "results.json"):
@@ -126,8 +127,8 @@ def study(
     set_: Set = None,
 ) -> None:
     """Run one study: a question with its own recipes and report."""
+    from ka_attention.harness.study import publish
     from ka_attention.studies import catalogue
-    from ka_attention.studies.study import publish
 
     chosen_study = catalogue.study(name)
     chosen, store = _open(chosen_study, recipe, data, tokenizer, out, set_)
@@ -141,16 +142,9 @@ def inspect(
     out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write or replace.")] = Path("inspect.html"),
 ) -> None:
     """Show, on one HTML page, what each head attends to in TEXT and where its output really comes from."""
-    from ka_attention.report.inspect import write
-    from ka_attention.studies import walks
-    from ka_attention.studies.progress import quiet_libraries
+    from ka_attention.commands.inspect import command
 
-    quiet_libraries()
-    page = walks.inspect(*walks.load_model(model), text, Path(model).name)
-    try:
-        write(page, out)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
+    command(model, text, out)
     typer.echo(f"Page: {out}")
 
 
@@ -164,7 +158,7 @@ def adapt(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/adapt"),
 ) -> None:
     """Fit an adapter, with which a softmax model CHECKPOINT decodes with a KA cache; the model itself stays frozen."""
-    from ka_attention.studies.adapters import command
+    from ka_attention.commands.adapt import command
 
     found = command(checkpoint, data=data, tokens=tokens, length=length, method=method, out=out)
     typer.echo(f"PPL {found['base']:,.1f} softmax, {found['swap']:,.1f} swapped, {found['adapted']:,.1f} adapted")
@@ -184,8 +178,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder for the KA model.")] = Path("runs/convert"),
 ) -> None:
     """Turn a softmax model CHECKPOINT into a KA model by raising its gates from 0 to 1 in training."""
-    from ka_attention.hf.convert import Conversion
-    from ka_attention.studies.conversion import command
+    from ka_attention.commands.convert import command
+    from ka_attention.conversion.raising import Conversion
 
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate: expected a positive number, got {learning_rate}")
@@ -210,7 +204,7 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="Both caches side by side.")] = False,
 ) -> None:
     """Continue PROMPT greedily, and show the text as it comes."""
-    from ka_attention.studies import generation
+    from ka_attention.commands import generate as generation
 
     generation.command(model, prompt, cache=cache, max_new_tokens=max_new_tokens, compare=compare)
 
@@ -246,7 +240,7 @@ def _open(
     assignments: list[str] | None,
 ) -> tuple[Any, Any]:
     """The chosen recipe, and the store of its run; --data and --tokenizer are settings like any other."""
-    from ka_attention.studies.study import choose, open_store
+    from ka_attention.harness.study import choose, open_store
 
     given = {key: value for key, value in (("data", data), ("tokenizer", tokenizer)) if value is not None}
     default = next(iter(study.recipes.values()))

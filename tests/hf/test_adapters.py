@@ -4,9 +4,9 @@ import pytest
 import torch
 import zoo
 
+from ka_attention.conversion.fitting import LeastSquares, fit_gradient, fit_ridge, new_adapters, states
 from ka_attention.hf import KAConfig, attention_modules, load_adapter, save_adapter, use
 from ka_attention.hf.adapters import LinearAdapter, MLPAdapter
-from ka_attention.hf.fit import LeastSquares, fit_gradient, fit_ridge, new_adapters, states
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_trained_adapter_is_saved_and_loaded(model, tmp_path):
 
 
 def test_a_mask_of_heads_runs_from_softmax_to_ka(model):
-    from ka_attention.hf.convert import set_gates
+    from ka_attention.conversion.raising import set_gates
 
     ids = zoo.tokens()
     softmax = logits(model, ids)

@@ -10,13 +10,13 @@ from zoo import tokens
 
 from ka_attention.hf import KACache, KAConfig
 from ka_attention.hf.adapters import LinearAdapter
-from ka_attention.hf.cache_layers import KADynamicLayer
+from ka_attention.hf.cache.layers import KADynamicLayer
 
 
 @pytest.fixture
 def few_slots(monkeypatch):
     """Buffers of growing caches fill up soon."""
-    monkeypatch.setattr("ka_attention.hf.cache_layers.SPARE", 4)
+    monkeypatch.setattr("ka_attention.hf.cache.layers.SPARE", 4)
 
 
 @pytest.mark.parametrize("ka", CONFIGS[:5], ids=range(5))

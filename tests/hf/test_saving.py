@@ -29,7 +29,7 @@ from ka_attention.hf import (
     load_adapter,
     save_adapter,
 )
-from ka_attention.hf import models as ka_models
+from ka_attention.hf import types as ka_models
 from ka_attention.hf.adapters import ADAPTERS
 
 KA = KAConfig(layers=(0, 2), window=5, gate="token", gate_init=0.5)

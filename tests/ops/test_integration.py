@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ka_attention import ka_attention
-from ka_attention.ops import blocked, operator
+from ka_attention.ops import blocked
+from ka_attention.ops import dispatch as operator
 from ka_attention.ops.api import normalise
 
 CASES = {

@@ -170,7 +170,7 @@ def test_hard_rows(kind):
 @pytest.mark.parametrize("links", [1, 2])
 @pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token", "packed", "padding"])
 def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
-    from ka_attention.ops.triton import launch
+    from ka_attention.ops.triton import backend as launch
 
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "longest_reach", lambda *_: 0)
@@ -182,7 +182,7 @@ def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
 @pytest.mark.parametrize("given", [{"B": 2, "T": 64}, {"P": 20, "T": 40}, {"lengths": (33, 7)}])
 def test_heads_that_take_turns(given, monkeypatch):
     """Waves of two heads, the last of what is left, give what all heads together give."""
-    from ka_attention.ops.triton import launch
+    from ka_attention.ops.triton import backend as launch
 
     def run(wave):
         monkeypatch.setattr(launch, "_plans", {})
@@ -212,7 +212,7 @@ def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monke
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 33, 100), (30,)])
 def test_a_band_as_long_as_the_sequence(lengths, monkeypatch):
-    from ka_attention.ops.triton import launch
+    from ka_attention.ops.triton import backend as launch
 
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "longest_reach", lambda *_: 8)
@@ -253,7 +253,7 @@ def test_layouts_of_models_give_the_same_bits():
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (0, 64, 0, 1, 33), (97,), (1,) * 40])
 def test_packed_schedule_covers_every_block_in_order(lengths):
-    from ka_attention.ops.triton.launch import _Plan
+    from ka_attention.ops.triton.backend import _Plan
     from ka_attention.ops.triton.tiles import Tiles
 
     cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
@@ -286,7 +286,7 @@ def test_what_it_cannot_do_is_refused(shape, dtype, message):
 @pytest.fixture
 def launched(monkeypatch):
     """A launch of a kernel that only notes how it is called, and the notes."""
-    from ka_attention.ops.triton import launch
+    from ka_attention.ops.triton import backend as launch
 
     calls: list[tuple] = []
 
@@ -345,7 +345,7 @@ def test_a_known_launch_is_seen_by_hooks(launched, monkeypatch, name):
 
 @kernels
 def test_plans_are_shared_by_calls_of_one_layout_alone_and_keep_no_tensors():
-    from ka_attention.ops.triton.launch import _plan
+    from ka_attention.ops.triton.backend import _plan
 
     def plan(T=8, scale=1.0, copy=lambda x: x, mask=None):
         q = torch.zeros(2, 2, T, 16, device=DEVICE)

@@ -6,8 +6,8 @@ import math
 import pytest
 from transformers import GPTNeoXConfig
 
+from ka_attention.evaluations import memory
 from ka_attention.hf.config import KAConfig
-from ka_attention.studies import memory
 
 ARMS = {  # name: (label, configuration, PPL, own cache, PPL under the other cache)
     "softmax": ("Softmax", None, 108.5, "kv", 300.1),

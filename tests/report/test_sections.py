@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from ka_attention.evaluations import caches, memory, reversal
+from ka_attention.harness import perplexity
 from ka_attention.report.render import render
-from ka_attention.studies import caches, memory, perplexity, reversal
 
 STUDIES = (perplexity, caches, memory, reversal)
 

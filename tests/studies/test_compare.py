@@ -12,11 +12,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ka_attention.harness import data
+from ka_attention.harness.study import open_store, publish, read
+from ka_attention.harness.training import mean_loss
 from ka_attention.hf import register
-from ka_attention.studies import compare, data
-from ka_attention.studies.compare import COMPARISON
-from ka_attention.studies.study import open_store, publish, read
-from ka_attention.studies.training import mean_loss
+from ka_attention.studies.compare import study as compare
+from ka_attention.studies.compare.study import COMPARISON
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_killed_process_is_continued_to_the_numbers_of_an_unbroken_run(corpus,
     recipe = tiny.recipe(data=str(corpus), epochs=4, patience=4, train_samples=128)
     unbroken = run(recipe, tmp_path / "unbroken", work=COMPARISON.train)
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path[:0] = sys.argv[1], sys.argv[1] + '/..'\n"
         "import tiny, pathlib, test_compare\n"
         "recipe = tiny.recipe(data=sys.argv[2], epochs=4, patience=4, train_samples=128)\n"
         "test_compare.run(recipe, pathlib.Path(sys.argv[3]), work=test_compare.COMPARISON.train)\n"

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ka_attention.errors import UserError
+from ka_attention.harness.settings import override
+from ka_attention.harness.store import Store
 from ka_attention.ops import ka_attention
-from ka_attention.studies.dereference import DEREFERENCE, RECIPES, Dereference, reach
-from ka_attention.studies.recipes import override
-from ka_attention.studies.store import Store
+from ka_attention.studies.dereference.study import DEREFERENCE, RECIPES, Dereference, reach
 
 TASK = Dereference(names=40, literals=10, chains=4)
 

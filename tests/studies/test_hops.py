@@ -8,12 +8,13 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.errors import UserError
+from ka_attention.harness import perplexity
+from ka_attention.harness.models import attention
+from ka_attention.harness.study import open_store
 from ka_attention.hf import KAConfig, attach
 from ka_attention.report.render import render
-from ka_attention.studies import hops, perplexity
-from ka_attention.studies.caches import attention
-from ka_attention.studies.hops import HOPS, RECIPES
-from ka_attention.studies.study import open_store
+from ka_attention.studies.hops import study as hops
+from ka_attention.studies.hops.study import HOPS, RECIPES
 
 T = 12
 SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
@@ -127,7 +128,7 @@ def test_wrong_hops(recipe, tmp_path, hops):
 
 
 def test_softmax_checkpoint(recipe, tmp_path):
-    from ka_attention.studies import tokenizer
+    from ka_attention.harness import tokenizer
 
     GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(tmp_path)
     tokenizer.train(["a b c"], 300).save_pretrained(tmp_path)

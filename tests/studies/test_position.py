@@ -7,10 +7,11 @@ import random
 import pytest
 
 from ka_attention.errors import UserError
+from ka_attention.harness import data
+from ka_attention.harness.study import open_store
 from ka_attention.report.render import render
-from ka_attention.studies import data, position
-from ka_attention.studies.position import POSITION, RECIPES
-from ka_attention.studies.study import open_store
+from ka_attention.studies.position import study as position
+from ka_attention.studies.position.study import POSITION, RECIPES
 
 
 def test_octaves():

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ka_attention.errors import UserError
+from ka_attention.harness.settings import override
+from ka_attention.harness.store import Store
 from ka_attention.ops import ka_attention
-from ka_attention.studies.recipes import override
-from ka_attention.studies.state import RECIPES, STATE, Product, Slots, state_arm
-from ka_attention.studies.store import Store
+from ka_attention.studies.state.study import RECIPES, STATE, Product, Slots, state_arm
 
 
 def examples(task, count=32, length=23):

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ka_attention.errors import UserError
+from ka_attention.harness.settings import override
+from ka_attention.harness.store import Store
+from ka_attention.harness.tasks import NOT_ASKED
 from ka_attention.ops import ka_attention
-from ka_attention.studies.recipes import override
-from ka_attention.studies.store import Store
-from ka_attention.studies.synthetic import NOT_ASKED
-from ka_attention.studies.window import RECIPES, WINDOW, Recall, window_arm
+from ka_attention.studies.window.study import RECIPES, WINDOW, Recall, window_arm
 
 TASK = Recall(keys=20, values=6, pairs=4)
 

@@ -1,12 +1,12 @@
 """KA-attention in Hugging Face transformers: attention function, masks, caches, gates."""
 
 from ka_attention.hf.attach import attach, detach, is_attached, use
-from ka_attention.hf.cache import KACache, KAStaticCache, bytes_per_token, cache_bytes
+from ka_attention.hf.cache.caches import KACache, KAStaticCache, bytes_per_token, cache_bytes
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
-from ka_attention.hf.models import ka_classes, register
 from ka_attention.hf.saving import load_adapter, save_adapter
 from ka_attention.hf.support import attention_modules, check_supported
+from ka_attention.hf.types import ka_classes, register
 
 __all__ = [
     "KACache",

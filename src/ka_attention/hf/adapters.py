@@ -2,7 +2,7 @@
 
 An adapter is called with A ``[B, Hq, T, D]`` and returns the same shape and dtype, each token by itself. To be saved it
 has an attribute ``spec``, a dictionary for JSON: its key ``kind`` names an entry of ADAPTERS, the rest are arguments to
-that. `ka_attention.hf.fit` trains them on a frozen model.
+that. `ka_attention.conversion.fitting` trains them on a frozen model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.attention import NAME
-from ka_attention.hf.cache import KACache, KAStaticCache
+from ka_attention.hf.cache.caches import KACache, KAStaticCache
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.support import attention_modules, check_supported, text_config
@@ -35,7 +35,7 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     `save_adapter`. Raises ValueError for models that are not supported, layers that do not exist, or a model that is
     attached already; then nothing has changed.
     """
-    from ka_attention.hf.models import ka_classes, register
+    from ka_attention.hf.types import ka_classes, register
 
     ka = ka or KAConfig()
     register()

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ka_attention.hf.cache_layers import KADynamicLayer, KAState
+from ka_attention.hf.cache.layers import KADynamicLayer, KAState
 from ka_attention.hf.config import KAConfig
 from ka_attention.ops import cache_values, ka_attention
 from ka_attention.ops.api import attend_one, repeat_heads

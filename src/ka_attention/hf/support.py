@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ka_attention.hf.cache import layer_plan
+from ka_attention.hf.cache.caches import layer_plan
 
 # Models whose attention code changes keys, values or weights around the interface that KA-attention plugs into.
 _UNSUPPORTED = {

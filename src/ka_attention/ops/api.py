@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ka_attention.ops import operator, reference
+from ka_attention.ops import dispatch as operator
+from ka_attention.ops import reference
 
 BACKENDS = ("reference", "blocked", "triton")
 _checked = WeakTensorKeyDictionary()  # of each cu_seqlens that was right: its version and T then

@@ -1,1 +1,1 @@
-"""What the command runs: recipes, data, training, and one file for each question that is answered."""
+"""The questions, one folder each."""

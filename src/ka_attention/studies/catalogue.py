@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ka_attention.errors import UserError
-from ka_attention.studies.compare import COMPARISON
-from ka_attention.studies.dereference import DEREFERENCE
-from ka_attention.studies.hops import HOPS
-from ka_attention.studies.position import POSITION
-from ka_attention.studies.reversal_curse import REVERSAL
-from ka_attention.studies.state import STATE
-from ka_attention.studies.study import Study
-from ka_attention.studies.window import WINDOW
+from ka_attention.harness.study import Study
+from ka_attention.studies.compare.study import COMPARISON
+from ka_attention.studies.dereference.study import DEREFERENCE
+from ka_attention.studies.hops.study import HOPS
+from ka_attention.studies.position.study import POSITION
+from ka_attention.studies.reversal.study import REVERSAL
+from ka_attention.studies.state.study import STATE
+from ka_attention.studies.window.study import WINDOW
 
 _ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE, WINDOW)
 STUDIES = {study.name: study for study in _ALL}

@@ -1,0 +1,1 @@
+"""How a softmax model becomes a KA model: gates raised in training, adapters fitted."""

@@ -1,0 +1,1 @@
+"""What studies share: data, tokenizers, settings, training, the store of a run, statistics."""

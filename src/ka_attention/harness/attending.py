@@ -1,0 +1,63 @@
+"""What the attention of a transformers model does with whole sequences: weights, walks, other ways to attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ka_attention.hf import KAConfig
+from ka_attention.hf.attention import NAME, attention_forward
+from ka_attention.ops import ka_attention
+
+
+class Call(NamedTuple):
+    """One layer's attention: q ``[B, Hq, T, D]``, k and v ``[B, Hkv, T, D]`` and the options of ``ka_attention``."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+
+@contextmanager
+def attending(compute: Callable[[Call], Tensor]) -> Iterator[None]:
+    """Within it, models with attention "ka" attend by ``compute``, which returns a layer's output ``[B, Hq, T, D]``.
+
+    For sequences of equal length without padding or cache. A layer that is not a KA layer has the gate 0.
+    """
+
+    def forward(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        ka, layer = KAConfig.of(module.config), module.layer_idx
+        windows = [w for w in (sliding_window, ka.window if ka.enabled(layer) else None) if w]
+        gate: float | Tensor = 0.0
+        if ka.caches_outputs(layer):
+            gate = ka.gate_init if ka.gate == "fixed" else module.ka_gate(value)
+        options = {"gate": gate, "scale": scaling, "window": min(windows, default=None), "softcap": softcap}
+        out = compute(Call(layer, query, key, value, options))
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, forward)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, attention_forward)
+
+
+def exact(call: Call) -> Tensor:
+    """The attention that the model has."""
+    return ka_attention(call.q, call.k, call.v, **call.options)

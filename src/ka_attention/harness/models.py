@@ -1,0 +1,75 @@
+"""A saved model, and the two ways in which it can decode: through a KV cache and through a KA cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ka_attention.errors import UserError
+from ka_attention.harness import hub
+from ka_attention.hf import KAConfig, use
+
+NAMES = {"kv": "KV", "ka": "KA"}
+
+
+def load_model(source: str, argument: str = "MODEL") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or Hub name, softmax or KA, in evaluation mode.
+
+    Raises UserError, naming the command's ``argument``, if there is none.
+    """
+    model = hub.load_model(argument, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{argument}: cannot load {source}: {str(error).splitlines()[0]}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def own_config(model: Any) -> KAConfig | None:
+    """The KA configuration that ``model`` runs with; None for a stock softmax model."""
+    return KAConfig.of(model.config) if model.config._attn_implementation == "ka" else None
+
+
+def is_softmax(ka: KAConfig | None) -> bool:
+    """Whether a model with this configuration computes softmax attention in every layer."""
+    return ka is None or (ka.gate == "fixed" and ka.gate_init == 0)
+
+
+def decoding(ka: KAConfig | None, kind: str) -> KAConfig:
+    """The configuration with which a model trained with ``ka`` decodes through a ``kind`` cache.
+
+    "kv" is softmax attention over cached keys and values, "ka" is KA-attention over cached keys and outputs. One of
+    them is the model's own; the other keeps its layers and window and swaps the gate: 0 on a KA-trained model, 1 on a
+    softmax-trained one.
+    """
+    own = ka or KAConfig(gate_init=0.0)
+    if is_softmax(own) == (kind == "kv"):
+        return own
+    return replace(own, gate="fixed", gate_init=float(kind == "ka"), gate_range=(0.0, 1.0))
+
+
+def own_cache(model: Any) -> str:
+    """The kind of cache that belongs to the attention ``model`` runs with: "kv" or "ka"."""
+    return "kv" if is_softmax(own_config(model)) else "ka"
+
+
+@contextmanager
+def attention(model: Any, kind: str) -> Iterator[None]:
+    """Let ``model`` attend as it does through a ``kind`` cache (``decoding``), without changing its weights."""
+    own = own_config(model)
+    if kind == own_cache(model):
+        yield
+    elif own is None:
+        with use(model, decoding(own, kind)):
+            yield
+    else:  # attached already, perhaps with learned gates, which stay in the model and are not asked
+        model.config.ka_config = decoding(own, kind).to_dict()
+        try:
+            yield
+        finally:
+            model.config.ka_config = own.to_dict()

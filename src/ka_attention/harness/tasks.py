@@ -1,0 +1,204 @@
+"""Made-up tasks with one right answer a token: sequences of statements, the model that reads them, its accuracy.
+
+A statement is one token made of two symbols, ``left = right``: its embedding is the sum of two embeddings. So a layer
+needs no help from an earlier one to know what stands on either side.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPTNeoXForCausalLM, set_seed
+
+from ka_attention.errors import UserError
+from ka_attention.harness.arms import Arm
+from ka_attention.harness.data import Sequences
+from ka_attention.harness.settings import ModelSettings, TrainingSettings
+from ka_attention.harness.store import Json, Store, main_process
+from ka_attention.harness.training import train
+
+NOT_ASKED = -100  # in the place of an answer
+BATCH = 64  # sequences read at once when tested
+FEWEST = 30  # answers of a group over all seeds, below which its accuracy says nothing
+
+
+class Examples(NamedTuple):
+    """Sequences of a task, each int64 ``[N, T]``."""
+
+    statements: Tensor  # left · symbols + right
+    answers: Tensor  # the symbol to name at this statement, or NOT_ASKED
+    groups: Tensor  # what accuracy is told by: depth, step, distance
+
+
+class Task(Protocol):
+    """A made-up task. Both sides of a statement and the answers are symbols, counted from 0."""
+
+    @property
+    def symbols(self) -> int: ...
+
+    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
+        """``count`` sequences of ``length`` statements; the same for the same generator."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(TrainingSettings):
+    """A small model and how much it sees: every training sequence once.
+
+    length:        statements in a training sequence.
+    test_lengths:  statements in the test sequences.
+    train_samples, test_samples: sequences for training, and for testing at each length.
+    least_seeds:   at least so many seeds: what can be learned is no matter of one.
+    """
+
+    length: int
+    test_lengths: tuple[int, ...]
+    train_samples: int
+    test_samples: int
+    least_seeds: int = 3
+    hidden_size: int = 64
+    heads: int = 1
+    batch_size: int = 64
+    learning_rate: float = 1e-2
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    epochs: int = 1
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("length", "test_lengths", "test_samples", "least_seeds", "heads", "batch_size", "layers"):
+            given = getattr(self, name, 1)  # layers are a setting of some studies
+            if min(given if isinstance(given, tuple) else [given], default=0) < 1:
+                raise UserError(f"--set {name}: expected at least 1, got {given}")
+        if self.hidden_size < 1 or self.hidden_size % (8 * self.heads):
+            raise UserError(f"--set hidden_size: expected heads × a multiple of 8, got {self.hidden_size}")
+        if self.train_samples < self.batch_size:
+            raise UserError(
+                f"--set train_samples: expected batch_size = {self.batch_size} or more, got {self.train_samples}"
+            )
+
+
+class Plan(NamedTuple):
+    """One model to train: on what, with which attention in how many layers."""
+
+    task: Task
+    arm: Arm
+    layers: int
+    label: str
+
+
+class StatementEmbedding(nn.Module):
+    """``left · symbols + right`` → the sum of the embeddings of both sides."""
+
+    def __init__(self, symbols: int, size: int) -> None:
+        super().__init__()
+        self.symbols = symbols
+        self.left, self.right = nn.Embedding(symbols, size), nn.Embedding(symbols, size)
+
+    def forward(self, statements: Tensor) -> Tensor:
+        return self.left(statements // self.symbols) + self.right(statements % self.symbols)
+
+
+def build(plan: Plan, settings: TaskSettings, seed: int) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX that reads statements; for a seed all arms have the same weights (learned gates come on top)."""
+    set_seed(seed)
+    config = ModelSettings(
+        vocab_size=plan.task.symbols,
+        hidden_size=settings.hidden_size,
+        layers=plan.layers,
+        heads=settings.heads,
+        intermediate_size=2 * settings.hidden_size,
+    ).config()
+    config._attn_implementation = "sdpa"
+    # Attention that looks symbols up must be sharp; from transformers' 0.02 it takes far longer to become so.
+    config.initializer_range = settings.hidden_size**-0.5
+    model = GPTNeoXForCausalLM(config)
+    model.set_input_embeddings(StatementEmbedding(plan.task.symbols, settings.hidden_size))
+    return plan.arm.install(model)
+
+
+def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Json]:
+    """Train and test each planned model with every seed; in a seed all models of a task see the same sequences.
+
+    For each key: ``label``, ``kind`` (the arm's label), ``layers``, and ``seeds``: a list of ``parameters``,
+    ``seconds`` of training and ``tests``, each of which has ``length``, ``accuracy``, and ``groups``, a list of
+    ``group``, ``accuracy`` and ``count``.
+    """
+    entries: dict[str, Any] = {
+        key: {"label": plan.label, "kind": plan.arm.label, "layers": plan.layers, "seeds": []}
+        for key, plan in plans.items()
+    }
+    for seed in range(max(seeds, settings.least_seeds)):
+        for key, plan in plans.items():
+            part = f"seed{seed}/{key}"
+            work = partial(_learn, plan, settings, store, part, seed)
+            entries[key]["seeds"].append(store.part(part, work))
+    return entries
+
+
+def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: int) -> Json:
+    def examples(count: int, length: int, stream: int) -> Examples:
+        return plan.task.examples(count, length, np.random.default_rng([seed, stream, length]))
+
+    folder = store.folder(f"weights/{part}")
+    model = build(plan, settings, seed)
+    training = _sequences(examples(settings.train_samples, settings.length, 0))
+    validation = _sequences(examples(settings.test_samples, settings.length, 1))
+    trained = train(model, training, validation, settings, folder, seed=seed, label=plan.label)
+    if main_process():
+        shutil.rmtree(folder)  # there are many, and they are quickly trained again
+    tests = []
+    for length in settings.test_lengths:
+        asked = examples(settings.test_samples, length, 2)
+        tests.append({"length": length, **accuracy(answer(model, asked.statements) == asked.answers, asked)})
+    return {"parameters": trained["parameters"], "seconds": trained["seconds_per_epoch"], "tests": tests}
+
+
+def _sequences(examples: Examples) -> Sequences:
+    """For training: a language model's loss compares what is said at t with the label at t + 1."""
+    return Sequences(F.pad(examples.statements, (0, 1)), F.pad(examples.answers, (1, 0), value=NOT_ASKED))
+
+
+def answer(model: GPTNeoXForCausalLM, statements: Tensor) -> Tensor:
+    """The symbol that the model names at each statement, ``[N, T]``."""
+    model.eval()
+    with torch.inference_mode():
+        batches: Any = statements.split(BATCH)
+        return torch.cat([model(input_ids=batch.to(model.device)).logits.argmax(-1).cpu() for batch in batches])
+
+
+def accuracy(correct: Tensor, examples: Examples) -> dict[str, Json]:
+    """Share of right answers, as a whole and by group; ``correct`` is bool ``[N, T]``."""
+    asked = examples.answers != NOT_ASKED
+    groups = []
+    for group in examples.groups[asked].unique().tolist():
+        right = correct[asked & (examples.groups == group)]
+        groups.append({"group": group, "accuracy": right.double().mean().item(), "count": right.numel()})
+    return {"accuracy": correct[asked].double().mean().item(), "groups": groups}
+
+
+def percents(entry: dict[str, Json], test: int) -> list[float]:
+    """Accuracy in one of the tests in percent, one number a seed."""
+    return [100 * one["tests"][test]["accuracy"] for one in entry["seeds"]]
+
+
+def by_group(entry: dict[str, Json], test: int) -> dict[int, float]:
+    """Accuracy in one of the tests by group, all seeds together, where there are answers enough."""
+    answers: dict[int, list[tuple[float, int]]] = {}
+    for one in entry["seeds"]:
+        for group in one["tests"][test]["groups"]:
+            answers.setdefault(group["group"], []).append((group["accuracy"], group["count"]))
+    totals = {group: sum(count for _, count in each) for group, each in answers.items()}
+    return {
+        group: sum(right * count for right, count in answers[group]) / totals[group]
+        for group in sorted(answers)
+        if totals[group] >= FEWEST
+    }

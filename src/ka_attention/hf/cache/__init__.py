@@ -1,0 +1,1 @@
+"""Caches of K and U for transformers."""

@@ -1,0 +1,94 @@
+"""The KA cache: keys and, in the values' place, U = V + g (A − V), which later tokens read (docs/maths.md §4)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ka_attention.hf.cache.layers import KADynamicLayer, KAStaticLayer, KAWindowLayer
+from ka_attention.hf.config import KAConfig
+
+
+def layer_plan(config: Any) -> list[tuple[int, int | None]]:
+    """For each layer of a model: (value heads stored per key head, window of tokens in sight or None for all).
+
+    Raises ValueError for a model whose layers keep another kind of state.
+    """
+    text = config.get_text_config(decoder=True)
+    ka = KAConfig.of(text)
+    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    plan = []
+    for i, layer in enumerate(DynamicCache(config=text).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"model type {text.model_type!r}: layer {i} keeps a {type(layer).__name__}, no KA cache exists for it"
+            )
+        window = ka.window_of(i, getattr(layer, "sliding_window", None))
+        plan.append((groups if ka.caches_outputs(i) else 1, window))
+    return plan
+
+
+class KACache(DynamicCache):
+    """A growing cache of K and U for a model with attention "ka"; layers with a window keep ``window - 1`` tokens.
+
+    ``KACache(model.config)``; layers that are not KA layers keep V. Per token and KA layer it holds ``Hkv + Hq`` heads.
+    """
+
+    def __init__(self, config: Any, offloading: bool = False) -> None:
+        _refuse_offloading(offloading)
+        # transformers' window layer needs room for one token at least; the attention function applies windows of 1.
+        layers: list[Any] = [
+            KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
+            for groups, window in layer_plan(config)
+        ]
+        Cache.__init__(self, layers=layers)
+        self.widest = max(layers, key=lambda layer: getattr(layer, "sliding_window", math.inf))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes for the layer that sees most: layers may differ in their windows, a model makes one mask for all."""
+        return self.widest.get_mask_sizes(query_length)
+
+
+class KAStaticCache(StaticCache):
+    """The KA cache in buffers of fixed size, for ``torch.compile``: ``KAStaticCache(model.config, max_cache_len)``."""
+
+    def __init__(self, config: Any, max_cache_len: int, offloading: bool = False) -> None:
+        _refuse_offloading(offloading)
+        if max_cache_len < 1:
+            raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
+        Cache.__init__(self, layers=[KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)])
+
+
+def _refuse_offloading(offloading: bool) -> None:
+    if offloading:
+        raise ValueError("offloading: a KA cache cannot be offloaded, it would leave the device before U is stored")
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a cache holds now, measured from its tensors.
+
+    A KACache that decodes has spare slots besides: at most for 32 tokens or for an eighth more, whichever is more, and
+    in layers with a window for one token.
+    """
+    layers: list[Any] = cache.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def bytes_per_token(config: Any, kind: str = "ka", dtype: torch.dtype | None = None) -> int:
+    """Bytes that one cached token takes over all layers: 2 Hkv heads a layer for "kv", Hkv + Hq in KA layers for "ka".
+
+    ``dtype`` is that of the configuration by default. A layer with a window keeps ``window - 1`` tokens, others all.
+    """
+    if kind not in ("kv", "ka"):
+        raise ValueError(f"kind: expected 'kv' or 'ka', got {kind!r}")
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = (dtype or getattr(text, "dtype", None) or torch.float32).itemsize
+    heads = sum(key_heads * (1 + (groups if kind == "ka" else 1)) for groups, _ in layer_plan(config))
+    return heads * head_dim * size

@@ -1,0 +1,83 @@
+"""The recipes of the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ka_attention.errors import UserError
+from ka_attention.harness.settings import PYTHIA_70M, ModelSettings, TextSettings, TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
+    """One comparison: the same text, model and training for every arm.
+
+    arms:          names of attention configurations (``arms.arm``); the first is what the others are compared with.
+    cache_samples: validation sequences that are read token by token through each cache.
+    """
+
+    name: str
+    summary: str
+    arms: tuple[str, ...] = ("softmax", "ka", "ka-head", "softmax-w16", "ka-w16")
+    cache_samples: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length < 2:
+            raise UserError(f"--set sequence_length: expected at least 2 tokens, got {self.sequence_length}")
+        if self.train_samples < self.batch_size:
+            raise UserError(f"--set batch_size: {self.batch_size} is more than train_samples = {self.train_samples}")
+        if self.cache_samples > self.validation_samples:
+            raise UserError(
+                f"--set cache_samples: {self.cache_samples} is more than validation_samples = {self.validation_samples}"
+            )
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise UserError(f"--set arms: expected different names, got {','.join(self.arms) or 'none'}")
+
+
+COMPARE = {
+    recipe.name: recipe
+    for recipe in (
+        CompareRecipe(
+            name="quick",
+            summary="a small GPT-NeoX on the Python standard library: minutes on two CPU cores, nothing downloaded",
+            vocab_size=1024,
+            hidden_size=64,
+            layers=3,
+            heads=4,
+            intermediate_size=256,
+            # A quarter of so small a head leaves two wavelengths, 6 and 628 tokens; these are eight, from 6 to 353.
+            rotary_share=1.0,
+            rotary_base=100.0,
+            locality=3.0,
+            # Few sequences, read until the validation loss stops falling, as in the reports.
+            train_samples=640,
+            validation_samples=256,
+            batch_size=8,
+            learning_rate=4e-3,
+            schedule="cosine",
+            warmup_steps=20,
+            epochs=9,
+            patience=3,
+            cache_samples=64,
+        ),
+        CompareRecipe(
+            name="pythia-70m-training",
+            summary="Pythia-70M from scratch, 10,000 × 128 tokens, batch 32: does KA match softmax in training?",
+            **PYTHIA_70M,
+            train_samples=10_000,
+            validation_samples=1_000,
+            batch_size=32,
+            cache_samples=500,
+        ),
+        CompareRecipe(
+            name="pythia-70m-cache",
+            summary="Pythia-70M from scratch, 5,000 × 128 tokens, batch 8: what does a KA cache cost a softmax model?",
+            **PYTHIA_70M,
+            train_samples=5_000,
+            validation_samples=500,
+            batch_size=8,
+            cache_samples=500,
+        ),
+    )
+}

@@ -1,0 +1,156 @@
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from rich.console import Console
+
+from ka_attention.errors import UserError
+from ka_attention.harness import training
+from ka_attention.harness.arms import arm, build
+from ka_attention.harness.data import Sequences
+from ka_attention.harness.settings import TrainingSettings
+from ka_attention.harness.training import load_weights, mean_loss, train
+
+SETTINGS = TrainingSettings(batch_size=4, learning_rate=3e-3, epochs=3, patience=3)
+
+
+@pytest.fixture
+def text():
+    """A stream in which the next token follows from the last; validation is another part of it."""
+    stream = (torch.arange(32 * 16) * 7 % 50).view(32, 16)
+    return Sequences(stream[:24]), Sequences(stream[24:])
+
+
+def model(name="softmax", seed=0):
+    return build(arm(name), tiny.recipe(vocab_size=50), seed)
+
+
+def run(text, folder, settings=SETTINGS, name="softmax", console=None):
+    trained = model(name)
+    result = train(trained, *text, settings, folder, seed=0, label=name, console=console or Console(quiet=True))
+    return trained, result
+
+
+def test_the_table_is_that_of_the_reports_and_the_numbers_are_the_models(text, tmp_path):
+    console = Console(record=True, width=100)
+    trained, result = run(text, tmp_path, console=console)
+    rows = result["epochs"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["val_ppl"] < rows[0]["val_ppl"] < 60
+    assert result["best_val_ppl"] == min(row["val_ppl"] for row in rows)
+    assert result["parameters"] == sum(parameter.numel() for parameter in trained.parameters())
+    # Validation PPL from the definition, in one forward pass.
+    tokens = text[1].input_ids
+    logits = trained(tokens).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
+    assert loss.exp().item() == pytest.approx(result["best_val_ppl"], rel=1e-5)
+    printed = console.export_text()
+    assert "| Epoch | Train PPL |  Val PPL |    Time |   |" in printed
+    assert f"|     1 | {rows[0]['train_ppl']:9.1f} | {rows[0]['val_ppl']:8.1f} |" in printed
+
+
+def test_train_ppl_is_the_mean_loss_over_the_epochs_batches(text, tmp_path):
+    """With a learning rate of almost nothing every batch is scored by the initial weights."""
+    _, result = run(text, tmp_path, replace(SETTINGS, learning_rate=1e-12, epochs=1))
+    expected = mean_loss(model(), text[0], 4, torch.device("cpu"))
+    assert math.log(result["epochs"][0]["train_ppl"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_come_back(text, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+    weights = []
+
+    def scripted(network, *_):
+        weights.append(network.gpt_neox.embed_in.weight.detach().clone())
+        return next(losses)
+
+    monkeypatch.setattr(training, "mean_loss", scripted)
+    trained, result = run(text, tmp_path, replace(SETTINGS, epochs=9, patience=2))
+    assert [row["best"] for row in result["epochs"]] == [True, True, False, False]
+    assert (result["best_epoch"], result["best_val_ppl"]) == (2, math.exp(2.0))
+    assert torch.equal(trained.gpt_neox.embed_in.weight, weights[1])
+    assert not torch.equal(weights[1], weights[3])
+    loaded = model(seed=1)
+    load_weights(loaded, tmp_path)
+    assert torch.equal(loaded.gpt_neox.embed_in.weight, weights[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert trained.config.use_cache, "the Trainer switches it off, and a saved model would generate slowly"
+
+
+@pytest.mark.parametrize("name", ["ka", "ka-head-w4"])
+def test_two_runs_are_equal_to_the_bit_and_gates_are_trained_and_saved(text, tmp_path, name):
+    first, one = run(text, tmp_path / "1", name=name)
+    second, two = run(text, tmp_path / "2", name=name)
+    assert [row["val_ppl"] for row in one["epochs"]] == [row["val_ppl"] for row in two["epochs"]]
+    assert [row["train_ppl"] for row in one["epochs"]] == [row["train_ppl"] for row in two["epochs"]]
+    fresh = model(name).state_dict()
+    for key, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[key])
+        assert not torch.equal(weight, fresh[key]) or weight.numel() == 0, f"{key} was not trained"
+
+
+class _Kill(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["epoch_2", "after_the_last_epoch", "half_a_checkpoint", "half_a_state"])
+def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, monkeypatch, moment):
+    whole = run(text, tmp_path / "whole", replace(SETTINGS, schedule="cosine"))[1]
+    settings, folder = replace(SETTINGS, schedule="cosine"), tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        if moment == "after_the_last_epoch":
+            patch.setattr(training, "load_model", lambda *_, **__: (_ for _ in ()).throw(_Kill))
+        else:
+            calls = []
+
+            def dies_in_the_second_epoch(*arguments):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise _Kill
+                return mean_loss(*arguments)
+
+            patch.setattr(training, "mean_loss", dies_in_the_second_epoch)
+        with pytest.raises(_Kill):
+            run(text, folder, settings)
+    if moment in ("half_a_checkpoint", "half_a_state"):
+        shutil.copytree(folder / "checkpoints" / "checkpoint-6", folder / "checkpoints" / "checkpoint-12")
+        state = folder / "checkpoints" / "checkpoint-12" / "trainer_state.json"
+        state.write_text(state.read_text()[:99]) if moment == "half_a_state" else state.unlink()
+    scored = []
+    monkeypatch.setattr(training, "mean_loss", lambda *arguments: scored.append(1) or mean_loss(*arguments))
+    continued = run(text, folder, settings)[1]
+    assert len(scored) == (0 if moment == "after_the_last_epoch" else 2), "finished epochs are not trained again"
+    for one, two in zip(whole["epochs"], continued["epochs"], strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_labels_of_minus_100_give_no_loss(text, tmp_path):
+    tokens = text[1].input_ids
+    labels = tokens.clone()
+    labels[:, :10] = -100
+    labels[3, :] = -100
+    network = model()
+    found = mean_loss(network, Sequences(tokens, labels), 3, torch.device("cpu"))
+    logits = network(tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    kept = losses[:, 9:][torch.arange(len(tokens)) != 3]
+    assert found == pytest.approx(kept.mean().item(), rel=1e-5)
+
+
+def test_a_diverging_run_says_so(text, tmp_path):
+    with pytest.raises(UserError, match=r"training diverged in epoch \d .*--set learning_rate=1e\+18"):
+        run(text, tmp_path, replace(SETTINGS, learning_rate=1e19))
+
+
+def test_the_result_is_json(text, tmp_path):
+    _, result = run(text, tmp_path, replace(SETTINGS, epochs=1))
+    assert json.loads(json.dumps(result)) == result
+    assert result["seconds_per_epoch"] == result["epochs"][0]["seconds"] > 0
