@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ka_attention.ops import finite
+
 ROWS = 128  # rows of a strip, the size of its triangle; half of it where there are few tokens
 LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
@@ -47,15 +49,24 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
             for s in _sequences(cu_seqlens)
         ]
         return *(torch.cat(part, dim=2) for part in zip(*parts, strict=True)), saved
-    blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
+    tensors, given = [q, k, v, gate, k_past, u_past], (mask, scale, window, softcap)
+    a, lse = _outputs(tensors, given, saved)
+    if not finite.is_finite(a):
+        a, lse = _outputs(finite.cleaned(*tensors), given, saved)
+        a.masked_fill_(finite.reached(tensors, mask, window)[..., None], torch.nan)
+    return a.to(q.dtype), lse, saved
+
+
+def _outputs(tensors, given, saved: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, gate, k_past, u_past = tensors
+    blocks = _Blocks(q, k, k_past, *given)
     past = None if u_past is None else blocks.flat(u_past)
-    g = None if gate is None else gate.flatten(0, 1)[..., None]
-    given = (blocks.flat(v), g, past, blocks.kept(saved))
+    given = (blocks.flat(v), blocks.gate(gate), past, blocks.kept(saved))
     a = torch.empty_like(blocks.q)
     lse = torch.empty_like(a[..., 0])
     for part, heads in blocks.parts():
         _forward(part, *(None if x is None else x[heads] for x in (*given, a, lse)))
-    return a.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), saved
+    return a.view(q.shape), lse.view(q.shape[:3])
 
 
 def _forward(blocks: "_Blocks", v, g, u_past, saved, a, lse) -> None:
@@ -111,8 +122,21 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
             for s in _sequences(cu_seqlens)
         ]  # fmt: skip
         return tuple(None if part[0] is None else torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
-    g = None if gate is None else gate.flatten(0, 1)[..., None]
+    tensors, given = [q, k, v, gate, k_past, u_past], (mask, scale, window, softcap)
+    grads = _gradients(da, tensors, given, a, lse, saved)
+    if not all(finite.is_finite(grad) for grad in grads if grad is not None):
+        # The gradient of an output that is not finite counts, unless it is 0.
+        da = da.masked_fill(~a.isfinite().all(-1, keepdim=True) & (da != 0), torch.nan)
+        *tensors, a = finite.cleaned(*tensors, a)
+        grads = _gradients(da, tensors, given, a, lse, saved)
+    return grads
+
+
+def _gradients(da, tensors, given, a, lse, saved) -> tuple[Tensor | None, ...]:
+    q, k, v, gate, k_past, u_past = tensors
+    mask = given[0]
+    blocks = _Blocks(q, k, k_past, *given)
+    g = blocks.gate(gate)
     lse = lse.flatten(0, 1)
     if mask is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0)  # rows that attend nothing: exp(score − lse) is 0 then
@@ -189,7 +213,12 @@ class _Blocks:
     def flat(self, x: Tensor) -> Tensor:
         """[B, H, L, D] as [B · Hq, L, D] in the dtype of the computation."""
         x = x.to(self.dtype)
-        return x[:, :, None].expand(-1, -1, self.H // x.shape[1], -1, -1).reshape(self.B * self.H, *x.shape[2:])
+        x = x[:, :, None].expand(-1, -1, self.H // x.shape[1], -1, -1)
+        return x.reshape(self.B * self.H, *x.shape[3:]).contiguous()  # PyTorch's fused attention asks no strides
+
+    def gate(self, gate: Tensor | None) -> Tensor | None:
+        """[B, H, T] as [B · Hq, T, 1]."""
+        return None if gate is None else gate.reshape(self.B * self.H, self.T, 1).contiguous()
 
     def buffer(self, which: int, shape: torch.Size) -> Tensor:
         size = shape.numel()
