@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ka_attention import ka_attention
-from ka_attention.ops import blocked
-from ka_attention.ops import dispatch as operator
+from ka_attention.ops import blocked, dispatch
 from ka_attention.ops.api import normalise
 
 CASES = {
@@ -68,7 +67,7 @@ def test_a_graph_of_another_revision_is_not_found_on_disk(monkeypatch):
     problem = Problem(dtype=torch.float32)
     with fresh_cache():
         with monkeypatch.context() as earlier:
-            earlier.setattr(operator, "REVISION", "an earlier one")
+            earlier.setattr(dispatch, "REVISION", "an earlier one")
             earlier.setattr(blocked, "_saved", lambda q, save: q.new_empty(0))
             compiled()
         torch.testing.assert_close(problem.gradients(compiled()), problem.gradients(problem.run("blocked")))
@@ -91,8 +90,8 @@ def test_library_operator(name):
         o["softcap"],
     )
     torch.library.opcheck(
-        operator.forward,
-        (*call.tensors, *call.options.values(), True, "blocked", operator.REVISION),
+        dispatch.forward,
+        (*call.tensors, *call.options.values(), True, "blocked", dispatch.REVISION),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

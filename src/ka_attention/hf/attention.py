@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ka_attention.hf.cache.layers import KADynamicLayer, KAState
 from ka_attention.hf.config import KAConfig
-from ka_attention.ops import cache_values, ka_attention
+from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
 
 NAME = "ka"
@@ -88,7 +88,7 @@ def attention_forward(
         and not dropout
         and "cu_seq_lens_q" not in kwargs
         and "ka_adapter" not in module._modules
-        and not torch._C._is_any_autocast_enabled()
+        and not private.any_autocast()
     ):
         out = attend_one(query, key, value.values, None, scale)
         layer.commit(out)
@@ -98,7 +98,7 @@ def attention_forward(
     window = ka.window_of(layer_idx, sliding_window if is_ka else None)
 
     # To ask about one kind of device takes the processor longer than all else here.
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type)
+    autocast = private.any_autocast() and torch.is_autocast_enabled(query.device.type)
     state = value if isinstance(value, KAState) else None
     adapter = module._modules.get("ka_adapter")
     # The operator does not heed autocast, modules and PyTorch's own attention do.

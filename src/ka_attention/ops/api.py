@@ -2,15 +2,14 @@
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ka_attention.ops import dispatch as operator
-from ka_attention.ops import reference
+from ka_attention.ops import dispatch, private, reference
+from ka_attention.ops.inputs import Call, Options, Tensors
 
 BACKENDS = ("reference", "blocked", "triton")
 _checked = WeakTensorKeyDictionary()  # of each cu_seqlens that was right: its version and T then
@@ -72,14 +71,14 @@ def ka_attention(
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.dense(*call.tensors, **call.options)
-    g, k_past, u_past, mask = call.tensors[3:7]
+    past_k, past_u, g = call.tensors.k_past, call.tensors.u_past, call.tensors.gate
     trains_gate = g is not None and g.requires_grad  # its gradient is 0 then, not absent
-    if backend is None and q.shape[2] == 1 and k_past is not None and softcap is None and not trains_gate:
+    one_token = q.shape[2] == 1 and softcap is None and not trains_gate
+    if backend is None and one_token and past_k is not None and past_u is not None:
         with torch.autocast(q.device.type, enabled=False):
-            k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
-            return attend_one(q, k, u, mask, call.options["scale"], window)
-    backend = backend or ("triton" if q.device.type == "cuda" else "blocked")
-    return operator.attend(*call.tensors, call.options["scale"], window, call.options["softcap"], backend=backend)
+            k, u = torch.cat([past_k, k], dim=2), torch.cat([past_u, repeat_heads(v, q)], dim=2)
+            return attend_one(q, k, u, call.tensors.mask, call.options["scale"], window)
+    return dispatch.attend(*call, backend or ("triton" if q.device.type == "cuda" else "blocked"))
 
 
 def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None) -> Tensor:
@@ -120,13 +119,6 @@ def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
     return (v + g[..., None] * (a - v)).to(a.dtype)
 
 
-class Call(NamedTuple):
-    """The arguments of a backend: its nine tensors in order, and its options."""
-
-    tensors: tuple
-    options: dict
-
-
 def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap) -> Call:
     """Check every argument of `ka_attention` and bring it to the form that backends take."""
     _check_tensor("q", q, q, None)
@@ -157,10 +149,10 @@ def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap
     if cu_seqlens is not None:
         if past is not None or attn_mask is not None:
             raise ValueError("cu_seqlens cannot be combined with past or attn_mask")
-        _check_cu_seqlens(cu_seqlens, q)
+        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
     mask = None if attn_mask is None else _expand_mask(attn_mask, q, P)
-    tensors = (q, k, v, expand_gate(gate, q), k_past, u_past, mask, cu_seqlens)
-    return Call(tensors, {"scale": scale, "window": window, "softcap": softcap})
+    tensors = Tensors(q, k, v, expand_gate(gate, q), k_past, u_past, mask, cu_seqlens)
+    return Call(tensors, Options(scale=scale, window=window, softcap=softcap))
 
 
 def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
@@ -199,7 +191,7 @@ def _expand_mask(mask: Tensor, q: Tensor, P: int) -> Tensor:
     )
 
 
-def _check_cu_seqlens(cu: Tensor, q: Tensor) -> None:
+def _check_cu_seqlens(cu: Tensor, q: Tensor) -> Tensor:
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {_kind(cu)}")
     if cu.device != q.device:
@@ -211,16 +203,16 @@ def _check_cu_seqlens(cu: Tensor, q: Tensor) -> None:
     wrong = f"cu_seqlens must rise from 0 to T = {q.shape[2]} without falling"
     if torch.compiler.is_compiling() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
         # The values cannot be looked at here, so the device does.
-        torch._assert_async((cu[0] == 0) & (cu[-1] == q.shape[2]) & (cu.diff() >= 0).all(), wrong)
-        return
-    seen = None if cu.is_inference() else (cu._version, q.shape[2])
-    if seen is not None and _checked.get(cu) == seen:
-        return
+        return private.checked(cu, (cu[0] == 0) & (cu[-1] == q.shape[2]) & (cu.diff() >= 0).all(), wrong)
+    version = private.version(cu)
+    if version is not None and _checked.get(cu) == (version, q.shape[2]):
+        return cu
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != q.shape[2] or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"{wrong}, got {ends}")
-    if seen is not None:
-        _checked[cu] = seen
+    if version is not None:
+        _checked[cu] = version, q.shape[2]
+    return cu
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] | None) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ka_attention.ops import finite
+from ka_attention.ops import finite, private
 
 ROWS = 128  # rows of a strip, the size of its triangle; half of it where there are few tokens
 LEAF = 16  # rows of the systems inverted on its diagonal
@@ -205,6 +205,7 @@ class _Blocks:
         self.k = self.flat(k if k_past is None else torch.cat([k_past, k], dim=2))
         self.mask, self.window, self.softcap = mask, window, softcap
         self.fused = q.device.type == "cpu" and mask is None and window is None and softcap is None
+        self.fused = self.fused and private.flash is not None
         self.rows = _rows(self.T)
         self.buffers: dict[int, Tensor] = {}
         self.first = 0  # head
@@ -328,7 +329,7 @@ class _Blocks:
         """Softmax attention of rows b to columns c with values u: heads, rows, outputs and their log-sum-exp."""
         if self.fused:
             q, k, u = self.q[None, :, b], self.k[None, :, c], u[None, :, c]
-            x, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, u, scale=self.scale)
+            x, lse = private.flash(q, k, u, scale=self.scale)
             yield slice(0, len(self.q)), b, x[0], lse[0]
             return
         for n, r in self.chunks(b, c):
@@ -340,7 +341,7 @@ class _Blocks:
         if self.fused:
             y, q, k, u, a, lse = y[:, b], self.q[:, b], self.k[:, c], u[:, c], a[:, b], lse[:, b]
             # With the log-sum-exp and the output of whole rows this is the rectangle's part of their gradient.
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads = private.flash_backward(
                 y[None], q[None], k[None], u[None], a[None], lse[None], 0.0, False, scale=self.scale
             )
             for total, part in zip((dq[:, b], dk[:, c], du[:, c]), grads, strict=True):

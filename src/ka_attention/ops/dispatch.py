@@ -4,6 +4,7 @@ As library operators they are opaque to torch.compile and to autocast: one node 
 """
 
 import functools
+import inspect
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,8 +13,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
+
+from ka_attention.ops import private
+from ka_attention.ops.inputs import Options, Tensors
 
 # torch.compile keeps graphs on disk and finds them again by operators and arguments, not by the shapes that an operator
 # returns. An argument that changes with this folder's code keeps a graph of another version from being found.
@@ -62,7 +64,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A [B, Hq, T, D], log-sum-exp [B, Hq, T], with `save` what the backend wants back in `_backward`, else empty).
 
-    Tensors as docs/architecture.md describes them; `revision` is REVISION.
+    `Tensors` and `Options` laid out flat, as library operators want it; `revision` is REVISION.
     """
     with _without_autocast(q, backend):
         return _load(backend).forward(
@@ -93,12 +95,15 @@ def _backward(
     return [grad for grad in _gradients(*tensors, scale, window, softcap, backend) if grad is not None]
 
 
-def _gradients(da, *inputs) -> list[Tensor | None]:
+def _gradients(da, *arguments) -> list[Tensor | None]:
     """Of q, k, v, gate, k_past, u_past."""
-    *tensors, scale, window, softcap, backend = inputs
+    *tensors, scale, window, softcap, backend = arguments
     with _without_autocast(da, backend):
         grads = _load(backend).backward(da, *tensors, scale=scale, window=window, softcap=softcap)
     return [None if grad is None else grad.contiguous() for grad in grads]
+
+
+_ARGUMENTS = len(inspect.signature(_forward).parameters)
 
 
 def _save(ctx, inputs, output):
@@ -115,14 +120,15 @@ def _setup(ctx, inputs, output):
 
 def _differentiate(ctx, da, *_):
     if da is None:
-        return (None,) * 14
-    tensors = ctx.saved_tensors
+        return (None,) * _ARGUMENTS
+    *tensors, a, lse, saved = ctx.saved_tensors
+    arguments = (da, *tensors, a, lse, saved, *ctx.options)
     if torch.is_grad_enabled() or _traced(da):  # the library operator refuses a second derivative
-        present = iter(backward(da, *tensors, *ctx.options))
-        grads = [None if x is None else next(present) for x in tensors[:6]]
+        present = iter(backward(*arguments))
+        grads = [None if x is None else next(present) for x in Tensors(*tensors).differentiable]
     else:
-        grads = _gradients(da, *tensors, *ctx.options)
-    return *grads, *(None,) * 8
+        grads = _gradients(*arguments)
+    return *grads, *(None,) * (_ARGUMENTS - len(grads))
 
 
 class _Eager(torch.autograd.Function):
@@ -135,7 +141,7 @@ class _Eager(torch.autograd.Function):
         return output[:1]
 
 
-_apply = super(torch.autograd.Function, _Eager).apply  # past functorch's part of `apply`, which takes 5 µs
+_apply = private.apply_of(_Eager)
 forward = torch.library.custom_op("ka_attention::forward", _forward, mutates_args=())
 forward.register_autograd(_differentiate, setup_context=_setup)
 backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_args=())
@@ -151,37 +157,27 @@ def _(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, scale,
     return [x.new_empty(x.shape) for x in (q, k, v, gate, k_past, u_past) if x is not None]
 
 
-def attend(*inputs, backend: str) -> Tensor:
+def attend(tensors: Tensors, options: Options, backend: str) -> Tensor:
     """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call, and
     autograd too where no gradient is asked for.
     """
-    traced = _traced(*inputs[:4])
-    if not torch.compiler.is_compiling():
-        _refuse_derivatives(inputs)
-    save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in inputs[:6]))
+    traced = _traced(tensors.q, tensors.k, tensors.v, tensors.gate)
+    leaves = tensors.differentiable
+    if not torch.compiler.is_compiling() and (private.takes_derivatives_of_func() or private.has_tangent(*leaves)):
+        raise RuntimeError(  # without this, forward mode would find zeros
+            "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
+            "derivative of torch.autograd and run under torch.vmap"
+        )
+    save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in leaves))
     run: Callable = forward if traced else _apply if save else _forward
-    return run(*inputs, save, backend, REVISION)[0]
-
-
-def _refuse_derivatives(inputs: tuple) -> None:
-    """There is the derivative of autograd and no other; without this, forward mode would find zeros."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if all(each.key() == TransformType.Vmap for each in transforms) and (
-        forward_ad._current_level < 0 or all(x is None or forward_ad.unpack_dual(x).tangent is None for x in inputs[:6])
-    ):
-        return
-    raise RuntimeError(
-        "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
-        "derivative of torch.autograd and run under torch.vmap"
-    )
+    return run(*tensors, options["scale"], options["window"], options["softcap"], save, backend, REVISION)[0]
 
 
 def _traced(q: Tensor, *others: Tensor | None) -> bool:
     """Whether someone else is to see the operator: compilers, dispatch modes, functorch, shapes, subclasses."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or private.observed()
         or q.is_meta
         or not _PLAIN.issuperset(map(type, (q, *others)))
     )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ka_attention.ops.api import normalise
+from ka_attention.ops.inputs import Tensors
 from ka_attention.ops.reference import visible
 
 
@@ -37,10 +38,10 @@ def truncated(
     with torch.autocast(q.device.type, enabled=False):
         scale = call.options["scale"]
         # PyTorch's attention takes no negative scale with a causal mask.
-        return _sweep(hops, (q if scale >= 0 else -q, *call.tensors[1:]), abs(scale), window)
+        return _sweep(hops, call.tensors._replace(q=q if scale >= 0 else -q), abs(scale), window)
 
 
-def _sweep(hops, tensors, scale, window) -> Tensor:
+def _sweep(hops: int, tensors: Tensors, scale: float, window: int | None) -> Tensor:
     q, k, v, g, k_past, u_past, mask, _ = tensors
     T, D = q.shape[2:]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -53,7 +54,7 @@ def _sweep(hops, tensors, scale, window) -> Tensor:
     query = F.pad(torch.cat([q, high, (own - high).to(q.dtype)], dim=-1), (0, 6))
     front = F.one_hot(torch.tensor([D, D + 1], device=q.device), D + 8).to(q.dtype)
     key, value = front.sum(0).expand_as(query[:, :, :1]), front[0].expand_as(query[:, :, :1])
-    if k_past is not None:
+    if k_past is not None and u_past is not None:
         k_past = k_past.repeat_interleave(q.shape[1] // k_past.shape[1], dim=1)
         key = torch.cat([key, F.pad(k_past, (0, 8))], dim=2)
         value = torch.cat([value, F.pad(u_past, (0, 8))], dim=2)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from ka_attention.ops import private
+
 # Slots are made by so many at a time, or by up to an eighth of those in use where that is more.
 SPARE = 32
 
@@ -251,7 +253,7 @@ class KAStaticLayer(_KALayer, StaticLayer):
                 self.batch_size, self.num_heads * self.groups, self.max_cache_len, self.v_head_dim
             )
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.values)
+                private.mark_static_address(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         if self.pending is not None:
