@@ -6,9 +6,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ka_attention.ops import dispatch, private, reference
+from ka_attention.ops import dispatch, private, ranks, reference
 from ka_attention.ops.inputs import Call, Options, Tensors
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -29,6 +30,7 @@ def ka_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Causal attention in which a past token contributes its attention output instead of its value.
 
@@ -54,6 +56,10 @@ def ka_attention(
         backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose: by
             device, but for one token after a past PyTorch's own attention, which is the same then. A named backend that
             cannot serve the call raises RuntimeError.
+        group: processes that hold one text together, each a contiguous share of T tokens in the order of their ranks.
+            q, k, v, gate and the result are the share's, cu_seqlens those of the whole text. With a window ranks
+            exchange messages whose size does not depend on T, and a share must hold window − 1 tokens; without one
+            they share out the heads, whose numbers must be multiples of the group's size. No past, no attn_mask.
 
     Returns:
         A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
@@ -65,6 +71,11 @@ def ka_attention(
         raise ValueError(f"dropout must be 0.0 (KA-attention has none), got {dropout}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if group is not None:
+        if past is not None or attn_mask is not None:
+            raise ValueError("group cannot be combined with past or attn_mask; cu_seqlens keeps sequences apart")
+        options = {"scale": scale, "softcap": softcap, "backend": backend}
+        return ranks.attend(group, ka_attention, q, k, v, gate, window, cu_seqlens, options)
     call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)
     if q.numel() == 0:
         return q.clone()

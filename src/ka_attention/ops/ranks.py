@@ -1,0 +1,195 @@
+"""One sequence over several processes: each holds a contiguous share of the tokens, of equal length, in rank's order.
+
+With a window w, what a share needs of everything before it are the keys and U of w − 1 tokens, and given the keys it is
+affine in that state u [w − 1, D] (docs/maths.md):
+
+    A  = A⁰ + F u,     A⁰: the share's own, with u = 0;     F: its answer to V = 0 and u = I
+    u' = c  + M u,     c = U⁰ of its last w − 1 tokens;     M = g F of them
+
+Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers a rank however long the text is. Each rank
+composes the maps before its own. Without a window every output depends on all keys; ranks exchange heads for tokens
+(all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads.
+
+Backward is autograd's: collectives are differentiable and stand in the graph of every rank, also where a rank has no
+use for what it gets, or the others would wait for it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+# The older name warns where both are there.
+_all_gather = getattr(collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd)
+Operator = Callable[..., Tensor]  # ka_attention
+Group = dist.ProcessGroup
+
+
+def attend(
+    group: Group,
+    operator: Operator,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: float | Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    options: dict,
+) -> Tensor:
+    """A of this rank's share, [B, Hq, T / ranks, D]; cu_seqlens are those of the whole text."""
+    if window is None:
+        return _by_heads(group, operator, q, k, v, gate, cu_seqlens, options)
+    return _by_tokens(group, operator, q, k, v, gate, window, cu_seqlens, options)
+
+
+class Share(NamedTuple):
+    """How packed sequences lie in one rank's share of `length` tokens."""
+
+    seen: int  # tokens of the first one, which began in a share before, that the first token may attend to there
+    carried: int  # tokens of it in this share
+    ends: list[int]  # of the sequences after it, from its end on: 0, …, length − carried
+
+
+def share_of(rank: int, length: int, window: int, ends: list[int]) -> Share:
+    """The share [rank · length, (rank + 1) · length) of packed sequences with these ends, 0 first."""
+    start, stop = rank * length, (rank + 1) * length
+    first = bisect_right(ends, start) - 1
+    seen = min(window - 1, start - ends[first])
+    carried = min(ends[first + 1], stop) - start if seen else 0
+    inner = [end for end in ends if start + carried < end < stop]
+    rest = [0, *(end - start - carried for end in inner), length - carried]
+    return Share(seen, carried, sorted(set(rest)))
+
+
+def _by_tokens(group, operator, q, k, v, gate, window, cu_seqlens, options) -> Tensor:
+    rank, ranks, T = dist.get_rank(group), dist.get_world_size(group), q.shape[2]
+    state = window - 1
+    if state > T:
+        raise ValueError(f"group: each rank's share must hold window − 1 = {state} tokens at least, got {T}")
+    ends = [0, ranks * T] if cu_seqlens is None else cu_seqlens.tolist()
+    if ends[-1] != ranks * T:
+        raise ValueError(f"cu_seqlens must end at {ranks * T}, the tokens of all {ranks} ranks, got {ends[-1]}")
+    share = share_of(rank, T, window, ends)
+
+    # The neighbour's keys come through `cat`, also where none are of use: so every rank's graph holds the message.
+    before = _from_previous(group, k[:, :, T - state :])[:, :, state - share.seen :] if state else k[:, :, :0]
+    k_past, k = torch.cat([before, k], dim=2).split([share.seen, T], dim=2)
+    call = _Call(operator, q, k, gate, {**options, "window": window}, share)
+    own = call(v, k_past, q.new_zeros(*q.shape[:2], share.seen, q.shape[3]))
+    if not state or ranks == 1:
+        return own
+    F = call.response(k_past, state)
+    tail = slice(T - state, T)
+    g = _tail_of_gate(gate, q, tail)
+    values = v[:, :, tail].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    c = values + g * (own[:, :, tail] - values)
+    maps = torch.cat([g * F[:, :, tail], c], dim=-1).to(torch.promote_types(q.dtype, torch.float32))
+    u = _compose(group, maps, state)
+    return own + (F @ u.to(F.dtype)).to(own.dtype)
+
+
+class _Call(NamedTuple):
+    """The operator on one share: the sequence that comes from before with its past, then those that begin here."""
+
+    operator: Operator
+    q: Tensor
+    k: Tensor
+    gate: float | Tensor
+    options: dict
+    share: Share
+
+    def __call__(self, v: Tensor, k_past: Tensor, u_past: Tensor) -> Tensor:
+        n, T = self.share.carried, self.q.shape[2]
+        parts = []
+        if n:
+            parts.append(self._run(slice(0, n), v, past=(k_past, u_past)))
+        if n < T:
+            ends = self.share.ends
+            packed = None if len(ends) == 2 else torch.tensor(ends, dtype=torch.int32, device=v.device)
+            parts.append(self._run(slice(n, T), v, cu_seqlens=packed))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _run(self, s: slice, v: Tensor, **how) -> Tensor:
+        gate = self.gate[:, :, s] if isinstance(self.gate, Tensor) and self.gate.ndim == 3 else self.gate
+        return self.operator(self.q[:, :, s], self.k[:, :, s], v[:, :, s], gate=gate, **how, **self.options)
+
+    def response(self, k_past: Tensor, state: int) -> Tensor:
+        """F [B, Hq, T, state]: outputs for V = 0 and the unit states, as many at once as a head has dimensions."""
+        (B, H, T, D), (seen, n, _) = self.q.shape, self.share
+        if not n:
+            return self.q.new_zeros(B, H, T, state)
+        zeros, unit = torch.zeros_like(self.k[:, :, :n]), torch.eye(state, device=self.q.device, dtype=self.q.dtype)
+        columns = []
+        for first in range(0, state, D):
+            some = unit[state - seen :, first : first + D]
+            u = torch.nn.functional.pad(some, (0, D - some.shape[1])).expand(B, H, seen, D)
+            columns.append(self._run(slice(0, n), zeros, past=(k_past, u))[..., : some.shape[1]])
+        return torch.nn.functional.pad(torch.cat(columns, dim=-1), (0, 0, 0, T - n))
+
+
+def _tail_of_gate(gate: float | Tensor, q: Tensor, tail: slice) -> float | Tensor:
+    if not isinstance(gate, Tensor):
+        return gate
+    gate = gate[:, :, tail, None] if gate.ndim == 3 else gate.view(1, -1, 1, 1)
+    return gate.to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _compose(group: Group, own: Tensor, state: int) -> Tensor:
+    """The state before this rank's share, [B, Hq, state, D], from the maps (M | c) of all shares."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    maps = _all_gather(own[None].contiguous(), 0, group)
+    M, c = maps[..., :state], maps[..., state:]
+    u = torch.zeros_like(own[..., state:])
+    for other in range(ranks):
+        u = torch.where(torch.tensor(other < rank, device=u.device), M[other] @ u + c[other], u)
+    return u
+
+
+def _from_previous(group: Group, x: Tensor) -> Tensor:
+    """What the rank before gave as `x`, of the same shape; the first rank gets zeros."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    rows = x.movedim(2, 0).contiguous()  # sent along the first dimension
+    send = [len(rows) if other == rank + 1 else 0 for other in range(ranks)]
+    receive = [len(rows) if other == rank - 1 else 0 for other in range(ranks)]
+    if rank + 1 == ranks:
+        rows = rows[:0]
+    got = collectives.all_to_all_single_autograd(rows, receive, send, group)
+    return torch.cat([got.movedim(0, 2), torch.zeros_like(x[:, :, : x.shape[2] - len(got)])], dim=2)
+
+
+def _by_heads(group, operator, q, k, v, gate, cu_seqlens, options) -> Tensor:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    for name, heads in (("query", q.shape[1]), ("key", k.shape[1])):
+        if heads % ranks:
+            raise ValueError(f"group: without a window the {name} heads are shared out, got {heads} for {ranks} ranks")
+    if isinstance(gate, Tensor):
+        if gate.ndim == 3:
+            gate = _heads_for_tokens(group, gate[..., None])[..., 0]
+        else:
+            gate = gate.chunk(ranks)[rank]
+    q, k, v = (_heads_for_tokens(group, x) for x in (q, k, v))
+    return _tokens_for_heads(group, operator(q, k, v, gate=gate, cu_seqlens=cu_seqlens, **options))
+
+
+def _heads_for_tokens(group: Group, x: Tensor) -> Tensor:
+    """[B, H, T / ranks, D] of this rank's tokens → [B, H / ranks, T, D] of this rank's heads."""
+    ranks = dist.get_world_size(group)
+    x = _exchange(group, x.unflatten(1, (ranks, -1)).movedim(1, 0))  # [ranks, B, H / ranks, T / ranks, D]
+    return x.movedim(0, 2).flatten(2, 3)
+
+
+def _tokens_for_heads(group: Group, x: Tensor) -> Tensor:
+    """The way back."""
+    ranks = dist.get_world_size(group)
+    x = _exchange(group, x.unflatten(2, (ranks, -1)).movedim(2, 0))
+    return x.movedim(0, 1).flatten(1, 2)
+
+
+def _exchange(group: Group, x: Tensor) -> Tensor:
+    """Entry r of x [ranks, …] goes to rank r, and comes back as the entry of who sent it."""
+    ones = [1] * len(x)
+    return collectives.all_to_all_single_autograd(x.contiguous(), ones, ones, group)

@@ -1,0 +1,81 @@
+"""One text over several processes is the operator on the whole text: outputs, gradients, packed sequences, refusals."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ka_attention import ka_attention
+from ka_attention.ops.ranks import Share, share_of
+
+T, D = 24, 4
+PACKED = (None, [0, 3, 3, 10, T], [0, T // 2, T], [0, 1, T - 1, T])
+CASES = list(product((1, 2, 6, None), ("number", "head", "token"), PACKED))
+
+
+def gate_of(kind, heads):
+    if kind == "number":
+        return 0.75
+    shape = (heads,) if kind == "head" else (1, heads, T)
+    return (2 * torch.rand(shape, dtype=torch.float64) - 1).requires_grad_()
+
+
+def errors(group, window, gate_kind, ends):
+    """The largest error of this rank's outputs, and of the gradients summed over ranks."""
+    torch.manual_seed(0)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    q, k, v = (torch.randn(1, heads, T, D, dtype=torch.float64).requires_grad_() for heads in (12, 6, 6))
+    gate, grad = gate_of(gate_kind, 12), torch.randn(1, 12, T, D, dtype=torch.float64)
+    leaves = [x for x in (q, k, v, gate) if isinstance(x, torch.Tensor)]
+    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    whole = ka_attention(q, k, v, gate=gate, window=window, cu_seqlens=cu_seqlens, softcap=3.0)
+    expected = torch.autograd.grad(whole, leaves, grad)
+    own = slice(rank * T // size, (rank + 1) * T // size)
+    share = [x[:, :, own] for x in (q, k, v)]
+    part = gate[:, :, own] if gate_kind == "token" else gate
+    out = ka_attention(*share, gate=part, window=window, cu_seqlens=cu_seqlens, softcap=3.0, group=group)
+    grads = torch.autograd.grad(out, leaves, grad[:, :, own])
+    for found in grads:
+        dist.all_reduce(found)
+    apart = [(out - whole[:, :, own]).abs().max(), *((a - b).abs().max() for a, b in zip(grads, expected, strict=True))]
+    return torch.stack(apart).max()
+
+
+def refusals(group):
+    x = torch.randn(1, 2, 8, D)
+    for arguments, words in (
+        ({"window": 10}, "window − 1 = 9"),
+        ({"window": 2, "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "must end at"),
+        ({"past": (x, x)}, "past or attn_mask"),
+        ({"q": x[:, :1], "k": x[:, :1], "v": x[:, :1]}, "query heads are shared out, got 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ka_attention(**({"q": x, "k": x, "v": x} | arguments), group=group)
+
+
+def work(rank, size, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store{size}", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    for case in CASES:
+        assert errors(dist.group.WORLD, *case) < 1e-12, case
+    refusals(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shares_are_the_whole(size, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    mp.spawn(work, (size, str(tmp_path)), nprocs=size)
+
+
+def test_how_sequences_lie_in_a_share():
+    # 8 tokens a rank; the second rank's first token is the third of a sequence that ends two tokens later.
+    assert share_of(1, 8, 4, [0, 6, 10, 16]) == Share(seen=2, carried=2, ends=[0, 6])
+    assert share_of(1, 8, 2, [0, 6, 10, 16]) == Share(seen=1, carried=2, ends=[0, 6])
+    assert share_of(1, 8, 4, [0, 8, 16]) == Share(seen=0, carried=0, ends=[0, 8])
+    assert share_of(0, 8, 4, [0, 3, 16]) == Share(seen=0, carried=0, ends=[0, 3, 8])
+    assert share_of(1, 8, 4, [0, 16]) == Share(seen=3, carried=8, ends=[0])
