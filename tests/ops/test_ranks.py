@@ -63,6 +63,7 @@ def work(rank, size, folder):
     for case in CASES:
         assert errors(dist.group.WORLD, *case) < 1e-12, case
     refusals(dist.group.WORLD)
+    dist.barrier()
     dist.destroy_process_group()
 
 
