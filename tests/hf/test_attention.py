@@ -289,11 +289,12 @@ def test_wrong_settings_are_named(wrong):
 
 
 @pytest.mark.parametrize(
-    ("stored", "message"), [({"gait": 1}, r"unknown settings \['gait'\]"), ({"layers": [1, 9]}, r"got layers \[9\]")]
+    ("stored", "message"),
+    [({"gait": 1}, r"^ka_config: unknown settings \['gait'\]"), ({"layers": [1, 9]}, r"^layers: .*, got \[9\]")],
 )
 def test_a_wrong_stored_configuration_is_named(stored, message):
     model = make("llama", attention="ka", ka_config=stored)
-    with pytest.raises(ValueError, match=f"^ka_config: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         model(tokens())
 
 

@@ -273,16 +273,3 @@ def test_a_cache_may_be_changed_right_after_a_step(change, ka):
             kept = 0
     got = run(model, ids[rows, kept:].split(1, 1), cache)
     assert largest(got - parallel(model, ids[rows])[:, kept:]) < TINY
-
-
-def test_a_changed_configuration_is_heeded():
-    """In whatever way it changes, between two steps too: nothing that was read before is kept."""
-    model, ids = attached("gpt_neox", KAConfig()), tokens()
-    before, settings = parallel(model, ids), model.config.ka_config
-    settings["window"] = 3
-    assert torch.equal(parallel(model, ids), parallel(attached("gpt_neox", KAConfig(window=3)), ids))
-    model.config.ka_config = {"layers": [1]}
-    assert torch.equal(parallel(model, ids), parallel(attached("gpt_neox", KAConfig(layers=(1,))), ids))
-    settings["window"] = None
-    model.config.ka_config = settings
-    assert torch.equal(parallel(model, ids), before)

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from test_cache import CONFIGS, TINY, attached, largest, parallel, run
-from zoo import tokens
+from zoo import make, tokens
 
-from ka_attention.hf import KACache, KAConfig
+from ka_attention.hf import KACache, KAConfig, attention_modules, reconfigure, use
 from ka_attention.hf.adapters import LinearAdapter
 from ka_attention.hf.cache.layers import KADynamicLayer
 
@@ -97,54 +98,51 @@ def test_a_cache_goes_from_one_gradient_mode_to_another(looks):
     assert largest(torch.cat(logits, 1) - want) < TINY
 
 
+def ways(model, monkeypatch):
+    """The model as it takes short ways through plain steps, and as it does not."""
+    yield
+    for module in attention_modules(model):
+        monkeypatch.setattr(module, "ka_layer", replace(module.ka_layer, is_plain=False))
+    yield
+
+
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3), KAConfig(layers=())], ids=["full", "window", "softmax"])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_the_short_way_of_a_step_is_the_long_way(family, monkeypatch):
-    """To the bit: a plain step skips questions, not arithmetic."""
-    model, logits = attached(family, KAConfig()).float(), []
-    of = KAConfig.of(model.config)
-    for is_plain in (True, False):
-        monkeypatch.setitem(vars(of), "is_plain", is_plain)
-        logits.append(run(model, tokens(2, 12).split([1, 1, 5, 1, 1, 1, 1, 1], 1), KACache(model.config)))
-    assert of is KAConfig.of(model.config)
-    assert torch.equal(*logits)
+def test_the_short_way_of_a_step_is_the_long_way(family, ka, monkeypatch):
+    """To the bit: a plain step skips questions, not arithmetic. Under autocast too."""
+    for autocast in (False, True):
+        model, logits = attached(family, ka).float(), []
+        for _ in ways(model, monkeypatch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits.append(run(model, tokens(2, 12).split([1, 1, 5, 1, 1, 1, 1, 1], 1), KACache(model.config)))
+        assert torch.equal(*logits)
 
 
-def test_the_short_way_of_a_step_leaves_no_question_out(monkeypatch):
-    """Dropout, packed sequences and a cache for other layers are refused, a window and an adapter are heeded, autocast
-    is as on the long way.
-    """
-    model, ids = attached("gpt_neox", KAConfig()), tokens(2, 4)
-    of, sizes = KAConfig.of(model.config), [2, 1, 1]
-    logits = []
-    for is_plain in (True, False):
-        monkeypatch.setitem(vars(of), "is_plain", is_plain)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits.append(run(model.float(), ids.split(sizes, 1), KACache(model.config)))
-    assert torch.equal(*logits)
-    monkeypatch.setitem(vars(of), "is_plain", True)
-
+def test_the_short_way_of_a_step_leaves_no_question_out():
+    """Dropout, packed sequences and a cache for other layers are refused; windows and adapters are heeded."""
+    model, ids, sizes = attached("gpt_neox", KAConfig()), tokens(2, 4), [2, 1, 1]
     cache, ends = KACache(model.config), torch.tensor([0, 1], dtype=torch.int32)
     run(model.double(), [ids[:, :2]], cache)
     with pytest.raises(ValueError, match=r"^cu_seq_lens_q: packed sequences cannot continue a cache"):
         run(model, [ids[:, 2:3]], cache, cu_seq_lens_q=ends)
-    attention = model.gpt_neox.layers[0].attention
-    attention.ka_adapter = LinearAdapter(4, 8).double()
-    attention.ka_adapter.weight.data.mul_(0.5)
-    assert largest(run(model, ids.split(sizes, 1), KACache(model.config)) - parallel(model, ids)) < TINY
-    del attention.ka_adapter
     cache = KACache(model.config)
     run(model, [ids[:, :2]], cache)
-    attention.attention_dropout = 0.1
+    model.gpt_neox.layers[0].attention.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         run(model.train(), [ids[:, 2:3]], cache)
+
+    adapters = {0: LinearAdapter(4, 8).double()}
+    adapters[0].weight.data.mul_(0.5)
+    with use(make("gpt_neox"), adapter=adapters) as model:
+        assert largest(run(model, ids.split(sizes, 1), KACache(model.config)) - parallel(model, ids)) < TINY
 
     model, ids = attached("llama", KAConfig()), tokens(2, 8)
     got = run(model, ids.split([4, 1, 1, 1, 1], 1), KACache(model.config), sliding_window=3)
     assert largest(got - parallel(model, ids, sliding_window=3)) < TINY
-    model.config.ka_config = KAConfig(layers=(1,)).to_dict()
+    reconfigure(model, KAConfig(layers=(1,)))
     cache = KACache(model.config)
     run(model, [ids[:, :4]], cache)
-    model.config.ka_config = KAConfig().to_dict()
+    reconfigure(model, KAConfig())
     with pytest.raises(RuntimeError, match="made for another ka_config"):
         run(model, [ids[:, 4:5]], cache)
 

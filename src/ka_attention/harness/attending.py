@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ka_attention.hf import KAConfig
 from ka_attention.hf.attention import NAME, attention_forward
+from ka_attention.hf.layer import Layer
 from ka_attention.ops import ka_attention
 
 
@@ -37,19 +37,21 @@ def attending(compute: Callable[[Call], Tensor]) -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        dropout: float = 0.0,
         scaling: float | None = None,
         softcap: float | None = None,
         sliding_window: int | None = None,
+        ka_output_gate: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        ka, layer = KAConfig.of(module.config), module.layer_idx
-        windows = [w for w in (sliding_window, ka.window if ka.enabled(layer) else None) if w]
+        layer = Layer.of(module)
         gate: float | Tensor = 0.0
-        if ka.caches_outputs(layer):
-            gate = ka.gate_init if ka.gate == "fixed" else module.ka_gate(value)
-        options = {"gate": gate, "scale": scaling, "window": min(windows, default=None), "softcap": softcap}
-        out = compute(Call(layer, query, key, value, options))
-        return out.transpose(1, 2).contiguous(), None
+        if layer.is_ka:
+            gate = layer.fixed_gate(value) if layer.gate is not None else module.ka_gate(value)
+        window = layer.ka.window_of(layer.index, sliding_window)
+        options = {"gate": gate, "scale": scaling, "window": window, "softcap": softcap}
+        out = compute(Call(layer.index, query, key, value, options)).transpose(1, 2).contiguous()
+        return (out if ka_output_gate is None else out * ka_output_gate.view_as(out)), None
 
     AttentionInterface.register(NAME, forward)
     try:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ka_attention.errors import UserError
 from ka_attention.harness import hub
-from ka_attention.hf import KAConfig, use
+from ka_attention.hf import KAConfig, reconfigure, use
 
 NAMES = {"kv": "KV", "ka": "KA"}
 
@@ -68,8 +68,8 @@ def attention(model: Any, kind: str) -> Iterator[None]:
         with use(model, decoding(own, kind)):
             yield
     else:  # attached already, perhaps with learned gates, which stay in the model and are not asked
-        model.config.ka_config = decoding(own, kind).to_dict()
+        reconfigure(model, decoding(own, kind))
         try:
             yield
         finally:
-            model.config.ka_config = own.to_dict()
+            reconfigure(model, own)

@@ -17,6 +17,8 @@ from ka_attention.hf.attention import NAME
 from ka_attention.hf.cache.caches import KACache, KAStaticCache
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
+from ka_attention.hf.layer import configure
+from ka_attention.hf.output_gate import add_output_gate, check_output_gate, remove_output_gate
 from ka_attention.hf.support import attention_modules, check_supported, text_config
 
 Adapters = Callable[[int], nn.Module | None] | Mapping[int, nn.Module]
@@ -45,9 +47,12 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
         raise ValueError("adapter: ka.adapters names adapters too, give only one of the two")
     check_supported(model)
     text, modules = text_config(model), attention_modules(model)
-    wanted = set(ka.layers or ()) | {int(i) for i in ka.adapters or ()}
-    if beyond := sorted(i for i in wanted if not 0 <= i < len(modules)):
+    ka = ka.resolve(text)
+    if beyond := sorted(i for i in map(int, ka.adapters or ()) if i >= len(modules)):
         raise ValueError(f"layers: {type(model).__name__} has the layers 0 to {len(modules) - 1}, got {beyond}")
+    output_gates = [m for m in modules if ka.gates_output(m.layer_idx)]
+    for module in output_gates:
+        check_output_gate(module)
     modules = [m for m in modules if ka.caches_outputs(m.layer_idx)]
     given = adapter if isinstance(adapter, Mapping) else {int(i): None for i in ka.adapters or () if adapter is None}
     if unused := sorted(map(repr, given.keys() - {m.layer_idx for m in modules})):
@@ -66,6 +71,8 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
             module.ka_gate = gate.to(device)
         if adapter_module is not None:
             module.ka_adapter = adapter_module.to(device)
+    for module in output_gates:
+        add_output_gate(module, text)
     model._ka_before = (model.config, text)
     config = copy.deepcopy(model.config)
     new_text = config.get_text_config(decoder=True)
@@ -76,6 +83,7 @@ def attach(model: Any, ka: KAConfig | None = None, adapter: Adapters | None = No
     else:
         model.save_pretrained = _refuse_to_save
     _swap_configs(model, (config, new_text))
+    configure(model, ka)
     for part in _parts(model):
         part.set_attn_implementation = _refuse_other_attention
     model.init_continuous_batching = _refuse_continuous_batching
@@ -96,9 +104,10 @@ def detach(model: Any) -> Any:
             "load the model it came from for softmax attention"
         )
     for module in attention_modules(model):
-        for name in ("ka_gate", "ka_adapter"):
+        for name in ("ka_gate", "ka_adapter", "ka_layer"):
             if hasattr(module, name):
                 delattr(module, name)
+        remove_output_gate(module)
     for part in _parts(model):
         del part.set_attn_implementation
     _swap_configs(model, model.__dict__.pop("_ka_before"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ka_attention.hf.cache.layers import KADynamicLayer, KAState
-from ka_attention.hf.config import KAConfig
+from ka_attention.hf.cache.layers import KAState
+from ka_attention.hf.layer import Layer
 from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
 
@@ -49,11 +49,14 @@ def attention_forward(
     key: Tensor,
     value: Any,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
     softcap: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    ka_output_gate: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer of a transformers model, KA-attention where ``module.config.ka_config`` says so.
@@ -63,105 +66,145 @@ def attention_forward(
     V)) and several new tokens runs token by token, as the adapter stands inside the recurrence: exact, differentiable,
     slow.
 
-    query ``[B, Hq, n, D]``, key and value ``[B, Hkv, S, D]`` (or the KAState of a KA cache) give ``[B, n, Hq, D]``.
-    ValueError: an argument that KA-attention does not have. RuntimeError: a cache that does not fit, or a missing gate.
+    query ``[B, Hq, n, D]``, key and value ``[B, Hkv, S, D]`` (or the KAState of a KA cache) give ``[B, n, Hq, D]``,
+    multiplied by ``ka_output_gate`` ``[B, n, Hq D]`` where there is one. The first seven arguments stand where they do
+    in transformers' own functions. ValueError: an argument that KA-attention does not have. RuntimeError: a cache that
+    does not fit, a missing gate, or a ``ka_config`` that was changed behind the model's back.
     """
     if not _UNSUPPORTED.isdisjoint(kwargs):
         _refuse_unsupported(module, kwargs)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
+    layer = module.__dict__.get("ka_layer") or Layer.of(module)
+    if layer.is_first:
+        layer.check(module.config)
+    state = value if type(value) is KAState else None
+    if state is not None and state.layer.ka is not layer.ka:
+        _check_cache(state, layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = None if attention_mask is None else _as_bool(attention_mask)
-    layer_idx: Any = module.layer_idx
-    ka = KAConfig.of(module.config)
-    (_, heads, n, _), (_, key_heads, length, _) = query.shape, key.shape
-    if (  # most steps of decoding, which take the processor longer to ask about than to compute: they skip the rest
-        n == 1 < length
-        and ka.is_plain
-        and type(value) is KAState
-        and type(layer := value.layer) is KADynamicLayer
-        and layer.groups * key_heads == heads
-        and mask is softcap is sliding_window is None
-        and not dropout
-        and "cu_seq_lens_q" not in kwargs
-        and "ka_adapter" not in module._modules
-        and not private.any_autocast()
-    ):
-        out = attend_one(query, key, value.values, None, scale)
-        layer.commit(out)
-        return out.transpose(1, 2).contiguous(), None
-    is_ka = ka.caches_outputs(layer_idx)
-    # A softmax layer's own window is in its mask; the operator is told too, because it can skip what lies beyond.
-    window = ka.window_of(layer_idx, sliding_window if is_ka else None)
-
-    # To ask about one kind of device takes the processor longer than all else here.
+    # To ask about autocast on one kind of device takes the processor longer than all else here.
     autocast = private.any_autocast() and torch.is_autocast_enabled(query.device.type)
-    state = value if isinstance(value, KAState) else None
-    adapter = module._modules.get("ka_adapter")
-    # The operator does not heed autocast, modules and PyTorch's own attention do.
-    plain = not autocast or (is_ka and ka.gate == "fixed" and adapter is None and state is None)
-    with _AS_IT_IS if plain else torch.autocast(query.device.type, enabled=False):
-        if state is not None:
-            key, value = state.keys, state.values
-            length = key.shape[2]
-            if state.layer.groups != (heads // key_heads if is_ka else 1):
-                raise RuntimeError(f"layer {layer_idx}: this KA cache was made for another ka_config, make a new one")
-            mask, window = state.layer.align(mask, window, length)
-        else:
-            if autocast:  # rotary embeddings leave queries and keys in float32; a cache has one dtype by itself
-                dtype = torch.get_autocast_dtype(query.device.type)
-                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            if length != n and (is_ka or window is not None):
-                raise RuntimeError(
-                    f"layer {layer_idx} got {length} keys for {n} queries from a plain cache, which "
-                    "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
-                    "with a model from ka_attention.hf.attach"
-                )
-        packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None and length != n:
-            raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
-        if packed is not None and not (is_ka and adapter is None):  # the operator alone takes their ends
-            mask = _band(_in_one_sequence(mask, packed, n), n, n, window, query.device)
-        if not is_ka:
-            if state is not None:
-                state.commit()
-            return _softmax(module, query, key, value, mask, scale, window, softcap, dropout)
-        if dropout:
-            raise ValueError(f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {dropout}")
-        v = value if state is None else state.value
-        gate = ka.gate_init if ka.gate == "fixed" else _learned_gate(module, ka, v)
-        if adapter is None and ka.adapters and str(layer_idx) in ka.adapters:
+    is_plain = layer.is_plain and attention_mask is softcap is cu_seq_lens_q is None and not (dropout or autocast)
+    if is_plain and state is not None and state.is_step_in(sliding_window):
+        out = _decode_step(module, layer, query, state, scale)
+    else:
+        window = layer.window
+        if layer.is_ka and sliding_window is not None:  # a softmax layer's own window is in its mask
+            window = sliding_window if window is None else min(window, sliding_window)
+        options = _Options(scale, window, softcap, dropout, cu_seq_lens_q)
+        mask = None if attention_mask is None else _as_bool(attention_mask)
+        with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
+            dtype = torch.get_autocast_dtype(query.device.type) if autocast else None
+            out = _attend(module, layer, query, key, value if state is None else state, mask, options, dtype)
+    if layer.gates_output:
+        if ka_output_gate is None:
+            raise RuntimeError(f"layer {layer.index} got no output gate: make the model with ka_attention.hf.attach")
+        out = out * ka_output_gate.view_as(out)
+    return out, None
+
+
+class _Options(NamedTuple):
+    """How the scores are made, and of which tokens; ``ends`` are those of packed sequences, 0, …, n."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+    ends: Tensor | None
+
+
+def _decode_step(module: nn.Module, layer: Layer, q: Tensor, state: KAState, scale: float) -> Tensor:
+    """One new token of a plain layer, whose cache holds what it sees and no more. Most steps of decoding are such."""
+    if not layer.is_ka:
+        state.layer.commit(None)
+        return sdpa_attention_forward(module, q, state.keys, state.values, None, scaling=scale)[0]
+    out = attend_one(q, state.keys, state.values, None, scale)
+    state.layer.commit(out)
+    return out.transpose(1, 2).contiguous()
+
+
+def _attend(
+    module: nn.Module,
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    value: Any,
+    mask: Tensor | None,
+    options: _Options,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Attention of any new tokens, ``[B, n, Hq, D]``; in ``dtype`` without a cache, which has one of its own."""
+    n, length, past = q.shape[2], k.shape[2], 0
+    state = value if type(value) is KAState else None
+    if state is not None:
+        k, values, v = state.keys, state.values, state.value
+        length = k.shape[2]
+        past = length - n
+        mask, window = state.layer.align(mask, options.window, length)
+        options = options._replace(window=window)
+    else:
+        if dtype is not None:  # rotary embeddings leave queries and keys in float32
+            q, k, value = q.to(dtype), k.to(dtype), value.to(dtype)
+        values = v = value
+        if length != n and (layer.is_ka or options.window is not None):
             raise RuntimeError(
-                f"ka_config has an adapter for layer {layer_idx}, which has none: make the model with "
-                "ka_attention.hf.attach"
+                f"layer {layer.index} got {length} keys for {n} queries from a plain cache, which "
+                "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
+                "with a model from ka_attention.hf.attach"
             )
-        if n == 1:
-            values = value if length > 1 else repeat_heads(value, query)  # a cache repeats what it keeps
-            out = _one(query, key, values, mask, scale, window, softcap)
-            read = out if adapter is None or state is None else adapter(out)
-        elif adapter is None:
-            past = length - n
-            out = read = ka_attention(
-                query,
-                key[:, :, past:] if past else key,
-                v,
-                gate=gate,
-                scale=scale,
-                window=window,
-                past=(key[:, :, :past], value[:, :, :past]) if past else None,
-                attn_mask=mask if packed is None else None,  # the ends say the same
-                cu_seqlens=packed,
-                softcap=softcap,
-            )
-        else:
-            mask = _band(mask, n, length, window, query.device)
-            out, read = _token_by_token(query, key, value, v, mask, gate, adapter, scale, softcap)
+    ends = options.ends
+    if ends is not None and length != n:
+        raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
+    adapter = module._modules.get("ka_adapter") if layer.has_adapter else None
+    if ends is not None and not (layer.is_ka and adapter is None):  # the operator alone takes their ends
+        mask = _band(_in_one_sequence(mask, ends, n), n, n, options.window, q.device)
+    if not layer.is_ka:
         if state is not None:
-            state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
-    return out.transpose(1, 2).contiguous(), None
+            state.commit()
+        return _softmax(module, q, k, values, mask, options)
+    if options.dropout:
+        raise ValueError(
+            f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {options.dropout}"
+        )
+    if layer.has_adapter and adapter is None:
+        raise RuntimeError(
+            f"ka_config has an adapter for layer {layer.index}, which has none: make the model with "
+            "ka_attention.hf.attach"
+        )
+    gate = layer.fixed_gate(v) if layer.gate is not None else _learned_gate(module, layer, v)
+    if n == 1:
+        values = values if length > 1 else repeat_heads(values, q)  # a cache repeats what it keeps
+        out = _one(q, k, values, mask, options)
+        read = out if adapter is None or state is None else adapter(out)
+    elif adapter is None:
+        out = read = ka_attention(
+            q,
+            k[:, :, past:] if past else k,
+            v,
+            gate=gate,
+            scale=options.scale,
+            window=options.window,
+            past=(k[:, :, :past], values[:, :, :past]) if past else None,
+            attn_mask=mask if ends is None else None,  # the ends say the same
+            cu_seqlens=ends,
+            softcap=options.softcap,
+        )
+    else:
+        mask = _band(mask, n, length, options.window, q.device)
+        out, read = _token_by_token(q, k, values, v, mask, gate, adapter, options)
+    if state is not None:
+        state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
+    return out.transpose(1, 2).contiguous()
+
+
+def _check_cache(state: KAState, layer: Layer) -> None:
+    if state.layer.ka != layer.ka:
+        raise RuntimeError(
+            f"layer {layer.index}: this KA cache was made for another ka_config ({state.layer.ka}), make a new one"
+        )
+    state.layer.ka = layer.ka
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -172,11 +215,11 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
 
 
-def _learned_gate(module: nn.Module, ka: KAConfig, v: Tensor) -> Tensor:
+def _learned_gate(module: nn.Module, layer: Layer, v: Tensor) -> Tensor:
     gate = getattr(module, "ka_gate", None)
     if gate is None:
         raise RuntimeError(
-            f"ka_config asks for a learned gate ({ka.gate!r}) and layer {module.layer_idx} has none: "
+            f"ka_config asks for a learned gate ({layer.ka.gate!r}) and layer {layer.index} has none: "
             "make the model with ka_attention.hf.attach"
         )
     return gate(v)
@@ -206,27 +249,17 @@ def _in_one_sequence(mask: Tensor | None, ends: Tensor, n: int) -> Tensor:
     return same if mask is None else mask & same
 
 
-def _softmax(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Standard attention, on PyTorch's kernels unless the scores are capped."""
-    n, length = q.shape[2], k.shape[2]
+def _softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
+    """Standard attention, ``[B, n, Hq, D]``, on PyTorch's kernels unless the scores are capped."""
+    n, length, (scale, window, softcap, dropout, _) = q.shape[2], k.shape[2], options
     if mask is None and 1 < n < length:  # the prefill of a static cache of transformers: causal from its first slot
         k, v, length = k[:, :, :n], v[:, :, :n], n
     if (window is not None and window < length) or (softcap is not None and mask is None):
         mask = _band(mask, n, length, window, q.device)
     if softcap is None:
-        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale)
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale)[0]
     weights = F.dropout(_weights(q, k, mask, scale, softcap), dropout)
-    return (weights @ repeat_heads(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous(), None
+    return (weights @ repeat_heads(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous()
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -240,10 +273,9 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
     return scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
 
 
-def _one(
-    q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
+def _one(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
     """KA-attention ``[B, Hq, 1, D]`` of one new token; the values ``[B, Hq, S, D]`` are U of the past and its own V."""
+    scale, window, softcap = options[:3]
     if softcap is None:
         return attend_one(q, k, values, mask, scale, window)
     if window is not None:
@@ -260,13 +292,12 @@ def _token_by_token(
     mask: Tensor,
     gate: float | Tensor,
     adapter: nn.Module,
-    scale: float,
-    softcap: float | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """(A, adapter(A)) of the new tokens, one after another, as each reads what the adapter made of those before."""
     n = q.shape[2]
     past = k.shape[2] - n
-    weights = _weights(q, k, mask, scale, softcap)
+    weights = _weights(q, k, mask, options.scale, options.softcap)
     of_past = weights[..., :past] @ repeat_heads(values[:, :, :past], q).to(weights.dtype)
     v = repeat_heads(v, q)
     outputs: list[Tensor] = []

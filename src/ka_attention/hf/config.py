@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
-
-from torch.compiler import is_dynamo_compiling
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 GateKind = Literal["fixed", "head", "token"]
 
@@ -15,65 +12,94 @@ GateKind = Literal["fixed", "head", "token"]
 class KAConfig:
     """KA-attention settings of one model.
 
-    layers:     indices of the KA layers; None means every layer. The others stay the model's own softmax attention.
-    window:     a KA layer attends to the last ``window`` tokens, itself included; None means all of them.
-    gate:       "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
-    gate_init:  the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
-    gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
-    adapters:   for layers with an adapter (index as a string), what it is rebuilt from: see ka_attention.hf.adapters.
+    layers:      indices of the KA layers; None means every layer, "sliding" those that the model's own ``layer_types``
+                 call so (Gemma 3). The others stay the model's own softmax attention.
+    pattern:     "3:1" for three KA layers, then one softmax layer, and again from there; in the place of ``layers``.
+    window:      a KA layer attends to the last ``window`` tokens, itself included; None means all of them. A tuple
+                 names one for each KA layer, from the first to the last.
+    gate:        "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
+    gate_init:   the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
+                 A tuple names one for each query head.
+    gate_range:  the interval that gates are kept in; (-1, 1) allows signed gates.
+    output_gate: True multiplies what each attention layer computes by silu(W_g x) before its output projection, x being
+                 the layer's input and W_g learned; in softmax layers too. "ka" does so in the KA layers alone.
+    adapters:    for layers with an adapter (index as a string), what it is rebuilt from: see ka_attention.hf.adapters.
     """
 
-    layers: tuple[int, ...] | None = None
-    window: int | None = None
+    layers: tuple[int, ...] | Literal["sliding"] | None = None
+    window: int | tuple[int | None, ...] | None = None
     gate: GateKind = "fixed"
-    gate_init: float = 1.0
+    gate_init: float | tuple[float, ...] = 1.0
     gate_range: tuple[float, float] = (0.0, 1.0)
     adapters: dict[str, dict[str, Any]] | None = None
-    is_plain: ClassVar[bool]
+    pattern: str | None = None
+    output_gate: bool | Literal["ka"] = False
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.
-        for name in ("layers", "gate_range"):
+        for name in ("layers", "window", "gate_init", "gate_range"):
             if isinstance(getattr(self, name), list | range):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.layers is not None and not (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))):
-            raise ValueError(f"layers: expected None or indices of layers, got {self.layers!r}")
-        if self.window is not None and not (_is_index(self.window) and self.window):
-            raise ValueError(f"window: expected None or an integer >= 1, got {self.window!r}")
+        if self.layers not in (None, "sliding") and not _all(_is_index, self.layers):
+            raise ValueError(f"layers: expected None, 'sliding' or indices of layers, got {self.layers!r}")
+        if self.pattern is not None:
+            if _counts(self.pattern) is None:
+                raise ValueError(
+                    f"pattern: expected None or a text like '3:1' (KA layers : softmax layers), got {self.pattern!r}"
+                )
+            if self.layers is not None:
+                raise ValueError(f"layers, pattern: expected one of the two, got {self.layers!r} and {self.pattern!r}")
+        windows = self.window if isinstance(self.window, tuple) and self.window else (self.window,)
+        if not all(w is None or (_is_index(w) and w) for w in windows):
+            raise ValueError(
+                f"window: expected None, an integer >= 1 or a tuple of them, one a KA layer, got {self.window!r}"
+            )
         if self.gate not in ("fixed", "head", "token"):
             raise ValueError(f"gate: expected 'fixed', 'head' or 'token', got {self.gate!r}")
-        numbers = isinstance(self.gate_range, tuple) and all(map(_is_number, (*self.gate_range, self.gate_init)))
-        if not numbers or len(self.gate_range) != 2:
+        init = self.gate_init
+        starts: tuple[Any, ...] = init if isinstance(init, tuple) and init else (init,)
+        if not _all(_is_number, starts) or not _all(_is_number, self.gate_range) or len(self.gate_range) != 2:
             raise ValueError(
-                "gate_init, gate_range: expected a number and a pair of numbers, "
-                f"got {self.gate_init!r} and {self.gate_range!r}"
+                "gate_init, gate_range: expected a number, or one a head, and a pair of numbers, "
+                f"got {init!r} and {self.gate_range!r}"
             )
         low, high = self.gate_range
-        if not -1.0 <= low <= self.gate_init <= high <= 1.0:
+        if not all(-1.0 <= low <= start <= high <= 1.0 for start in starts):
             raise ValueError(
-                f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {self.gate_init!r}"
+                f"gate_init: expected a number in gate_range {self.gate_range} within [-1, 1], got {init!r}"
             )
+        if self.output_gate not in (True, False, "ka") or not isinstance(self.output_gate, bool | str):
+            raise ValueError(f"output_gate: expected True, False or 'ka', got {self.output_gate!r}")
         specs = {} if self.adapters is None else self.adapters
         if not isinstance(specs, dict) or not all(str(i).isdecimal() and isinstance(x, dict) for i, x in specs.items()):
             raise ValueError(f"adapters: expected None or {{'index of a layer': {{…}}, …}}, got {self.adapters!r}")
 
-        # Plain KA-attention in every layer: nothing else to ask about. An attribute, since layers ask at every step.
-        is_plain = (self.layers, self.window, self.gate, self.gate_init) == (None, None, "fixed", 1) and not specs
-        object.__setattr__(self, "is_plain", is_plain)
-
     def enabled(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` is a KA layer."""
+        if self.pattern is not None:
+            of_ka, of_softmax = _counts(self.pattern) or (1, 0)
+            return layer_idx % (of_ka + of_softmax) < of_ka
+        if isinstance(self.layers, str):
+            raise ValueError(f"layers: {self.layers!r} depends on the model, ask KAConfig.of(model.config)")
         return self.layers is None or layer_idx in self.layers
 
     def caches_outputs(self, layer_idx: int) -> bool:
         """Whether later tokens read outputs in layer ``layer_idx``. With the fixed gate 0 they read values: softmax."""
-        return (self.gate_init != 0 or self.gate != "fixed") and self.enabled(layer_idx)
+        is_zero = not any(self.gate_init) if isinstance(self.gate_init, tuple) else self.gate_init == 0
+        return not (self.gate == "fixed" and is_zero) and self.enabled(layer_idx)
 
     def window_of(self, layer_idx: int, own: int | None = None) -> int | None:
         """The window of layer ``layer_idx`` whose model gives it the window ``own``: the narrower of the two."""
-        if self.window is None or not self.enabled(layer_idx):
+        window = self.window
+        if window is None or not self.enabled(layer_idx):
             return own
-        return self.window if own is None else min(self.window, own)
+        if isinstance(window, tuple):
+            window = window[sum(map(self.enabled, range(layer_idx)))]
+        return own if window is None else window if own is None else min(window, own)
+
+    def gates_output(self, layer_idx: int) -> bool:
+        """Whether the output of layer ``layer_idx`` is multiplied by silu(W_g x)."""
+        return self.output_gate is True or (self.output_gate == "ka" and self.enabled(layer_idx))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that survives ``config.json``."""
@@ -81,28 +107,47 @@ class KAConfig:
 
     @classmethod
     def of(cls, model_config: Any) -> KAConfig:
-        """The KA configuration of a transformers configuration (the default one where none was set)."""
-        global _last
-        if is_dynamo_compiling():  # a graph would watch `_last`, and does not know the shorter way
-            return cls._read(getattr(model_config, "ka_config", None) or {}, model_config)
-        try:  # every layer asks at every step: not by way of what transformers does at each access
-            stored = object.__getattribute__(model_config, "ka_config") or {}
-        except AttributeError:
-            stored = {}
-        if stored != _last[0]:
-            _last = copy.deepcopy(stored), cls._read(stored, model_config)
-        return _last[1]
-
-    @classmethod
-    def _read(cls, stored: Any, model_config: Any) -> KAConfig:
+        """The KA configuration of a transformers configuration (the default one where none was set), as `resolve`."""
+        stored = getattr(model_config, "ka_config", None) or {}
         if not isinstance(stored, cls):
             if unknown := sorted(set(stored) - set(cls.__dataclass_fields__)):
                 raise ValueError(f"ka_config: unknown settings {unknown}, known are {list(cls.__dataclass_fields__)}")
             stored = cls(**stored)
+        return stored.resolve(model_config)
+
+    def resolve(self, model_config: Any) -> KAConfig:
+        """These settings for one model: "sliding" becomes the indices of its layers. ValueError if they do not fit."""
         count = getattr(model_config, "num_hidden_layers", None)
-        if count is not None and (beyond := [i for i in stored.layers or () if i >= count]):
-            raise ValueError(f"ka_config: the model has the layers 0 to {count - 1}, got layers {beyond}")
-        return stored
+        ka = self
+        if self.layers == "sliding":
+            types = getattr(model_config, "layer_types", None) or ()
+            sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+            if not sliding:
+                raise ValueError("layers: 'sliding' needs a model whose layer_types name sliding layers, got none")
+            ka = replace(self, layers=sliding)
+        if count is None:
+            return ka
+        if isinstance(ka.layers, tuple) and (beyond := [i for i in ka.layers if i >= count]):
+            raise ValueError(f"layers: the model has the layers 0 to {count - 1}, got {beyond}")
+        number = sum(map(ka.enabled, range(count)))
+        if isinstance(ka.window, tuple) and len(ka.window) != number:
+            raise ValueError(f"window: expected one for each of {number} KA layers, got {len(ka.window)}")
+        heads = getattr(model_config, "num_attention_heads", None)
+        if isinstance(ka.gate_init, tuple) and len(ka.gate_init) != heads:
+            raise ValueError(f"gate_init: expected one for each of {heads} query heads, got {len(ka.gate_init)}")
+        return ka
+
+
+def _counts(pattern: Any) -> tuple[int, int] | None:
+    """(KA layers, softmax layers) of a pattern like "3:1"; None for anything else."""
+    parts = pattern.split(":") if isinstance(pattern, str) else []
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+def _all(is_right: Any, xs: Any) -> bool:
+    return isinstance(xs, tuple) and all(map(is_right, xs))
 
 
 def _is_index(x: Any) -> bool:
@@ -111,7 +156,3 @@ def _is_index(x: Any) -> bool:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-# What `KAConfig.of` found last, and what it says. A copy, so that a change of the original is seen.
-_last: tuple[dict[str, Any] | KAConfig, KAConfig] = {}, KAConfig()

@@ -11,7 +11,7 @@ class KAGate(nn.Module):
     """The gate of one layer, kept in ``bounds``: a number a head, or for each token ``bias[h] + weight[h] · v``.
 
     heads:    query heads.
-    start:    where every gate starts.
+    start:    where every gate starts, or one number a head.
     bounds:   the interval of allowed gates. Values beyond it are clamped, so that the bounds are reached exactly.
               There, a gradient passes only where a step of descent leads back inside: the bounds are never a trap,
               and nothing is pushed further beyond them, for ever and without effect.
@@ -21,16 +21,23 @@ class KAGate(nn.Module):
     """
 
     def __init__(
-        self, heads: int, start: float = 1.0, bounds: tuple[float, float] = (0.0, 1.0), head_dim: int | None = None
+        self,
+        heads: int,
+        start: float | tuple[float, ...] = 1.0,
+        bounds: tuple[float, float] = (0.0, 1.0),
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.start, self.bounds = float(start), bounds
+        self.start, self.bounds = start, bounds
         self.bias = nn.Parameter(torch.empty(heads))
         self.weight = None if head_dim is None else nn.Parameter(torch.empty(heads, head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.constant_(self.bias, self.start)
+        if isinstance(self.start, tuple):
+            init.copy_(self.bias, torch.tensor(self.start))
+        else:
+            init.constant_(self.bias, self.start)
         if self.weight is not None:
             init.zeros_(self.weight)
 

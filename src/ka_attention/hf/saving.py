@@ -15,6 +15,7 @@ from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import text_config
 
 _CONFIG, _WEIGHTS = "ka_config.json", "ka_adapter.safetensors"
+_PARTS = (".ka_gate.", ".ka_output_gate.", ".ka_adapter.")
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "vocab_size")
 
 
@@ -76,7 +77,7 @@ def _load(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Non
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
-    return {name: t for name, t in model.state_dict().items() if ".ka_gate." in name or ".ka_adapter." in name}
+    return {name: t for name, t in model.state_dict().items() if any(part in name for part in _PARTS)}
 
 
 def _base(model: Any) -> dict[str, Any]:

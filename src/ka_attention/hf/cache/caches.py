@@ -45,6 +45,7 @@ class KACache(DynamicCache):
             KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
             for groups, window in layer_plan(config)
         ]
+        _name(layers, config)
         Cache.__init__(self, layers=layers)
         self.widest = max(layers, key=lambda layer: getattr(layer, "sliding_window", math.inf))
 
@@ -60,7 +61,16 @@ class KAStaticCache(StaticCache):
         _refuse_offloading(offloading)
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
-        Cache.__init__(self, layers=[KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)])
+        layers: list[Any] = [KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)]
+        _name(layers, config)
+        Cache.__init__(self, layers=layers)
+
+
+def _name(layers: list[Any], config: Any) -> None:
+    """Tell the layers of a new cache the settings for which it is made: the attention function compares them."""
+    ka = KAConfig.of(config.get_text_config(decoder=True))
+    for layer in layers:
+        layer.ka = ka
 
 
 def _refuse_offloading(offloading: bool) -> None:

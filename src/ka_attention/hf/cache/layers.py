@@ -28,12 +28,17 @@ class KAState:
                   which are the last ``n``; a single new token may sit in any slot. ``H`` is ``Hq`` in a KA layer, but
                   ``Hkv`` while there is no past, else ``Hkv``.
     value:        V of the new tokens, ``[B, Hkv, n, D]``.
+    is_step:      one new token after others, of which all are in its sight.
     """
 
-    __slots__ = ("keys", "layer", "value", "values")
+    __slots__ = ("is_step", "keys", "layer", "value", "values")
 
-    def __init__(self, layer: Any, keys: Tensor, values: Tensor, value: Tensor) -> None:
-        self.layer, self.keys, self.values, self.value = layer, keys, values, value
+    def __init__(self, layer: Any, keys: Tensor, values: Tensor, value: Tensor, is_step: bool = False) -> None:
+        self.layer, self.keys, self.values, self.value, self.is_step = layer, keys, values, value, is_step
+
+    def is_step_in(self, window: int | None) -> bool:
+        """Whether this is one new token that attends to all of ``keys``, in a model with a window of its own too."""
+        return self.is_step and (window is None or window >= self.keys.shape[2])
 
     def commit(self, u: Tensor | None = None) -> None:
         """Store ``u``, ``[B, Hq, n, D]``, in the slots of the new tokens; None leaves their V there."""
@@ -50,10 +55,15 @@ class KAState:
 
 
 class _KALayer:
-    """What both kinds of KA cache layers share. ``groups``: query heads that share a key head, 1 where V is stored."""
+    """What both kinds of KA cache layers share.
+
+    groups: query heads that share a key head, 1 where V is stored.
+    ka:     the settings of the model for which the cache was made.
+    """
 
     keys: Any  # None before the first tokens
     values: Any
+    ka: Any = None
 
     def __init__(self, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -195,7 +205,7 @@ class KADynamicLayer(_KALayer, DynamicLayer):
                 room.start(keys, self.values)
             self.keys, self._values = room.append(key_states, value, self._late)
             self._late = None
-        return self.keys, KAState(self, self.keys, self._values, value)
+        return self.keys, KAState(self, self.keys, self._values, value, is_step=n == 1 and self.has_room)
 
     def align(self, mask: Tensor | None, window: int | None, length: int) -> tuple[Tensor | None, int | None]:
         # The mask is made for the layer that sees most; every layer's keys end at the same token.

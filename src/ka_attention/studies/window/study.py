@@ -234,7 +234,7 @@ class WindowStudy:
         for length in recipe.lengths:
             text = replace(whole, train=whole.train.view(-1, length), validation=whole.validation.view(-1, length))
             entries: dict[str, Json] = {}
-            distinct = [each for each in arms if each is arms[0] or not each.ka or (each.ka.window or 0) < length]
+            distinct = [each for each in arms if each is arms[0] or not each.ka or _narrower(each.ka.window, length)]
             for each in distinct:
                 bytes_ = _cache_bytes(settings[length], each)
                 entries[each.name] = {"label": each.label, "cache_bytes": bytes_, "seeds": []}
@@ -250,6 +250,10 @@ class WindowStudy:
     def sections(self, results: dict[str, Json]) -> list[Section]:
         """Perplexity against cache bytes at each length, then the tasks."""
         return sections(results)
+
+
+def _narrower(window: Any, length: int) -> bool:
+    return window is None or window < length
 
 
 def _cache_bytes(settings: PositionRecipe, arm: Arm) -> int:

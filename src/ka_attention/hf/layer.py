@@ -1,0 +1,116 @@
+"""What a layer of a KA model needs to know to attend, worked out once from its configuration and kept on its module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from ka_attention.hf.config import KAConfig
+from ka_attention.hf.support import attention_modules, text_config
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's settings, in its attention module's attribute ``ka_layer``.
+
+    ka, stored:   the model's settings, and the ``config.ka_config`` that they were read from.
+    is_first:     the first layer looks whether ``config.ka_config`` is still what was read.
+    is_ka:        later tokens read outputs: a KA layer whose gate is not fixed at 0.
+    window:       the window of ``ka`` in this layer; the model may have a narrower one of its own.
+    gate:         the fixed gate, None for a learned one.
+    gates_output: the output is multiplied by silu(W_g x).
+    is_plain:     softmax attention, or KA-attention of gate 1 without an adapter: what steps of decoding compute most.
+    """
+
+    ka: KAConfig
+    stored: Any
+    index: int
+    is_first: bool
+    is_ka: bool
+    window: int | None
+    gate: float | tuple[float, ...] | None
+    gates_output: bool
+    has_adapter: bool
+    is_plain: bool
+    _gates: dict[Any, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, config: Any, index: int, is_first: bool, ka: KAConfig | None = None) -> Layer:
+        """The settings of layer ``index`` of a model with the (decoder's) configuration ``config``."""
+        stored = copy.deepcopy(getattr(config, "ka_config", None))
+        ka = ka or KAConfig.of(config)
+        is_ka, gate = ka.caches_outputs(index), ka.gate_init if ka.gate == "fixed" else None
+        has_adapter = is_ka and str(index) in (ka.adapters or {})
+        is_plain = not has_adapter and (not is_ka or gate == 1)
+        return cls(
+            ka, stored, index, is_first, is_ka, ka.window_of(index), gate, ka.gates_output(index), has_adapter, is_plain
+        )
+
+    @classmethod
+    def of(cls, module: Any) -> Layer:
+        """The settings on ``module``; of a model that was not attached they are worked out and put there now."""
+        layer = module.__dict__.get("ka_layer")
+        if layer is None:
+            layer = cls.make(module.config, module.layer_idx, module.layer_idx == 0)
+            if not is_dynamo_compiling():
+                module.ka_layer = layer
+        return layer
+
+    def check(self, config: Any) -> None:
+        """RuntimeError if ``config.ka_config`` is no longer what the layers were told."""
+        if getattr(config, "ka_config", None) != self.stored:
+            raise RuntimeError(
+                "config.ka_config was changed after the model was made: change it with ka_attention.hf.reconfigure"
+            )
+
+    def fixed_gate(self, v: Tensor) -> float | Tensor:
+        """The fixed gate: a number, or ``[Hq]`` on the device of ``v`` in float32 or better."""
+        if not isinstance(self.gate, tuple):
+            return self.gate  # type: ignore[return-value]
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        if is_dynamo_compiling():
+            return torch.tensor(self.gate, dtype=dtype, device=v.device)
+        key = (v.device, dtype)
+        if key not in self._gates:  # made once: a copy to the device has no place in a CUDA graph
+            self._gates[key] = torch.tensor(self.gate, dtype=dtype, device=v.device)
+        return self._gates[key]
+
+
+def configure(model: Any, ka: KAConfig) -> None:
+    """Give every attention layer of ``model``, whose ``config.ka_config`` is set, its settings."""
+    text = text_config(model)
+    for i, module in enumerate(attention_modules(model)):
+        module.ka_layer = Layer.make(text, module.layer_idx, i == 0, ka)
+
+
+def reconfigure(model: Any, ka: KAConfig) -> None:
+    """Let a KA model go on with other settings, in place; the one way to change ``config.ka_config``.
+
+    Its weights stay: ``ka`` may ask for learned gates, output gates and adapters only where the model has them, and
+    those that it does not ask for are not used. Caches that were filled before are refused from then on. ValueError
+    for settings that the model cannot have; then nothing has changed.
+    """
+    text = text_config(model)
+    if text._attn_implementation != "ka":
+        raise ValueError(f"model: {type(model).__name__} is no KA model, use ka_attention.hf.attach")
+    ka = ka.resolve(text)
+    for module in attention_modules(model):
+        i = module.layer_idx
+        wants = {
+            "ka_gate": ka.gate != "fixed" and ka.caches_outputs(i),
+            "ka_output_gate": ka.gates_output(i),
+            "ka_adapter": ka.caches_outputs(i) and str(i) in (ka.adapters or {}),
+        }
+        if lost := [name for name, wanted in wants.items() if wanted and not _has(module, name)]:
+            raise ValueError(f"ka: layer {i} has no {', '.join(lost)}, which only ka_attention.hf.attach makes")
+    text.ka_config = ka.to_dict()
+    configure(model, ka)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
