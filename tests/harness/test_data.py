@@ -123,7 +123,7 @@ def test_the_order_does_not_depend_on_where_documents_lie(tmp_path):
         ("broken.jsonl", b'{"text": 1}', "line 1"),
         ("broken2.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("broken.parquet", b"PAR1", "is not a parquet file"),
-        ("picture.png", b"x", "is none of .txt, .txt.gz, .jsonl, .parquet"),
+        ("picture.png", b"x", "is none of .txt, .jsonl (either also .gz, .xz or .zst), .parquet"),
     ],
 )
 def test_bad_data_is_one_clear_line(tmp_path, name, content, message):
@@ -137,7 +137,7 @@ def test_bad_data_is_one_clear_line(tmp_path, name, content, message):
 def test_missing_data_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="--data: no file or folder 'nowhere'"):
         data.corpus("nowhere")
-    with pytest.raises(UserError, match=r"--data: .* holds no \.txt"):
+    with pytest.raises(UserError, match=r"--data: .* holds no file of \.txt"):
         data.corpus(str(tmp_path))
 
 

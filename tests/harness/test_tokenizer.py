@@ -26,7 +26,9 @@ def test_a_saved_tokenizer_is_loaded_from_its_file_and_its_folder(tmp_path):
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     tokenizers.train(TEXTS, 290).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"--tokenizer: .* has 290 entries, the model 289; give --set vocab_size=290"):
+    with pytest.raises(
+        UserError, match=r"--tokenizer: the tokenizer of .* has 290 entries, the model 289; give --set vocab_size=290"
+    ):
         tokenizers.load(str(tmp_path / "tokenizer.json"), [], 289)
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ka_attention.errors import UserError
-from ka_attention.harness import hub
+from ka_attention.files import shown, user_path
+from ka_attention.harness import documents, hub
+from ka_attention.harness.progress import console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,18 +28,22 @@ VALIDATION_SHARE = 0.1
 FEW_DOCUMENTS = 20
 SPREAD = 8
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $(?=\n \n)", re.MULTILINE)
-TRAIN_NAME = re.compile(r"^train", re.IGNORECASE)
-VALIDATION_NAME = re.compile(r"^(valid|val|dev)", re.IGNORECASE)
+PIECE = 2**18  # characters that are tokenised at once: a token takes some hundred bytes on the way
+# Where a text can be cut without a change of its tokens: before a single space, or else after a single end of a line.
+CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of text in a fixed order, training and validation apart; no document is in both."""
+    """Documents of text in a fixed order, training and validation apart; no document is in both.
+
+    left_out: in words, what ``source`` holds and neither has.
+    """
 
     source: str
     train: list[str]
     validation: list[str]
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def prepare(
     fewest_validation: int | None = None,
     fewer: str = "--set {split}_samples={held}",
 ) -> Text:
-    """Corpus, tokenizer and sequences of ``settings`` for a model with ``vocab_size`` embeddings; writes nothing.
+    """Corpus, tokenizer and sequences of ``settings`` for a model with ``vocab_size`` embeddings.
+
+    Writes nothing; prints what of the source is left out.
 
     Validation takes fewer sequences than ``validation_samples`` where there are not so many, but ``fewest_validation``
     at least (None: all of them). ``fewer`` is the option with which a user takes fewer, for the error.
@@ -84,6 +88,8 @@ def prepare(
     from ka_attention.harness import tokenizer as tokenizers
 
     text = corpus(settings.data)
+    if text.left_out:
+        console.print(f"--data: left out {'; '.join(text.left_out)}", markup=False, soft_wrap=True)
     tokenizer = tokenizers.load(settings.tokenizer, text.train, vocab_size)
     length = settings.sequence_length
     train = sequences("train", text.train, tokenizer, length, settings.train_samples, fewer=fewer)
@@ -103,14 +109,14 @@ def prepare(
 
 def sequences(
     split: str,
-    documents: Sequence[str],
+    texts: Sequence[str],
     tokenizer: Any,
     length: int,
     count: int,
     fewest: int | None = None,
     fewer: str = "",
 ) -> Tensor:
-    """``count`` sequences ``[count, length]``, evenly spread over the documents' token stream.
+    """``count`` sequences ``[count, length]``, evenly spread over the token stream of the documents ``texts``.
 
     Where they hold less, all that they hold; UserError below ``fewest`` (None: ``count``), advising ``fewer``.
 
@@ -118,22 +124,71 @@ def sequences(
     may begin within a document and reach into the next. Documents are read until they hold ``SPREAD`` times what is
     asked for: a few long ones would be a poor sample, and all of a large corpus takes long to tokenise.
     """
-    stream: list[int] = []
-    for start in range(0, len(documents), 64):
-        for ids in tokenizer(list(documents[start : start + 64]), add_special_tokens=False)["input_ids"]:
-            stream += [*ids, tokenizer.eos_token_id]
-        if len(stream) >= SPREAD * count * length:
+    parts: list[Tensor] = []
+    total = 0
+    for start in range(0, len(texts), 64):
+        found = list(token_ids(texts[start : start + 64], tokenizer))
+        parts += found
+        total += sum(map(len, found))
+        if total >= SPREAD * count * length:
             break
-    held = len(stream) // length
+    held = total // length
     fewest = count if fewest is None else fewest
     if held < fewest:
         advice = f" or {fewer.format(split=split, held=held, tokens=held * length)}" if held and fewer else ""
         raise UserError(
             f"--data: the {split} split holds {held} sequences of {length} tokens, expected at least {fewest} "
-            f"({fewest * length:,} tokens, it has {len(stream):,}); give more text{advice}"
+            f"({fewest * length:,} tokens, it has {total:,}); give more text{advice}"
         )
     count = min(count, held)
-    return torch.tensor(stream[: held * length]).view(held, length)[torch.arange(count) * held // count]
+    return torch.cat(parts)[: held * length].view(held, length)[torch.arange(count) * held // count].long()
+
+
+def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
+    """The stream of tokens of ``texts``, each followed by the end-of-text token, in parts (int32, one dimension)."""
+    from ka_attention.harness.tokenizer import encode
+
+    end = torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)
+    batch: list[str] = []
+    ends: list[bool] = []
+
+    def encoded() -> Iterator[Tensor]:
+        for ids, last in zip(encode(tokenizer, batch), ends, strict=True):
+            yield torch.tensor(ids, dtype=torch.int32)
+            if last:
+                yield end
+        batch.clear()
+        ends.clear()
+
+    waiting = 0
+    for text in texts:
+        parts = list(pieces(text))
+        for number, piece in enumerate(parts, start=1):
+            batch.append(piece)
+            ends.append(number == len(parts))
+            waiting += len(piece)
+            if waiting >= PIECE:
+                yield from encoded()
+                waiting = 0
+    yield from encoded()
+
+
+def pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of at most ``PIECE`` characters, cut between words where there are such places."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        middle, limit = begin + PIECE // 2, begin + PIECE
+        end = next((cut for pattern in CUTS if (cut := _last(pattern, text, middle, limit))), limit)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _last(pattern: re.Pattern[str], text: str, begin: int, end: int) -> int | None:
+    last = None
+    for last in pattern.finditer(text, begin, end):  # noqa: B007 (read after the loop)
+        pass
+    return last.start() if last else None
 
 
 def corpus(source: str) -> Corpus:
@@ -144,18 +199,24 @@ def corpus(source: str) -> Corpus:
     last tenth of each.
     """
     if source == "stdlib":
-        return _split(source, _standard_library())
+        return _divided(source, _standard_library())
     if source.startswith("hf:"):
         return _hub(source)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not source or not path.exists():
         raise UserError(f"--data: no file or folder {source!r}; allowed are stdlib, a path, or hf:NAME[/CONFIG]")
     if path.is_dir():
-        return _folder(path)
-    return _split(path.name, _read(path))
+        train, validation, left_out = documents.splits(path)
+        held_out = None if validation is None else documents.read_all(validation)
+        return _divided(shown(path.name), documents.read_all(train), held_out, left_out)
+    if not path.is_file():
+        raise UserError(f"--data: {shown(path)} is no regular file; save the text in one, or name a folder")
+    return _divided(shown(path.name), documents.read(path))
 
 
-def _split(source: str, train: Iterable[str], validation: Iterable[str] | None = None) -> Corpus:
+def _divided(
+    source: str, train: Iterable[str], validation: Iterable[str] | None = None, left_out: Sequence[str] = ()
+) -> Corpus:
     train = _shuffled(train)
     if validation is None and len(train) < FEW_DOCUMENTS:
         cuts = [(text, len(text) - int(len(text) * VALIDATION_SHARE)) for text in train]
@@ -173,11 +234,11 @@ def _split(source: str, train: Iterable[str], validation: Iterable[str] | None =
         train = [text for text in train if text not in known]
     if not train or not validation:
         raise UserError(f"--data: {source} holds no text" + (" in one of its splits" if train or validation else ""))
-    return Corpus(source, train, validation)
+    return Corpus(source, train, validation, list(left_out))
 
 
-def _shuffled(documents: Iterable[str]) -> list[str]:
-    unique = {hashlib.sha256(text.encode()).digest(): text for text in documents if text.strip()}
+def _shuffled(texts: Iterable[str]) -> list[str]:
+    unique = {hashlib.sha256(text.encode()).digest(): text for text in texts if text.strip()}
     return [unique[digest] for digest in sorted(unique)]
 
 
@@ -187,97 +248,26 @@ def _standard_library() -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
-def _folder(folder: Path) -> Corpus:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _reader(path))
-    if not paths:
-        raise UserError(f"--data: {folder} holds no {', '.join(READERS)} file")
-    train = [path for path in paths if TRAIN_NAME.match(path.name)]
-    validation = [path for path in paths if VALIDATION_NAME.match(path.name)]
-    if train and validation:
-        return _split(folder.name, _read_all(train), _read_all(validation))
-    return _split(folder.name, _read_all(train or paths))
-
-
-def _read_all(paths: Iterable[Path]) -> list[str]:
-    return [text for path in paths for text in _read(path)]
-
-
-def _reader(path: Path) -> Callable[[Path], list[str]] | None:
-    return next((read for suffix, read in READERS.items() if path.name.lower().endswith(suffix)), None)
-
-
-def _read(path: Path) -> list[str]:
-    read = _reader(path)
-    if read is None:
-        raise UserError(f"--data: {path.name} is none of {', '.join(READERS)}")
-    try:
-        return read(path)
-    except UnicodeDecodeError:
-        raise UserError(f"--data: {path} is not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--data: cannot read {path}: {error}") from None
-
-
-def _text(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        text = file.read()
-    if "\0" in text:
-        raise UserError(f"--data: {path} is binary, expected UTF-8 text")
-    starts = [title.start() for title in WIKITEXT_TITLE.finditer(text)]
-    # One article a document in WikiText's layout; any other text file is one document.
-    bounds = [0, *starts, len(text)]
-    return [text[begin:end] for begin, end in pairwise(bounds)]
-
-
-def _jsonl(path: Path) -> list[str]:
-    documents = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                raise UserError(f"--data: {path} line {number} is not JSON") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'--data: {path} line {number}: expected an object with a string "text"')
-            documents.append(record["text"])
-    return documents
-
-
-def _parquet(path: Path) -> list[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid:
-        raise UserError(f"--data: {path} is not a parquet file") from None
-    return _column(str(path), table.column_names, lambda name: table[name].to_pylist())
-
-
-def _column(source: str, names: Sequence[str], values: Callable[[str], list[Any]]) -> list[str]:
-    if "text" not in names:
-        raise UserError(f'--data: {source} has no column "text", only {", ".join(names)}')
-    return [text for text in values("text") if isinstance(text, str)]
-
-
 def _hub(source: str) -> Corpus:
     import datasets
 
     name, config = _hub_name(source.removeprefix("hf:"))
     hub.require("--data", name, "dataset")
     try:
-        splits = datasets.load_dataset(name, config)
+        found = datasets.load_dataset(name, config)
     except Exception as error:  # the library's own errors have no common type: any of them means that it cannot be read
-        raise UserError(f"--data: cannot load {source}: {str(error).splitlines()[0]}") from error
-    if "train" not in splits:
-        raise UserError(f"--data: {source} has no train split, only {', '.join(splits)}")
+        raise UserError(f"--data: cannot load {source}: {hub.first_line(error)}") from error
+    if "train" not in found:
+        raise UserError(f"--data: {source} has no train split, only {', '.join(found)}")
+    left_out = [f"split {split}" for split in found if split not in ("train", "validation")]
 
-    def documents(split: str) -> list[str]:
-        return _column(source, splits[split].column_names, lambda column: list(splits[split][column]))
+    def read(split: str) -> Iterator[str]:
+        documents.require_text(found[split].column_names, source)
+        for batch in found[split].select_columns(["text"]).iter(1000):
+            for text in documents.strings(batch["text"], source):
+                yield documents.checked(text, source)
 
-    return _split(source, documents("train"), documents("validation") if "validation" in splits else None)
+    return _divided(source, read("train"), read("validation") if "validation" in found else None, left_out)
 
 
 def _hub_name(text: str) -> tuple[str, str | None]:
@@ -286,11 +276,3 @@ def _hub_name(text: str) -> tuple[str, str | None]:
         return text, None
     name, config = text.rsplit("/", 1)
     return (name, config) if Path(name).is_dir() or text.count("/") == 2 else (text, None)
-
-
-READERS: dict[str, Callable[[Path], list[str]]] = {
-    ".txt": _text,
-    ".txt.gz": _text,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-}
