@@ -1,6 +1,6 @@
 """A softmax model becomes a KA model: its gates rise from 0 to 1 while it trains on.
 
-    python examples/convert_model.py FOLDER_OF_A_MODEL my_text.txt --out converted
+python examples/convert_model.py FOLDER_OF_A_MODEL my_text.txt --out converted
 """
 
 import argparse
@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ka_attention.conversion.raising import Conversion, convert
-from ka_attention.harness.data import Sequences
 
 
 def main() -> None:
@@ -24,7 +23,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     ids = tokenizer(given.text.read_text(encoding="utf-8"), return_tensors="pt", truncation=False)["input_ids"][0]
-    sequences = Sequences(ids[: len(ids) // given.length * given.length].view(-1, given.length))
+    cut = ids[: len(ids) // given.length * given.length].view(-1, given.length)
+    sequences = [{"input_ids": part, "labels": part} for part in cut]
 
     plan = Conversion(steps=given.steps, learning_rate=1e-4)
     for row in convert(model, sequences, plan, given.out / "checkpoints", seed=0, evaluations=4):

@@ -1,6 +1,6 @@
 """The operator alone: how far a token reaches through a window of two.
 
-    python examples/reach.py
+python examples/reach.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """A small Llama whose layers are narrow KA layers but for every fourth, trained with transformers' own Trainer.
 
-    python examples/train_llama.py                # this package's source as text, a minute or two on a CPU
-    python examples/train_llama.py my_text.txt --steps 2000 --out my_model
+python examples/train_llama.py                # this package's source as text, a minute or two on a CPU
+python examples/train_llama.py my_text.txt --steps 2000 --out my_model
 """
 
 import argparse
