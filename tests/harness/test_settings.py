@@ -93,6 +93,8 @@ def test_override_parses_optional_and_boolean_settings_of_other_studies():
         ("name=x", "no setting 'name'"),
         ("epochs=many", "--set epochs: expected an integer, got 'many'"),
         ("epochs=0", "--set epochs: expected an integer >= 1, got 0"),
+        (f"train_samples={10**30}", f"--set train_samples: expected an integer <= 2147483647, got {10**30}"),
+        ("report_to=wanbd", "--set report_to: expected none, tensorboard, wandb, trackio, got 'wanbd'"),
         ("learning_rate=nan", "--set learning_rate: expected a positive number, got nan"),
         ("learning_rate=-1", "--set learning_rate: expected a positive number"),
         ("weight_decay=-1", "--set weight_decay: expected a number >= 0, got -1"),

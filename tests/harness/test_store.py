@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -103,3 +106,62 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_will_be_deleted_may_not_be_a_link(tmp_path):
+    (tmp_path / "precious").mkdir()
+    for name in ("checkpoints", "parts"):
+        run = tmp_path / f"run-{name}"
+        run.mkdir()
+        (run / name).symlink_to(tmp_path / "precious")
+        with pytest.raises(UserError, match=f"--out: .*/{name} is a link"):
+            Store(run, {})
+
+
+WORKS = """
+import sys, time
+from pathlib import Path
+from ka_attention.harness.store import Store
+from ka_attention.errors import UserError
+
+def work():
+    print("works", flush=True)
+    time.sleep(60)
+
+try:
+    Store(Path(sys.argv[1]), {"recipe": 1}).part("x", work)
+except UserError as error:
+    print(error)
+"""
+
+
+def works(out, environment=None):
+    """A process that works on a part of ``out``, and the first thing that it says."""
+    environment = {**os.environ, "KA_ATTENTION_HOLDS": "", **(environment or {})}
+    process = subprocess.Popen([sys.executable, "-c", WORKS, str(out)], stdout=subprocess.PIPE, env=environment)
+    return process, process.stdout.readline().decode().strip()
+
+
+def test_a_run_belongs_to_one_process_until_that_ends_however_it_ends(tmp_path):
+    out = tmp_path / "run"
+    first, said = works(out)
+    assert said == "works"
+    second, refused = works(out)
+    assert refused == f"--out: another process works in {out}; wait for it, or name another folder"
+    assert second.wait() == 0
+    with pytest.raises(UserError, match="another process works"):
+        Store(out, {"recipe": 1})
+    child, said = works(out, {"KA_ATTENTION_HOLDS": str(out / "parts" / ".lock")})
+    assert said == "works", "what the holder starts works under its lock"
+    for process in (child, first):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert Store(out, {"recipe": 1}).part("x", lambda: 3) == 3
+    assert Store(out, {"recipe": 1}).part("x", lambda: 4) == 3
+
+
+def test_a_folder_that_became_another_run_s_is_refused_at_the_first_part(tmp_path):
+    waiting = Store(tmp_path, {"recipe": 1})
+    Store(tmp_path, {"recipe": 2}).part("x", lambda: 1)
+    with pytest.raises(UserError, match="another recipe"):
+        waiting.part("y", lambda: 2)

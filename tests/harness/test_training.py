@@ -7,6 +7,8 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
 
 from ka_attention.errors import UserError
 from ka_attention.harness import training
@@ -81,6 +83,7 @@ def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_c
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "model.safetensors.sha256",
     ]
     assert trained.config.use_cache, "the Trainer switches it off, and a saved model would generate slowly"
 
@@ -146,8 +149,81 @@ def test_labels_of_minus_100_give_no_loss(text, tmp_path):
 
 
 def test_a_diverging_run_says_so(text, tmp_path):
-    with pytest.raises(UserError, match=r"training diverged in epoch \d .*--set learning_rate=1e\+18"):
+    with pytest.raises(UserError, match=r"diverged in epoch \d .*--set learning_rate=1e\+18 with another --out$"):
         run(text, tmp_path, replace(SETTINGS, learning_rate=1e19))
+
+
+@pytest.mark.parametrize("broken", [2, 9])  # steps; an epoch has six
+def test_a_loss_that_is_not_finite_stops_at_the_next_step_and_the_best_weights_stay(
+    text, tmp_path, monkeypatch, broken
+):
+    steps = []
+    step = Trainer.training_step
+
+    def break_down(self, model, *inputs, **options):
+        steps.append(1)
+        if len(steps) == broken:
+            with torch.no_grad():
+                next(model.parameters()).fill_(torch.inf)
+        return step(self, model, *inputs, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", break_down)
+    epoch = (broken - 1) // 6 + 1
+    kept = "before an epoch was finished" if epoch == 1 else rf"the weights of the best epoch are in {tmp_path}"
+    where = rf"softmax: training diverged in epoch {epoch} \(the loss of step {broken} is nan\), {kept}; try --set"
+    with pytest.raises(UserError, match=where):
+        run(text, tmp_path)
+    assert len(steps) == broken + 1
+    if epoch == 2:
+        best = run(text, tmp_path / "one", replace(SETTINGS, epochs=1))[0]
+        loaded = model(seed=1)
+        load_weights(loaded, tmp_path)
+        for key, weight in loaded.state_dict().items():
+            assert torch.equal(weight, best.state_dict()[key])
+
+
+def test_a_checkpoints_folder_that_is_a_link_is_refused_before_training(text, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"--out: .*run/checkpoints is a link"):
+        run(text, tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_weights_that_are_not_those_of_their_checksum_are_refused(text, tmp_path):
+    run(text, tmp_path, replace(SETTINGS, epochs=1))
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"its weights are not those of model\.safetensors\.sha256"):
+        load_weights(model(), tmp_path)
+    (tmp_path / "model.safetensors.sha256").unlink()
+    load_weights(model(), tmp_path)
+
+
+def test_losses_are_given_to_what_report_to_names(text, tmp_path, monkeypatch):
+    found = []
+
+    class Tracker(TrainerCallback):
+        logging_dir = None
+
+        def on_log(self, args, state, control, logs=None, **_):
+            found.append((self.logging_dir, state.global_step, sorted(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
+    settings = replace(SETTINGS, epochs=1, report_to="trackio")
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
+    with pytest.raises(UserError, match="--set report_to: trackio is not installed; pip install trackio"):
+        run(text, tmp_path, settings)
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["trackio"])
+    run(text, tmp_path, settings)
+    assert {folder for folder, *_ in found} == {str(tmp_path / "logs")}
+    assert [(step, "loss" in keys, "eval_loss" in keys) for _, step, keys in found[:2]] == [
+        (6, True, False),
+        (6, False, True),
+    ]
 
 
 def test_the_result_is_json(text, tmp_path):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+LARGEST = 2**31 - 1
 MAY_BE_ZERO = ("warmup_steps", "weight_decay", "locality")
 
 
@@ -95,6 +97,7 @@ class TrainingSettings:
     learning_rate: the peak; ``schedule`` "constant", "linear" or "cosine" follows ``warmup_steps`` of linear increase.
     epochs:        at most so many passes over the training sequences.
     patience:      stop after so many epochs in a row without a better validation loss.
+    report_to:     "tensorboard", "wandb" or "trackio", which then is given the losses of every epoch; else "none".
     """
 
     batch_size: int
@@ -104,6 +107,7 @@ class TrainingSettings:
     schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.01
+    report_to: str = "none"
 
     @property
     def mean_learning_rate(self) -> float:
@@ -152,10 +156,13 @@ def _check(key: str, value: Any) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, int) and not isinstance(item, bool) and item < least:
             raise UserError(f"--set {key}: expected an integer >= {least}, got {item}")
+        if isinstance(item, int) and item > LARGEST:
+            raise UserError(f"--set {key}: expected an integer <= {LARGEST}, got {item}")
         if isinstance(item, float) and not (0 <= item < float("inf") and (item > 0 or least == 0)):
             raise UserError(f"--set {key}: expected a {'number >= 0' if least == 0 else 'positive number'}, got {item}")
-    if key == "schedule" and value not in SCHEDULES:
-        raise UserError(f"--set schedule: expected {', '.join(SCHEDULES)}, got {value!r}")
+    for name, allowed in (("schedule", SCHEDULES), ("report_to", TRACKERS)):
+        if key == name and value not in allowed:
+            raise UserError(f"--set {name}: expected {', '.join(allowed)}, got {value!r}")
 
 
 def _parse(text: str, hint: Any) -> Any:

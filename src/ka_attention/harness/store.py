@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ka_attention.errors import UserError
-from ka_attention.files import read_object, write_atomically
+from ka_attention.files import hold, read_object, refuse_link, shown, write_atomically
 
 Json = Any  # what json.dumps accepts
 
@@ -38,7 +38,8 @@ class Store:
     writes ``out/parts/<name>.json`` atomically with a checksum, and returns the stored result from then on; UserError
     where that is damaged. ``identity`` (recipe, data, version of the results' schema) is stored with the first part; a
     folder that belongs to another identity raises UserError, so that results of two settings are never mixed, and so
-    does one that holds files and no run, so that none of them is overwritten. Nothing is written before the first part.
+    does one that holds files and no run, so that none of them is overwritten. Nothing is written before the first part;
+    from then on the run is this process's: another one that opens it is refused until this one has ended.
 
     Under torchrun every process calls the same methods; the main one alone decides what is finished and writes.
     """
@@ -53,8 +54,13 @@ class Store:
                 if not os.access(folder, os.W_OK):
                     raise UserError(f"--out: cannot write in {folder}")
                 break
+        for name in ("parts", "checkpoints"):
+            refuse_link(self.out / name, "--out")
         if agreed(not self._marker.exists() and _holds_files(self.out)):
-            raise UserError(f"--out: {self.out} holds files that are no run of ka; name an empty or a new folder")
+            raise UserError(
+                f"--out: {shown(self.out)} holds files that are no run of ka; name an empty or a new folder"
+            )
+        self._alone(ask=True)
         self.identify(**identity)
 
     @property
@@ -77,6 +83,8 @@ class Store:
         path = self._path(name)
         text = agreed(path.read_text(encoding="utf-8", errors="replace") if path.exists() else None)
         if text is None:
+            self._alone()
+            self.identify(**self.identity)  # the folder may have become another run's meanwhile
             if main_process() and not self._marker.exists():
                 write_atomically(self._marker, json.dumps(self.identity, indent=2))
             # Through JSON also the first time, so that a continued run sees exactly what a first one saw.
@@ -87,7 +95,7 @@ class Store:
         try:
             stored = json.loads(text)
             whole = stored["sha256"] == _digest(stored["result"])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, RecursionError):
             whole = False
         if not whole:
             raise UserError(f"--out: {path} is damaged: delete it, and the same command makes it again")
@@ -102,6 +110,10 @@ class Store:
         path = self.out / name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _alone(self, *, ask: bool = False) -> None:
+        if not agreed(not main_process() or hold(self.out / "parts" / ".lock", ask=ask)):
+            raise UserError(f"--out: another process works in {shown(self.out)}; wait for it, or name another folder")
 
     def _path(self, name: str) -> Path:
         return self.out / "parts" / f"{name}.json"

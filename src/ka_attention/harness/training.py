@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
-from ka_attention.files import read_object
+from ka_attention.files import read_object, refuse_link, shown
 from ka_attention.harness import hub, progress
 from ka_attention.harness.data import Sequences
 from ka_attention.harness.settings import TrainingSettings
@@ -53,26 +55,38 @@ def train(
     Returns ``epochs`` (rows of epoch, train_ppl = exp of the epoch's mean training loss, val_ppl, seconds of the
     training steps alone, best: whether it improved), ``best_epoch``, ``best_val_ppl``, ``seconds_per_epoch`` and
     ``parameters``.
-    Raises UserError where the loss is not finite, or the batch cannot be shared out among the processes.
+    Raises UserError where a loss is not finite, with the weights of the best epoch so far in ``folder``, and where the
+    batch cannot be shared out among the processes.
     """
     use_cache = model.config.use_cache
     checkpoints = folder / "checkpoints"
+    refuse_link(checkpoints, "--out")
     arguments = _arguments(settings, checkpoints, seed)
     steps = len(train_set) // settings.batch_size
     with progress.bar(label, settings.epochs * steps, console=console) as advance:
         trainer = _EpochTrainer(model, train_set, eval_set, settings, console, _Steps(advance), arguments)
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "logging_dir", "") is None:  # TensorBoard's would go with the checkpoints
+                callback.logging_dir = str(folder / "logs")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         console.print(f"\n[bold]{label}[/bold]: {parameters:,} parameters, seed {seed}")
         console.print("| Epoch | Train PPL |  Val PPL |    Time |   |")
-        rows = trainer.run(_last_checkpoint(checkpoints))
+        try:
+            rows = trainer.run(_last_checkpoint(checkpoints))
+        except _DivergedError as error:
+            kept = "before an epoch was finished"
+            if (checkpoints / BEST / WEIGHTS).exists():
+                load_model(model, checkpoints / BEST / WEIGHTS, device=str(model.device))
+                save(model, tokenizer, folder)
+                kept = f"the weights of the best epoch are in {shown(folder)}"
+            advice = f"--set learning_rate={settings.learning_rate / 10:g} with another --out"
+            raise UserError(f"{label}: training diverged {error}, {kept}; try {advice}") from None
     trainer.accelerator.wait_for_everyone()
     load_model(model, checkpoints / BEST / WEIGHTS, device=str(model.device))
     trainer.accelerator.wait_for_everyone()
     model.config.use_cache = use_cache  # which the Trainer switches off
+    save(model, tokenizer, folder)
     if main_process():
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         shutil.rmtree(checkpoints)
     best = min(rows, key=lambda row: row["val_ppl"])
     return {
@@ -82,6 +96,15 @@ def train(
         "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
         "parameters": parameters,
     }
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write what ``from_pretrained`` loads, and the checksum of the weights, into ``folder``; on the main process."""
+    if main_process():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        hub.write_checksum(folder)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -110,6 +133,8 @@ def mean_loss(model: Callable[..., Any], dataset: Dataset, batch_size: int, devi
 
 def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
+    if settings.report_to not in ("none", *get_available_reporting_integrations()):
+        raise UserError(f"--set report_to: {settings.report_to} is not installed; pip install {settings.report_to}")
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         seed=seed,
@@ -128,7 +153,7 @@ def _arguments(settings: TrainingSettings, checkpoints: Path, seed: int) -> Trai
         logging_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        report_to="none",
+        report_to=settings.report_to,
         disable_tqdm=True,
         logging_nan_inf_filter=False,
     )
@@ -150,6 +175,10 @@ def _last_checkpoint(checkpoints: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+class _DivergedError(ArithmeticError):
+    """A loss that is not finite; the message says where."""
+
+
 class _EpochTrainer(Trainer):
     """Trainer whose evaluation, once an epoch, makes the table line, keeps the best weights and decides to stop.
 
@@ -169,12 +198,9 @@ class _EpochTrainer(Trainer):
         super().__init__(network, arguments, train_dataset=train_set, eval_dataset=eval_set, callbacks=[steps])
         self.remove_callback(PrinterCallback)
         self.network, self.eval_set, self.steps_an_epoch = network, eval_set, len(train_set) // settings.batch_size
-        self.settings, self.checkpoints, self.console, self.steps = (
-            settings,
-            Path(str(arguments.output_dir)),
-            console,
-            steps,
-        )
+        self.settings, self.console, self.steps = settings, console, steps
+        self.checkpoints = Path(str(arguments.output_dir))
+        self.loss_before: Tensor | None = None
 
     def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
         """Train, continuing from ``checkpoint``, and return the table's rows."""
@@ -189,6 +215,16 @@ class _EpochTrainer(Trainer):
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         return _rows(self.state.log_history)
 
+    def training_step(self, *inputs: Any, **options: Any) -> Tensor:
+        """Asks for the loss of the step before, so that a GPU has this one to do meanwhile."""
+        loss = super().training_step(*inputs, **options)
+        if self.loss_before is not None and not torch.isfinite(self.loss_before):
+            step = self.state.global_step
+            epoch = (step - 1) // self.steps_an_epoch + 1
+            raise _DivergedError(f"in epoch {epoch} (the loss of step {step} is {self.loss_before.item()})")
+        self.loss_before = loss
+        return loss
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         seconds = time.perf_counter() - self.steps.epoch_began
         history = self.state.log_history
@@ -200,10 +236,7 @@ class _EpochTrainer(Trainer):
         earlier = _rows(history)
         epoch = len(earlier) + 1
         if not (train_loss < 100 and val_loss < 100):  # also false for NaN
-            raise UserError(
-                f"training diverged in epoch {epoch} (training loss {train_loss:.3g}, validation loss {val_loss:.3g}); "
-                f"try --set learning_rate={self.settings.learning_rate / 10:g}"
-            )
+            raise _DivergedError(f"in epoch {epoch} (training loss {train_loss:.3g}, validation loss {val_loss:.3g})")
         row = {
             "epoch": epoch,
             "train_ppl": math.exp(train_loss),
@@ -212,6 +245,7 @@ class _EpochTrainer(Trainer):
             "best": all(math.exp(val_loss) < other["val_ppl"] for other in earlier),
         }
         history.append(row)
+        self.log({"eval_loss": val_loss})  # for report_to
         self._print(row)
         if row["best"]:
             self.save_model(str(self.checkpoints / BEST))
