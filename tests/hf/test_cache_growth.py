@@ -17,7 +17,7 @@ from ka_attention.hf.cache.layers import KADynamicLayer
 @pytest.fixture
 def few_slots(monkeypatch):
     """Buffers of growing caches fill up soon."""
-    monkeypatch.setattr("ka_attention.hf.cache.layers.SPARE", 4)
+    monkeypatch.setattr("ka_attention.hf.cache.room.SPARE", 4)
 
 
 @pytest.mark.parametrize("ka", CONFIGS[:5], ids=range(5))

@@ -5,7 +5,8 @@ import torch
 from test_cache import TINY, attached, check_batch, check_crop, check_decode, check_reorder, check_turns
 
 from ka_attention.hf import KAConfig
-from ka_attention.hf.cache.layers import KADynamicLayer, KAStaticLayer, KAWindowLayer
+from ka_attention.hf.cache.layers import KADynamicLayer, KAWindowLayer
+from ka_attention.hf.cache.static import KAStaticLayer
 
 
 def new_values(layer, u):

@@ -28,7 +28,7 @@ def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     element = (config.dtype or torch.float32).itemsize
     return sum(
-        (tokens if window is None else min(tokens, max(window - 1, 1))) * key_heads * (1 + groups) * head_dim * element
+        (tokens if window is None else min(tokens, window - 1)) * key_heads * (1 + groups) * head_dim * element
         for groups, window in layer_plan(config)
     )
 

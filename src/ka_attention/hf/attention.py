@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ka_attention.hf.cache.layers import KAState
+from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.layer import Layer
 from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
@@ -40,7 +40,27 @@ _UNSUPPORTED = frozenset(
 def register_attention() -> None:
     """Make ``attn_implementation="ka"`` known to transformers. May be called again."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask function every mask would be None
+    AttentionMaskInterface.register(NAME, ka_mask)  # without a mask function every mask would be None
+
+
+def ka_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The boolean masks of scaled_dot_product_attention, of the last ``kv_length`` positions where there are more.
+
+    Only a static cache whose layers all have windows goes on beyond the positions that it has masks for.
+    """
+    if attention_mask is not None:
+        kv_offset = max(kv_offset, attention_mask.shape[-1] - kv_length)
+    elif isinstance(q_offset, Tensor):
+        kv_offset = (q_offset + q_length - kv_length).clamp(min=kv_offset)
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
 
 
 def attention_forward(

@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ka_attention.hf.cache.layers import KADynamicLayer, KAStaticLayer, KAWindowLayer
+from ka_attention.hf.cache.layers import KADynamicLayer, KAWindowLayer
+from ka_attention.hf.cache.state import Progress
+from ka_attention.hf.cache.static import KAStaticLayer
 from ka_attention.hf.config import KAConfig
 
 
@@ -40,12 +42,11 @@ class KACache(DynamicCache):
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
         _refuse_offloading(offloading)
-        # transformers' window layer needs room for one token at least; the attention function applies windows of 1.
         layers: list[Any] = [
-            KADynamicLayer(groups) if window is None else KAWindowLayer(groups, sliding_window=max(window, 2))
+            KADynamicLayer(groups) if window is None else KAWindowLayer(groups, window)
             for groups, window in layer_plan(config)
         ]
-        _name(layers, config)
+        _join(layers, config)
         Cache.__init__(self, layers=layers)
         self.widest = max(layers, key=lambda layer: getattr(layer, "sliding_window", math.inf))
 
@@ -55,22 +56,34 @@ class KACache(DynamicCache):
 
 
 class KAStaticCache(StaticCache):
-    """The KA cache in buffers of fixed size, for ``torch.compile``: ``KAStaticCache(model.config, max_cache_len)``."""
+    """The KA cache in buffers of fixed size, for ``torch.compile``: ``KAStaticCache(model.config, max_cache_len)``.
+
+    Where all layers have a window of ``max_cache_len`` at most it goes on without end. Otherwise more than
+    ``max_cache_len`` tokens raise ValueError (on a GPU and in compiled code the device says so).
+    """
 
     def __init__(self, config: Any, max_cache_len: int, offloading: bool = False) -> None:
         _refuse_offloading(offloading)
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
         layers: list[Any] = [KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)]
-        _name(layers, config)
+        _join(layers, config)
+        bound = [layer for layer in layers if not layer.is_ring]
+        for layer in bound[:1]:
+            layer.is_bound = True
+        self.total, self.widest = max_cache_len, 0 if bound else max(layer.max_cache_len for layer in layers)
         Cache.__init__(self, layers=layers)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes for all layers: of rings that go on, a chunk may see more than there are slots."""
+        return max(self.total, self.widest + query_length - 1 if self.widest else 0), 0
 
-def _name(layers: list[Any], config: Any) -> None:
-    """Tell the layers of a new cache the settings for which it is made: the attention function compares them."""
-    ka = KAConfig.of(config.get_text_config(decoder=True))
-    for layer in layers:
-        layer.ka = ka
+
+def _join(layers: list[Any], config: Any) -> None:
+    """Make new layers those of one cache, which knows its settings and whether a forward pass came to its end."""
+    ka, progress = KAConfig.of(config.get_text_config(decoder=True)), Progress()
+    for i, layer in enumerate(layers):
+        layer.ka, layer.progress, layer.is_first, layer.is_last = ka, progress, i == 0, i == len(layers) - 1
 
 
 def _refuse_offloading(offloading: bool) -> None:
