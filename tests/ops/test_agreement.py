@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import OPTIONS, Problem
 
 from ka_attention import ka_attention
-from ka_attention.ops import blocked
+from ka_attention.ops.blocked import full
 
 
 def assert_agree(problem: Problem, exact: str = "reference"):
@@ -25,7 +25,7 @@ def assert_agree(problem: Problem, exact: str = "reference"):
 def test_token_loop_is_dense_solve_is_blocked(name):
     problem = Problem(**OPTIONS[name])
     torch.testing.assert_close(problem.run("reference"), problem.run("token loop"), rtol=1e-12, atol=1e-12)
-    with mock.patch.multiple(blocked, ROWS=4, SCORES=40):
+    with mock.patch.multiple(full, ROWS=4, SCORES=40):
         assert_agree(problem, "token loop")
 
 
@@ -67,7 +67,7 @@ def test_one_token_after_a_past(options, gate):
     scores=st.sampled_from((100, 10_000, 1 << 20)),
 )
 def test_options_combine(shape, rows, scores):
-    with mock.patch.multiple(blocked, ROWS=rows, SCORES=scores):
+    with mock.patch.multiple(full, ROWS=rows, SCORES=scores):
         assert_agree(Problem(**shape))
 
 
@@ -89,7 +89,7 @@ def test_gradcheck(name):
         past = leaves[len(names) :] or None
         return ka_attention(**problem.options | given | {"past": past}, backend="blocked")
 
-    with mock.patch.multiple(blocked, ROWS=2):
+    with mock.patch.multiple(full, ROWS=2):
         assert torch.autograd.gradcheck(call, problem.leaves)
 
 

@@ -15,13 +15,13 @@ weights are saved for the backward pass.
 
 from collections.abc import Iterator
 from copy import copy
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ka_attention.ops import finite, private
+from ka_attention.ops import private
+from ka_attention.ops.blocked.heads import flat, flat_gate, sum_heads, take_diagonal
 
 ROWS = 128  # rows of a strip, the size of its triangle; half of it where there are few tokens
 LEAF = 16  # rows of the systems inverted on its diagonal
@@ -40,28 +40,11 @@ def _saved(q: Tensor, save: bool) -> Tensor:
     return q.new_empty((*q.shape[:3], 2 * _rows(q.shape[2])) if save and few else 0)
 
 
-def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
-    saved = _saved(q, save)
-    if cu_seqlens is not None:
-        options = {"scale": scale, "window": window, "softcap": softcap}
-        parts = [
-            forward(q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None, **options)[:2]
-            for s in _sequences(cu_seqlens)
-        ]
-        return *(torch.cat(part, dim=2) for part in zip(*parts, strict=True)), saved
-    tensors, given = [q, k, v, gate, k_past, u_past], (mask, scale, window, softcap)
-    a, lse = _outputs(tensors, given, saved)
-    if not finite.is_finite(a):
-        a, lse = _outputs(finite.cleaned(*tensors), given, saved)
-        a.masked_fill_(finite.reached(tensors, mask, window)[..., None], torch.nan)
-    return a.to(q.dtype), lse, saved
-
-
-def _outputs(tensors, given, saved: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, gate, k_past, u_past = tensors
-    blocks = _Blocks(q, k, k_past, *given)
+def forward(q, k, v, gate, k_past, u_past, mask, saved: Tensor, *, scale, window, softcap) -> tuple[Tensor, Tensor]:
+    """(A, log-sum-exp) of one sequence in the dtype of the computation; fills `saved`."""
+    blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
     past = None if u_past is None else blocks.flat(u_past)
-    given = (blocks.flat(v), blocks.gate(gate), past, blocks.kept(saved))
+    given = (blocks.flat(v), flat_gate(gate), past, blocks.kept(saved))
     a = torch.empty_like(blocks.q)
     lse = torch.empty_like(a[..., 0])
     for part, heads in blocks.parts():
@@ -100,7 +83,7 @@ def _forward(blocks: "_Blocks", v, g, u_past, saved, a, lse) -> None:
             if saved is not None:
                 saved[n, b, : w.shape[2]] = w
             v_b, L = v[n, b], w[:, :, own.start - c.start :]
-            x = _take_diagonal(L) * v_b
+            x = take_diagonal(L) * v_b
             if gathered is not None:
                 x += gathered
             if before.start < before.stop:
@@ -113,30 +96,10 @@ def _forward(blocks: "_Blocks", v, g, u_past, saved, a, lse) -> None:
                 u[n, own] = a_b if g is None else v_b + g[n, b] * (a_b - v_b)
 
 
-def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, *, scale, window, softcap):
-    if cu_seqlens is not None:
-        options = {"scale": scale, "window": window, "softcap": softcap}
-        parts = [
-            backward(da[:, :, s], q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None,
-                     a[:, :, s], lse[:, :, s], None, **options)
-            for s in _sequences(cu_seqlens)
-        ]  # fmt: skip
-        return tuple(None if part[0] is None else torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    tensors, given = [q, k, v, gate, k_past, u_past], (mask, scale, window, softcap)
-    grads = _gradients(da, tensors, given, a, lse, saved)
-    if not all(finite.is_finite(grad) for grad in grads if grad is not None):
-        # The gradient of an output that is not finite counts, unless it is 0.
-        da = da.masked_fill(~a.isfinite().all(-1, keepdim=True) & (da != 0), torch.nan)
-        *tensors, a = finite.cleaned(*tensors, a)
-        grads = _gradients(da, tensors, given, a, lse, saved)
-    return grads
-
-
-def _gradients(da, tensors, given, a, lse, saved) -> tuple[Tensor | None, ...]:
-    q, k, v, gate, k_past, u_past = tensors
-    mask = given[0]
-    blocks = _Blocks(q, k, k_past, *given)
-    g = blocks.gate(gate)
+def backward(da, q, k, v, gate, k_past, u_past, mask, a, lse, saved, *, scale, window, softcap):
+    """Gradients of q, k, v, gate, k_past and u_past."""
+    blocks = _Blocks(q, k, k_past, mask, scale, window, softcap)
+    g = flat_gate(gate)
     lse = lse.flatten(0, 1)
     if mask is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0)  # rows that attend nothing: exp(score − lse) is 0 then
@@ -147,9 +110,9 @@ def _gradients(da, tensors, given, a, lse, saved) -> tuple[Tensor | None, ...]:
     for part, heads in blocks.parts():
         _backward(part, *(None if x is None else x[heads] for x in (*given, dq, dk, du, dgate)))
     P = blocks.P
-    before = (None, None) if k_past is None else (_sum_heads(dk[:, :P], k_past), _sum_heads(du[:, :P], u_past))
+    before = (None, None) if k_past is None else (sum_heads(dk[:, :P], k_past), sum_heads(du[:, :P], u_past))
     present = None if dgate is None else dgate.view(q.shape[:3])
-    return _sum_heads(dq, q), _sum_heads(dk[:, P:], k), _sum_heads(du[:, P:], v), present, *before
+    return sum_heads(dq, q), sum_heads(dk[:, P:], k), sum_heads(du[:, P:], v), present, *before
 
 
 def _backward(blocks: "_Blocks", da, v, g, u_past, a, lse, saved, dq, dk, du, dgate) -> None:
@@ -169,7 +132,7 @@ def _backward(blocks: "_Blocks", da, v, g, u_past, a, lse, saved, dq, dk, du, dg
         for n in blocks.heads(b, c):
             w, slope = blocks.weights_of_rows(n, b, c, lse, saved)
             L = w[:, :, own.start - c.start :]
-            v_b, a_b, du_b, d = v[n, b], a[n, b], du[n, own], _take_diagonal(L)
+            v_b, a_b, du_b, d = v[n, b], a[n, b], du[n, own], take_diagonal(L)
             # Nobody reads this block's dU again: its place becomes dV.
             if g is None:
                 y[n, b] = y_b = _solve(L.mT, da[n, b] + du_b, upper=True)
@@ -212,14 +175,7 @@ class _Blocks:
         self.ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=self.dtype, device=q.device).triu(1)
 
     def flat(self, x: Tensor) -> Tensor:
-        """[B, H, L, D] as [B · Hq, L, D] in the dtype of the computation."""
-        x = x.to(self.dtype)
-        x = x[:, :, None].expand(-1, -1, self.H // x.shape[1], -1, -1)
-        return x.reshape(self.B * self.H, *x.shape[3:]).contiguous()  # PyTorch's fused attention asks no strides
-
-    def gate(self, gate: Tensor | None) -> Tensor | None:
-        """[B, H, T] as [B · Hq, T, 1]."""
-        return None if gate is None else gate.reshape(self.B * self.H, self.T, 1).contiguous()
+        return flat(x, self.H, self.dtype)
 
     def buffer(self, which: int, shape: torch.Size) -> Tensor:
         size = shape.numel()
@@ -362,14 +318,6 @@ def _rows(T: int) -> int:
     return min(T, ROWS if T > 2 * ROWS else ROWS // 2)
 
 
-def _take_diagonal(w: Tensor) -> Tensor:
-    """The diagonal of w [n, rows, rows] as [n, rows, 1]; zeros take its place."""
-    diagonal = w.diagonal(dim1=1, dim2=2)
-    d = diagonal.clone()[..., None]
-    diagonal.zero_()
-    return d
-
-
 def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
     """(I − N)⁻¹ X for a strictly lower (or upper) N, by substitution of leaves. Changes x."""
     rows = x.shape[1]
@@ -388,17 +336,3 @@ def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
         leaf, solved = leaves[i], slice((i + 1) * LEAF, rows) if upper else slice(0, i * LEAF)
         x[:, leaf] = inverse[i] @ (x[:, leaf] + N[:, leaf, solved] @ x[:, solved])
     return x
-
-
-def _sum_heads(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x [B, H, L, D] from that of its copies for query heads, [B · Hq, L, D]."""
-    grad = grad.reshape(*x.shape[:2], -1, *x.shape[2:])
-    return (grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)).to(x.dtype)
-
-
-def _sequences(cu_seqlens: Tensor) -> list[slice]:
-    return [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist()) if stop > start]
-
-
-def _at(gate: Tensor | None, s: slice) -> Tensor | None:
-    return None if gate is None else gate[:, :, s]

@@ -1,0 +1,65 @@
+"""The backend in plain PyTorch, on any device: one sequence after the other, whole or in a band.
+
+Without a window, or with a wide one, `full` solves by recursive forward substitution; a narrow window is a band of W,
+for which `band` solves blocks in parallel and scans over them. Both compute half precision in float32.
+"""
+
+from itertools import pairwise
+
+from torch import Tensor, cat, nan
+
+from ka_attention.ops.blocked import band, finite, full
+from ka_attention.ops.blocked.full import outputs
+
+__all__ = ["backward", "forward", "outputs"]
+
+
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
+    _, _, saved = outputs(q, save)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    if cu_seqlens is not None:
+        parts = [
+            forward(q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None, **options)[:2]
+            for s in _sequences(cu_seqlens)
+        ]
+        return *(cat(part, dim=2) for part in zip(*parts, strict=True)), saved
+    tensors = [q, k, v, gate, k_past, u_past]
+    solve = _way(q, k_past, window)
+    a, lse = solve.forward(*tensors, mask, saved, **options)
+    if not finite.is_finite(a):
+        a, lse = solve.forward(*finite.cleaned(*tensors), mask, saved, **options)
+        a.masked_fill_(finite.reached(tensors, mask, window)[..., None], nan)
+    return a.to(q.dtype), lse, saved
+
+
+def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved, *, scale, window, softcap):
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    if cu_seqlens is not None:
+        parts = [
+            backward(da[:, :, s], q[:, :, s], k[:, :, s], v[:, :, s], _at(gate, s), None, None, None, None,
+                     a[:, :, s], lse[:, :, s], saved[:0], **options)
+            for s in _sequences(cu_seqlens)
+        ]  # fmt: skip
+        return tuple(None if part[0] is None else cat(part, dim=2) for part in zip(*parts, strict=True))
+    tensors = [q, k, v, gate, k_past, u_past]
+    solve = _way(q, k_past, window)
+    grads = solve.backward(da, *tensors, mask, a, lse, saved, **options)
+    if not all(finite.is_finite(grad) for grad in grads if grad is not None):
+        # The gradient of an output that is not finite counts, unless it is 0.
+        da = da.masked_fill(~a.isfinite().all(-1, keepdim=True) & (da != 0), nan)
+        *tensors, a = finite.cleaned(*tensors, a)
+        grads = solve.backward(da, *tensors, mask, a, lse, saved, **options)
+    return grads
+
+
+def _way(q: Tensor, k_past: Tensor | None, window: int | None):
+    """A band where it has fewer scores than the triangle."""
+    return full if window is None or window > band.WIDEST else band
+
+
+def _sequences(cu_seqlens: Tensor) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist()) if stop > start]
+
+
+def _at(gate: Tensor | None, s: slice) -> Tensor | None:
+    return None if gate is None else gate[:, :, s]
