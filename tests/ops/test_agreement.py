@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import OPTIONS, Problem
 
-from ka_attention import ka_attention
+from ka_attention import cache_values, ka_attention
 from ka_attention.ops.blocked import full
 
 
@@ -160,13 +160,26 @@ def test_layouts_and_gate_dtypes():
     torch.testing.assert_close(torch.autograd.grad(out.sum(), swapped), wanted)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (1, 2, 0, 4)])
+@pytest.mark.parametrize("backend", ["reference", "blocked", None])
+@pytest.mark.parametrize("shape", [{"B": 0}, {"T": 0}, {"D": 0}, {"Hq": 0, "Hkv": 2}])
 def test_nothing_in_nothing_out(backend, shape):
-    x = torch.randn(shape, requires_grad=True)
-    out = ka_attention(x, x, x, backend=backend)
+    """And gradients of zeros, not None, for all that went in."""
+    problem = Problem(**{"gate": "token", "P": 3} | shape)
+    out = problem.run(backend)
+    assert out.shape == problem.q.shape
     out.sum().backward()
-    assert out.shape == x.grad.shape == shape
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in problem.leaves)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_number_as_gate_is_as_exact_as_the_queries(backend):
+    problem = Problem()
+    wide = torch.full((problem.Hq,), 0.1, dtype=torch.float64)
+    for number, tensor in ((0.1, wide), (-0.7, -7 * wide)):
+        out, truth = (ka_attention(*problem.leaves, gate=gate, backend=backend) for gate in (number, tensor))
+        torch.testing.assert_close(out, truth, rtol=1e-15, atol=1e-15)
+    a = problem.q
+    torch.testing.assert_close(cache_values(problem.v, a, 0.1), cache_values(problem.v, a, wide), rtol=0, atol=0)
 
 
 def test_scale():

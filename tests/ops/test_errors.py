@@ -1,5 +1,7 @@
 """Every mistake gets one line that names the argument."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -20,6 +22,8 @@ BAD = [
     ({"gate": "high"}, TypeError, "gate must be a number or a floating-point tensor, got str"),
     ({"gate": True}, TypeError, "gate must be a number or a floating-point tensor, got bool"),
     ({"gate": float("nan")}, ValueError, "gate must be finite, got nan"),
+    ({"gate": 1.5}, ValueError, "gate must be between -1 and 1, got 1.5"),
+    ({"gate": -1.001}, ValueError, "gate must be between -1 and 1, got -1.001"),
     ({"gate": torch.ones(4, dtype=torch.int)}, TypeError, "gate must be .* got a torch.int32 tensor"),
     ({"gate": torch.ones(2)}, ValueError, r"gate must be a number, \[Hq\] = \[4\] or .* got \[2\]"),
     ({"gate": torch.ones(4, device="meta")}, ValueError, "gate must be on q's device cpu, got meta"),
@@ -28,6 +32,9 @@ BAD = [
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
     ({"window": 2.0}, TypeError, "window must be None or an int, got float"),
     ({"softcap": 0.0}, ValueError, "softcap must be finite and above 0, got 0.0"),
+    ({"softcap": float("inf")}, ValueError, "softcap must be finite and above 0, got inf"),
+    ({"softcap": float("nan")}, ValueError, "softcap must be finite and above 0, got nan"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"softcap": True}, TypeError, "softcap must be None or a number, got bool"),
     ({"dropout": 0.1}, ValueError, r"dropout must be 0.0 .* got 0.1"),
     ({"backend": "flash"}, ValueError, "backend must be None or one of reference, blocked, triton, got 'flash'"),
@@ -58,6 +65,47 @@ def test_bad_argument(wrong, error, message):
     with pytest.raises(error, match=message) as caught:
         ka_attention(**{"q": Q, "k": KV, "v": KV} | wrong)
     assert "\n" not in str(caught.value)
+
+
+TOKENS_FIRST = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8)  # [B, T, H, D]
+
+
+@pytest.mark.parametrize(
+    ("k", "options"),
+    [
+        (TOKENS_FIRST[1], {}),
+        (TOKENS_FIRST[1], {"past": (torch.randn(2, 3, 2, 8), torch.randn(2, 3, 4, 8))}),
+        (TOKENS_FIRST[0], {"attn_mask": torch.ones(2, 6).bool()}),
+        (TOKENS_FIRST[0], {"gate": torch.ones(4)}),
+        (TOKENS_FIRST[0][:1], {"cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32)}),
+    ],
+)
+def test_tokens_before_heads(k, options):
+    """Where shapes make sense only when transposed, the error says so."""
+    q = TOKENS_FIRST[0][: len(k)]
+    with pytest.raises(ValueError, match=r"\[B, T, H, D\]: transpose them") as caught:
+        ka_attention(q, k, k, **options)
+    assert "\n" not in str(caught.value)
+    past = options.get("past")
+    swapped = options if past is None else {"past": tuple(x.transpose(1, 2) for x in past)}
+    assert ka_attention(*(x.transpose(1, 2) for x in (q, k, k)), **swapped).shape == (len(k), 4, 6, 8)
+
+
+def test_other_mistakes_do_not_speak_of_transposing():
+    for wrong, error, _ in BAD:
+        with pytest.raises(error) as caught:
+            ka_attention(**{"q": Q, "k": KV, "v": KV} | wrong)
+        assert "transpose" not in str(caught.value)
+
+
+def test_a_gate_tensor_beyond_one_warns():
+    for gate in (torch.tensor([0.0, 1.0, 0.5, 1.2]), -2 * torch.ones(2, 4, 6)):
+        with pytest.warns(UserWarning, match=r"gate goes from .* beyond \[-1, 1\]") as caught:
+            ka_attention(Q, KV, KV, gate=gate)
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ka_attention(Q, KV, KV, gate=torch.tensor([-1.0, 1.0, 0.0, 0.5]))
 
 
 @pytest.mark.parametrize(("cu", "error", "message"), PACKED_BAD)

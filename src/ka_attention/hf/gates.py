@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init  # leaves parameters alone that were loaded from a file
 
+from ka_attention.ops import clamp_gate
+
 
 class KAGate(nn.Module):
     """The gate of one layer, kept in ``bounds``: a number a head, or for each token ``bias[h] + weight[h] · v``.
 
     heads:    query heads.
     start:    where every gate starts, or one number a head.
-    bounds:   the interval of allowed gates. Values beyond it are clamped, so that the bounds are reached exactly.
-              There, a gradient passes only where a step of descent leads back inside: the bounds are never a trap,
-              and nothing is pushed further beyond them, for ever and without effect.
+    bounds:   the interval of allowed gates, kept as `ka_attention.ops.clamp_gate` does.
     head_dim: D for gates of tokens, None for gates of heads.
 
     The number is called ``bias`` because trainers leave parameters of that name out of weight decay.
@@ -48,19 +48,4 @@ class KAGate(nn.Module):
         if self.weight is not None:
             weight = self.weight.to(dtype).unflatten(0, (v.shape[1], -1))  # [Hkv, G, D]
             gate = torch.einsum("bktd,kgd->bkgt", v.to(dtype), weight).flatten(1, 2) + gate[:, None]
-        return _Clamp.apply(gate, *self.bounds)
-
-
-class _Clamp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, low, high):
-        ctx.save_for_backward(gate)
-        ctx.bounds = low, high
-        return gate.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gate,) = ctx.saved_tensors
-        low, high = ctx.bounds
-        outward = ((gate <= low) & (grad > 0)) | ((gate >= high) & (grad < 0))
-        return grad.masked_fill(outward, 0), None, None
+        return clamp_gate(gate, *self.bounds)

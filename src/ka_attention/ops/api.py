@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -77,19 +78,31 @@ def ka_attention(
         options = {"scale": scale, "softcap": softcap, "backend": backend}
         return ranks.attend(group, ka_attention, q, k, v, gate, window, cu_seqlens, options)
     call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)
-    if q.numel() == 0:
-        return q.clone()
+    if q.numel() == 0:  # every input has a gradient, of zeros
+        return q + sum(0 * x.sum().to(q.dtype) for x in call.tensors.differentiable if x is not None)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.dense(*call.tensors, **call.options)
-    past_k, past_u, g = call.tensors.k_past, call.tensors.u_past, call.tensors.gate
-    trains_gate = g is not None and g.requires_grad  # its gradient is 0 then, not absent
-    one_token = q.shape[2] == 1 and softcap is None and not trains_gate
-    if backend is None and one_token and past_k is not None and past_u is not None:
+    if backend is None and _is_one_token_after_a_past(call):
         with torch.autocast(q.device.type, enabled=False):
-            k, u = torch.cat([past_k, k], dim=2), torch.cat([past_u, repeat_heads(v, q)], dim=2)
-            return attend_one(q, k, u, call.tensors.mask, call.options["scale"], window)
+            return _one_token(*call.tensors, **call.options)
     return dispatch.attend(*call, backend or ("triton" if q.device.type == "cuda" else "blocked"))
+
+
+def _is_one_token_after_a_past(call: Call) -> bool:
+    """Whether `_one_token` serves the call."""
+    x = call.tensors
+    if x.q.shape[2] != 1 or x.k_past is None or call.options["softcap"] is not None:
+        return False
+    trains_gate = x.gate is not None and x.gate.requires_grad  # its gradient is 0 then, not absent
+    return not trains_gate and (x.mask is None or x.mask.shape[1] == 1)
+
+
+def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
+    k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
+    if mask is not None:  # or what is not finite there would count, though its weight is 0
+        k, u = (x.masked_fill(~mask.mT, 0) for x in (k, u))
+    return attend_one(q, k, u, mask, scale, window)
 
 
 def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None) -> Tensor:
@@ -132,6 +145,26 @@ def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
 
 def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap) -> Call:
     """Check every argument of `ka_attention` and bring it to the form that backends take."""
+    others = scale, window, attn_mask, cu_seqlens, softcap
+    try:
+        return _normalise(q, k, v, gate, past, *others)
+    except ValueError as error:
+        if torch.compiler.is_compiling() or not _fit_transposed(q, k, v, gate, past, others):
+            raise
+        raise ValueError(f"{error}; these look like [B, T, H, D]: transpose them, x.transpose(1, 2)") from None
+
+
+def _fit_transposed(q, k, v, gate, past, others) -> bool:
+    """Whether arguments that make no sense do so once tokens and heads have changed places."""
+    try:
+        q, k, v, *past = (x.transpose(1, 2) for x in (q, k, v, *(past or ())))
+        _normalise(q, k, v, gate, tuple(past) or None, *others)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softcap) -> Call:
     _check_tensor("q", q, q, None)
     B, Hq, T, D = q.shape
     _check_tensor("k", k, q, (B, None, T, D))
@@ -162,8 +195,26 @@ def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap
             raise ValueError("cu_seqlens cannot be combined with past or attn_mask")
         cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
     mask = None if attn_mask is None else _expand_mask(attn_mask, q, P)
-    tensors = Tensors(q, k, v, expand_gate(gate, q), k_past, u_past, mask, cu_seqlens)
+    g = expand_gate(gate, q)
+    if isinstance(gate, Tensor):
+        _warn_of_unstable(gate)
+    elif not -1 <= gate <= 1:
+        raise ValueError(f"gate must be between -1 and 1, got {gate}")
+    tensors = Tensors(q, k, v, g, k_past, u_past, mask, cu_seqlens)
     return Call(tensors, Options(scale=scale, window=window, softcap=softcap))
+
+
+def _warn_of_unstable(gate: Tensor) -> None:
+    """Beyond 1 the walk gains weight at every hop. A tensor is looked at only where that keeps nobody waiting."""
+    if gate.device.type != "cpu" or gate.numel() == 0 or dispatch.traced(gate):
+        return
+    low, high = gate.detach().aminmax()
+    if low < -1 or high > 1:
+        warnings.warn(
+            f"gate goes from {low:.4g} to {high:.4g}: beyond [-1, 1] outputs may grow with every token, "
+            "clamp it (ka_attention.ops.clamp_gate)",
+            stacklevel=5,
+        )
 
 
 def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
@@ -174,7 +225,7 @@ def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
             raise ValueError(f"gate must be finite, got {gate}")
         if gate == 1:
             return None
-        gate = torch.full((Hq,), float(gate), device=q.device)
+        gate = torch.full((Hq,), float(gate), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"gate must be a number or a floating-point tensor, got {_kind(gate)}")
     if gate.device != q.device:

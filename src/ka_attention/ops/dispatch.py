@@ -123,7 +123,7 @@ def _differentiate(ctx, da, *_):
         return (None,) * _ARGUMENTS
     *tensors, a, lse, saved = ctx.saved_tensors
     arguments = (da, *tensors, a, lse, saved, *ctx.options)
-    if torch.is_grad_enabled() or _traced(da):  # the library operator refuses a second derivative
+    if torch.is_grad_enabled() or traced(da):  # the library operator refuses a second derivative
         present = iter(backward(*arguments))
         grads = [None if x is None else next(present) for x in Tensors(*tensors).differentiable]
     else:
@@ -161,19 +161,19 @@ def attend(tensors: Tensors, options: Options, backend: str) -> Tensor:
     """A of `forward`. Plain eager calls skip the library operator, which costs the processor 100 µs a call, and
     autograd too where no gradient is asked for.
     """
-    traced = _traced(tensors.q, tensors.k, tensors.v, tensors.gate)
+    library = traced(tensors.q, tensors.k, tensors.v, tensors.gate)
     leaves = tensors.differentiable
     if not torch.compiler.is_compiling() and (private.takes_derivatives_of_func() or private.has_tangent(*leaves)):
         raise RuntimeError(  # without this, forward mode would find zeros
             "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
             "derivative of torch.autograd and run under torch.vmap"
         )
-    save = torch.is_grad_enabled() and (traced or any(x is not None and x.requires_grad for x in leaves))
-    run: Callable = forward if traced else _apply if save else _forward
+    save = torch.is_grad_enabled() and (library or any(x is not None and x.requires_grad for x in leaves))
+    run: Callable = forward if library else _apply if save else _forward
     return run(*tensors, options["scale"], options["window"], options["softcap"], save, backend, REVISION)[0]
 
 
-def _traced(q: Tensor, *others: Tensor | None) -> bool:
+def traced(q: Tensor, *others: Tensor | None) -> bool:
     """Whether someone else is to see the operator: compilers, dispatch modes, functorch, shapes, subclasses."""
     return (
         torch.compiler.is_compiling()

@@ -7,6 +7,9 @@ Both build T × T matrices: they are for tests and for short sequences.
 import torch
 from torch import Tensor
 
+from ka_attention.ops import private
+from ka_attention.ops.inputs import Tensors
+
 
 def visible(
     q_len: int, k_len: int, mask: Tensor | None, cu_seqlens: Tensor | None, window: int | None, device: torch.device
@@ -48,26 +51,62 @@ def weights(
 
 
 def dense(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
-    """A = (I − L G)⁻¹ (W_past U_past + (L (I − G) + diag(d)) V), by one triangular solve per head."""
-    past, L, d, u_past, v, g = _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
+    """A = (I − L G)⁻¹ (W_past U_past + (L (I − G) + diag(d)) V), by one triangular solve per head.
+
+    Products with a weight of 0 spread what is not finite. So where an input is not, those rows are NaN that are not
+    finite in the token loop; who traces the call cannot branch on its numbers and has the products.
+    """
+    inputs, options = Tensors(q, k, v, gate, k_past, u_past, mask, cu_seqlens), (scale, window, softcap)
+    traced = torch.compiler.is_compiling() or private.observed() or q.is_meta
+    if traced or all(x is None or x.isfinite().all() for x in inputs.differentiable):
+        return _solve(inputs, options)
+    with torch.no_grad():
+        loop = token_loop(*inputs, scale=scale, window=window, softcap=softcap)
+    floats = {name: x for name, x in inputs._asdict().items() if x is not None and x.is_floating_point()}
+    a = _solve(inputs._replace(**{name: x.nan_to_num(0, 0, 0) for name, x in floats.items()}), options)
+    return _Spoilt.apply(a, ~loop.isfinite().all(-1, keepdim=True))
+
+
+def _solve(inputs: Tensors, options) -> Tensor:
+    past, L, d, u_past, v, g = _parts(*inputs, *options)
     g = g[:, :, None]
     x = past @ u_past + (L * (1 - g)) @ v + d * v
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    return torch.linalg.solve_triangular(eye - L * g, x, upper=False, unitriangular=True).to(q.dtype)
+    return torch.linalg.solve_triangular(eye - L * g, x, upper=False, unitriangular=True).to(inputs.q.dtype)
+
+
+class _Spoilt(torch.autograd.Function):
+    """NaN in some rows; their gradient is NaN too, unless it is 0."""
+
+    @staticmethod
+    def forward(ctx, a, rows):
+        ctx.save_for_backward(rows)
+        return a.masked_fill(rows, torch.nan)
+
+    @staticmethod
+    def backward(ctx, da):
+        (rows,) = ctx.saved_tensors
+        return da.masked_fill(rows & (da != 0), torch.nan), None
 
 
 def token_loop(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
-    """A_i = Σ_{j<i} W_ij U_j + W_ii V_i with U_j = V_j + g_j (A_j − V_j), one token after the other."""
+    """A_i = Σ_{j<i} W_ij U_j + W_ii V_i with U_j = V_j + g_j (A_j − V_j), one token after the other.
+
+    A weight of 0 reads nothing, and a gate of 0 reads no A, finite or not.
+    """
     past, L, d, u_past, v, g = _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap)
     a: list[Tensor] = []
     u: list[Tensor] = []
     for i in range(q.shape[2]):
-        a_i = past[:, :, i, None] @ u_past + d[:, :, i, None] * v[:, :, i, None]
-        if u:
-            a_i = a_i + L[:, :, i, None, :i] @ torch.cat(u, dim=2)
+        row = torch.cat([past[:, :, i], L[:, :, i, :i], d[:, :, i]], dim=-1)[..., None]
+        a_i = _product(row, torch.cat([u_past, *u, v[:, :, i, None]], dim=2)).sum(2, keepdim=True)
         a.append(a_i)
-        u.append(v[:, :, i, None] + g[:, :, i, None, None] * (a_i - v[:, :, i, None]))
+        u.append(v[:, :, i, None] + _product(g[:, :, i, None, None], a_i - v[:, :, i, None]))
     return torch.cat(a, dim=2).to(q.dtype)
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.where((weight == 0) & ~x.isfinite(), 0, weight * x)
 
 
 def _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap):
