@@ -3,15 +3,18 @@
 import itertools
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ka_attention.ops import dispatch, private, ranks, reference
+from ka_attention.ops import dispatch, private, reference
 from ka_attention.ops.inputs import Call, Options, Tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BACKENDS = ("reference", "blocked", "triton")
 _checked = WeakTensorKeyDictionary()  # of each cu_seqlens that was right: its version and T then
@@ -31,7 +34,7 @@ def ka_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
-    group: ProcessGroup | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Causal attention in which a past token contributes its attention output instead of its value.
 
@@ -75,6 +78,8 @@ def ka_attention(
     if group is not None:
         if past is not None or attn_mask is not None:
             raise ValueError("group cannot be combined with past or attn_mask; cu_seqlens keeps sequences apart")
+        from ka_attention.ops import ranks  # a PyTorch may be built without collectives
+
         options = {"scale": scale, "softcap": softcap, "backend": backend}
         return ranks.attend(group, ka_attention, q, k, v, gate, window, cu_seqlens, options)
     call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)

@@ -20,11 +20,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-# The older name warns where both are there.
-_all_gather = getattr(collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd)
 Operator = Callable[..., Tensor]  # ka_attention
 Group = dist.ProcessGroup
 
@@ -141,7 +138,7 @@ def _tail_of_gate(gate: float | Tensor, q: Tensor, tail: slice) -> float | Tenso
 def _compose(group: Group, own: Tensor, state: int) -> Tensor:
     """The state before this rank's share, [B, Hq, state, D], from the maps (M | c) of all shares."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    maps = _all_gather(own[None].contiguous(), 0, group)
+    maps = _exchange(group, own.expand(ranks, *own.shape))
     M, c = maps[..., :state], maps[..., state:]
     u = torch.zeros_like(own[..., state:])
     for other in range(ranks):
@@ -157,7 +154,7 @@ def _from_previous(group: Group, x: Tensor) -> Tensor:
     receive = [len(rows) if other == rank - 1 else 0 for other in range(ranks)]
     if rank + 1 == ranks:
         rows = rows[:0]
-    got = collectives.all_to_all_single_autograd(rows, receive, send, group)
+    got = _AllToAll.apply(rows, receive, send, group)
     return torch.cat([got.movedim(0, 2), torch.zeros_like(x[:, :, : x.shape[2] - len(got)])], dim=2)
 
 
@@ -192,4 +189,19 @@ def _tokens_for_heads(group: Group, x: Tensor) -> Tensor:
 def _exchange(group: Group, x: Tensor) -> Tensor:
     """Entry r of x [ranks, …] goes to rank r, and comes back as the entry of who sent it."""
     ones = [1] * len(x)
-    return collectives.all_to_all_single_autograd(x.contiguous(), ones, ones, group)
+    return _AllToAll.apply(x, ones, ones, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    """The first send[0] entries of x go to rank 0, …; receive[0] come first, from rank 0, …"""
+
+    @staticmethod
+    def forward(ctx, x, receive, send, group):
+        ctx.way_back = send, receive, group
+        got = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(got, x.contiguous(), receive, send, group)
+        return got
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad, *ctx.way_back), None, None, None
