@@ -50,6 +50,21 @@ def test_compiles_for_sizes_and_numbers_that_change():
         torch.testing.assert_close(compiled(q, k, v, **options), ka_attention(q, k, v, **options))
 
 
+def test_inductor_keeps_graphs_of_few_tokens_from_many():
+    """It finds graphs again by their operators, not by the shapes that these return; layouts are the backend's."""
+    torch._dynamo.reset()
+    with fresh_cache():
+        compiled = torch.compile(ka_attention, fullgraph=True, dynamic=True)
+        for T in (9, 100, 150, 300):
+            q, k, v = torch.randn(3, 2, 2, 8, T).mT.unbind()
+            q = q.detach().requires_grad_()
+            mask = torch.rand(2, 1, T, T) < 0.7
+            out, truth = (attend(q, k, v, attn_mask=mask) for attend in (compiled, ka_attention))
+            torch.testing.assert_close(out, truth)
+            (grad,), (want,) = (torch.autograd.grad(x.sum(), q) for x in (out, truth))
+            torch.testing.assert_close(grad, want)
+
+
 @pytest.mark.parametrize("ends", [(0, 4), (0, 4, 12), (0, 7, 4, 10), (1, 10)])
 def test_compiled_calls_check_cu_seqlens(ends):
     torch._dynamo.reset()

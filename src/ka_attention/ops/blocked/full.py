@@ -35,9 +35,15 @@ def outputs(q: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _saved(q: Tensor, save: bool) -> Tensor:
-    """Room for the weights of the strips where they are few, [B, Hq, T, 2 · rows], in the dtype of the computation."""
-    few = q.shape[2] <= 2 * ROWS and q.dtype in (torch.float32, torch.float64)
-    return q.new_empty((*q.shape[:3], 2 * _rows(q.shape[2])) if save and few else 0)
+    """Room for the weights of the strips, [B, Hq, T, 2 · rows], in the dtype of the computation; where tokens are many,
+    no columns. T is not asked, or a graph of few tokens might be found on disk for many: the cache of torch.compile
+    tells graphs apart by their operators, not by the shapes that these return.
+    """
+    if not save or q.dtype not in (torch.float32, torch.float64):
+        return q.new_empty(0)
+    T = q.shape[2]
+    few = torch.sym_min(1, 2 * ROWS // torch.sym_max(T, 1))
+    return q.new_empty(*q.shape[:3], few * torch.sym_min(2 * T, ROWS))
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, saved: Tensor, *, scale, window, softcap) -> tuple[Tensor, Tensor]:
