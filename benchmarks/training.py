@@ -22,7 +22,8 @@ from benchmarks.goals import Record, section_table
 from benchmarks.harness import machine, medians
 from ka_attention import ka_attention
 from ka_attention.harness.arms import arm, build
-from ka_attention.studies.compare.recipes import COMPARE, ModelSettings
+from ka_attention.harness.settings import ModelSettings
+from ka_attention.studies.compare.recipes import COMPARE
 
 PYTHIA = COMPARE["pythia-70m-training"]
 ARMS = {"softmax": "softmax", "KA": "ka"}

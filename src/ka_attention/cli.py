@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,18 +86,16 @@ def train(
 @app.command()
 def evaluate(out: Folder) -> None:
     """The second half of compare: evaluate the models that were trained in OUT, and write the report."""
-    from ka_attention.harness.settings import override
+    from ka_attention.harness.settings import restore
     from ka_attention.harness.study import open_store, publish, read, undamaged
-    from ka_attention.studies.compare.recipes import COMPARE
+    from ka_attention.studies.compare.recipes import CompareRecipe
     from ka_attention.studies.compare.study import COMPARISON
 
     stored = read(out / "parts", "identity.json")
     if stored.get("study") != COMPARISON.name:
         raise UserError(f"OUT: {out} holds a run of {stored.get('study')}; only compare is evaluated on its own")
     with undamaged(out / "parts" / "identity.json"):
-        settings = dict(stored["recipe"])
-        named = replace(COMPARE["quick"], name=settings.pop("name"), summary=settings.pop("summary"))
-        recipe = override(named, [f"{key}={_shown(value)}" for key, value in settings.items()])  # checks each value
+        recipe = restore(CompareRecipe, stored["recipe"])
     store = open_store(COMPARISON, recipe, out)
     seeds = COMPARISON.trained_seeds(recipe, store)
     if not seeds:

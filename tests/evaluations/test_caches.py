@@ -44,30 +44,30 @@ def test_the_token_loop_scores_what_the_parallel_operator_scores(name, sequences
     ka = ARMS[name]
     model = build(ka)
     found = caches.evaluate(model, sequences, batch_size=3)
-    for kind, row in found.items():
-        assert row["own"] == (kind == ("kv" if name.startswith("softmax") else "ka"))
+    for kind, row in found.kinds.items():
+        assert row.own == (kind == ("kv" if name.startswith("softmax") else "ka"))
         with caches.attention(model, kind):
             parallel = perplexity.evaluate(model, sequences, batch_size=5)
         # Two float32 routes to the same logits: their difference in the mean of nearly a hundred losses.
-        assert row["loss"] == pytest.approx(parallel["loss"], abs=2e-6)
-    assert abs(found["kv"]["loss"] - found["ka"]["loss"]) > 1e-2
+        assert row.loss == pytest.approx(parallel.loss, abs=2e-6)
+    assert abs(found.kinds["kv"].loss - found.kinds["ka"].loss) > 1e-2
     own = perplexity.evaluate(model, sequences, batch_size=5)
-    assert next(row for row in found.values() if row["own"])["loss"] == pytest.approx(own["loss"], abs=2e-6)
+    assert found.kinds[found.own].loss == pytest.approx(own.loss, abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_measured_bytes_are_the_computed_ones(name, sequences):
-    for row in caches.evaluate(build(ARMS[name]), sequences, batch_size=3).values():
-        assert row["bytes_per_token_measured"] == row["bytes_per_token_computed"] == 2 * 2 * 32 * 4
-        assert row["bytes_per_sequence_measured"] == row["bytes_per_sequence_computed"]
+    for row in caches.evaluate(build(ARMS[name]), sequences, batch_size=3).kinds.values():
+        assert row.bytes_per_token_measured == row.bytes_per_token_computed == 2 * 2 * 32 * 4
+        assert row.bytes_per_sequence_measured == row.bytes_per_sequence_computed
     kept = {"softmax-w8": 7 + 7, "ka-w8": 7 + 7, "one layer": LENGTH + 3}.get(name, 2 * LENGTH)
-    assert row["bytes_per_sequence_measured"] == kept * 2 * 32 * 4
+    assert row.bytes_per_sequence_measured == kept * 2 * 32 * 4
 
 
 def test_the_swap_is_softmax_on_a_ka_model_and_ka_on_a_softmax_model(sequences):
     softmax, ka = (caches.evaluate(build(config), sequences, batch_size=5) for config in (None, KAConfig()))
     for kind in ("kv", "ka"):  # the same weights, so the same models
-        assert softmax[kind]["loss"] == pytest.approx(ka[kind]["loss"], abs=2e-6)
+        assert softmax.kinds[kind].loss == pytest.approx(ka.kinds[kind].loss, abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -81,9 +81,9 @@ def test_the_model_is_left_as_it_was(name, sequences):
 
 
 def test_one_kind_alone_and_its_speed(sequences):
-    (row,) = caches.evaluate(build(None), sequences, batch_size=5, caches=("ka",)).values()
-    assert row["tokens"] == sequences.numel()
-    assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+    (row,) = caches.evaluate(build(None), sequences, batch_size=5, caches=("ka",)).kinds.values()
+    assert row.tokens == sequences.numel()
+    assert row.tokens_per_s == pytest.approx(row.tokens / row.seconds)
 
 
 def test_decoding_keeps_layers_and_window():

@@ -14,11 +14,13 @@ from ka_attention.cli import app
 from ka_attention.commands import convert
 from ka_attention.commands.generate import first_difference
 from ka_attention.conversion.raising import Conversion
-from ka_attention.evaluations import adapters, conversion, decoding, heads, repair
-from ka_attention.harness.arms import arm, build
+from ka_attention.evaluations import adapters, conversion, decoding, heads
+from ka_attention.harness.arms import ArmResults, arm, build
 from ka_attention.harness.models import load_model
 from ka_attention.harness.perplexity import evaluate
+from ka_attention.harness.records import from_json, to_json
 from ka_attention.harness.tokenizer import train as train_tokenizer
+from ka_attention.harness.trained import Trained
 from ka_attention.hf import load_adapter, use
 
 
@@ -60,57 +62,63 @@ def test_the_cheapest_heads_go_first():
 def test_the_curve_runs_from_softmax_to_the_swap(model):
     sample = text(8)
     found = heads.evaluate(model, text(4), sample, batch_size=8)
-    softmax = evaluate(model, sample, batch_size=8)["ppl"]
+    softmax = evaluate(model, sample, batch_size=8).ppl
     with use(model):
-        swap = evaluate(model, sample, batch_size=8)["ppl"]
-    assert [point["heads"] for point in found["curve"]] == [0, 1, 2, 3, 4]
-    assert found["curve"][0]["ppl"] == pytest.approx(softmax, rel=1e-6)
-    assert found["curve"][-1]["ppl"] == pytest.approx(swap, rel=1e-6)
-    assert torch.tensor(found["cost"]).shape == (2, 2)
+        swap = evaluate(model, sample, batch_size=8).ppl
+    assert [point.heads for point in found.curve] == [0, 1, 2, 3, 4]
+    assert found.curve[0].ppl == pytest.approx(softmax, rel=1e-6)
+    assert found.curve[-1].ppl == pytest.approx(swap, rel=1e-6)
+    assert torch.tensor(found.cost).shape == (2, 2)
 
 
 def test_everything_is_reported(model):
     train, sample = text(32), text(8)
     answers = {
-        "adapters": adapters.evaluate(model, train, sample, steps=2, batch_size=8),
-        "heads": heads.evaluate(model, train[:4], sample, batch_size=8),
-        "conversion": conversion.evaluate(
+        adapters: adapters.evaluate(model, train, sample, steps=2, batch_size=8),
+        heads: heads.evaluate(model, train[:4], sample, batch_size=8),
+        conversion: conversion.evaluate(
             model, train, sample, original_tokens=10 * train.numel(), learning_rate=1e-3, batch_size=8
         ),
-        "decoding": decoding.evaluate(model, contexts=(4, 8), batch_sizes=(1, 2)),
+        decoding: decoding.evaluate(model, contexts=(4, 8), batch_sizes=(1, 2)),
     }
-    json.dumps(answers)
-    assert {name: run["steps"] for name, run in answers["conversion"]["runs"].items()} == {
+    for answer in answers.values():
+        assert from_json(type(answer), json.loads(json.dumps(to_json(answer)))) == answer
+    converted = answers[conversion]
+    assert {name: run.steps for name, run in converted.runs.items()} == {
         "0.01": 1, "0.02": 2, "0.05": 4, "0.1": 8, "control": 8, "learned": 2,
     }  # fmt: skip
-    for row in answers["conversion"]["windows"]:
-        assert (row["ka"]["steps"], row["softmax"]["steps"]) == (2, 2)
-        assert row["ka"]["untrained"] != row["softmax"]["untrained"]
-    results = {"arms": {"softmax": {"label": "softmax", "seeds": [answers] * 2}, "ka": {"label": "KA", "seeds": [{}]}}}
+    for row in converted.windows:
+        assert (row.ka.steps, row.softmax.steps) == (2, 2)
+        assert row.ka.untrained != row.softmax.untrained
     found = [
         section
-        for part in (repair.adapters, repair.heads, repair.conversion, decoding.sections)
-        for section in part(results)
+        for evaluation, answer in answers.items()
+        for section in evaluation.sections([ArmResults(arm("softmax"), (answer, answer))])
     ]
     assert [section.title for section in found] == [
         "Adapters", "Which heads", "Conversion", "Conversion to a window", "Decoding speed",
     ]  # fmt: skip
-    assert all(section.tables and section.figures for section in found)
-    assert repair.conversion({"arms": {"ka": {"label": "KA", "seeds": [{"conversion": {}}]}}}) == []
+    assert all(section.tables for section in found)
+
+
+def test_questions_that_do_not_arise_are_not_asked():
+    """Of a model that was not trained with plain softmax attention nothing is loaded for them."""
+    trained = Trained(arm("ka"), tiny.recipe(), None, 0, None, Path("nowhere"), 4)
+    assert [evaluation.run(trained) for evaluation in (adapters, heads, conversion, decoding)] == [None] * 4
 
 
 def test_both_caches_are_timed_on_the_same_weights(model):
     before = model.config.to_dict()
     found = decoding.evaluate(model, contexts=(4, 8), batch_sizes=(1, 3))
-    assert [(row["batch"], row["context"]) for row in found["MHA"]] == [(1, 4), (1, 8), (3, 4), (3, 8)]
+    assert [(row.batch, row.context) for row in found.models["MHA"]] == [(1, 4), (1, 8), (3, 4), (3, 8)]
     assert model.config.to_dict() == before
     key_heads = {"MHA": 2, "GQA": 1}
-    for name, rows in found.items():
+    for name, rows in found.models.items():
         for row in rows:
-            for kind, stored in (("kv", 2 * key_heads[name]), ("ka", key_heads[name] + 2)):
-                assert row[kind]["bytes_a_token"] == row[kind]["computed"] == 2 * stored * 16 * 4
-                assert row[kind]["tokens_per_s"] > 0
-                assert row[kind]["prefill_tokens_per_s"] > 0
+            for measured, stored in ((row.kv, 2 * key_heads[name]), (row.ka, key_heads[name] + 2)):
+                assert measured.bytes_a_token == measured.computed == 2 * stored * 16 * 4
+                assert measured.tokens_per_s > 0
+                assert measured.prefill_tokens_per_s > 0
 
 
 @pytest.mark.parametrize("command", ["adapt", "convert"])

@@ -20,6 +20,11 @@ def words():
     return tokenizer.train(texts(), 400)
 
 
+def own(found):
+    """All facts under the model's own attention."""
+    return found.by_cache[found.own]["all"]
+
+
 def build(ka=None):
     torch.manual_seed(0)
     config = GPTNeoXConfig(
@@ -63,19 +68,17 @@ def test_perplexity_is_that_of_all_tokens_with_the_first_entity(words):
                 nll += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
     # Alone and padded in a batch, in float32.
-    assert found["backward_ppl"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
-    assert found["ratio"] == found["forward_ppl"] / found["backward_ppl"]
-    assert found["sentences"] == 48
+    assert own(found).backward_ppl == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    assert own(found).ratio == own(found).forward_ppl / own(found).backward_ppl
+    assert found.sentences == 48
 
 
-def test_both_caches_and_the_own_one_on_top(words):
+def test_both_caches(words):
     softmax, ka = (reversal.evaluate(build(config), words, max_length=128) for config in (None, KAConfig()))
-    assert (softmax["own"], ka["own"]) == ("kv", "ka")
-    assert softmax["forward_ppl"] == softmax["by_cache"]["kv"]["all"]["forward_ppl"]
-    assert ka["forward_ppl"] == ka["by_cache"]["ka"]["all"]["forward_ppl"]
+    assert (softmax.own, ka.own) == ("kv", "ka")
     # The same weights: the swap of one is the other.
-    assert softmax["by_cache"]["ka"]["real"]["ratio"] == pytest.approx(ka["by_cache"]["ka"]["real"]["ratio"], rel=1e-5)
-    assert abs(softmax["ratio"] - ka["ratio"]) > 1e-3
+    assert softmax.by_cache["ka"]["real"].ratio == pytest.approx(ka.by_cache["ka"]["real"].ratio, rel=1e-5)
+    assert abs(own(softmax).ratio - own(ka).ratio) > 1e-3
 
 
 def test_is_deterministic_and_leaves_the_model_as_it_was(words):
@@ -92,4 +95,4 @@ def test_long_sentences_are_cut(words):
         logits = model(input_ids=torch.tensor([[words.eos_token_id]])).logits[0, 0]
     loss = -logits.log_softmax(-1)[firsts].mean().item()
     found = reversal.evaluate(model, words, max_length=2)  # end of text and one token
-    assert found["forward_ppl"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert own(found).forward_ppl == pytest.approx(math.exp(loss), rel=1e-5)

@@ -210,7 +210,7 @@ def test_prepare_gives_the_same_tokens_twice_and_another_fingerprint_for_other_d
     assert first.description == second.description
     assert (first.train.shape, first.validation.shape) == ((20, 16), (4, 16))
     write(path, [text.replace("gamma", "delta") for text in DOCUMENTS])
-    assert data.prepare(settings, 300).description["fingerprint"] != first.description["fingerprint"]
+    assert data.prepare(settings, 300).description.fingerprint != first.description.fingerprint
 
 
 def test_the_fingerprint_is_of_training_and_validation(tmp_path):
@@ -223,7 +223,7 @@ def test_the_fingerprint_is_of_training_and_validation(tmp_path):
         validation_samples=4,
     )
     others = replace(settings, train_samples=19), replace(settings, validation_samples=3)
-    assert len({data.prepare(each, 300).description["fingerprint"] for each in (settings, *others)}) == 3
+    assert len({data.prepare(each, 300).description.fingerprint for each in (settings, *others)}) == 3
 
 
 def test_of_a_few_documents_the_last_tenth_of_each_is_validation(tmp_path):

@@ -207,10 +207,10 @@ def test_a_name_that_is_not_utf_8_can_be_said(tmp_path):
 
 def test_long_texts_are_tokenised_in_pieces_with_the_same_tokens(monkeypatch):
     """A token takes some hundred bytes while a text is tokenised: 20 MB in one line took 3.9 GB."""
-    monkeypatch.setattr(data, "PIECE", 2_000)
+    monkeypatch.setattr(documents, "PIECE", 2_000)
     draw = random.Random(0)
     text = "".join(draw.choice("a bc de. \n\n\t é") for _ in range(20_000))
-    parts = list(data.pieces(text))
+    parts = list(documents.pieces(text))
     assert "".join(parts) == text
     assert len(parts) >= 10
     assert max(map(len, parts)) <= 2_000
@@ -222,4 +222,4 @@ def test_long_texts_are_tokenised_in_pieces_with_the_same_tokens(monkeypatch):
     expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id, *tokenizer("short")["input_ids"]]
     assert ids.tolist() == [*expected, tokenizer.eos_token_id]
     assert max(at_once) < 2 * 2_000
-    assert [len(part) for part in data.pieces("x" * 2_001)] == [2_000, 1]
+    assert [len(part) for part in documents.pieces("x" * 2_001)] == [2_000, 1]

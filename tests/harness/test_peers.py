@@ -1,7 +1,6 @@
 """Recurrent peers: equal parameters and stated states; with flash-linear-attention there, its layers and their sums."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +11,13 @@ from ka_attention.errors import UserError
 from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import arm, build
 from ka_attention.harness.settings import ModelSettings
-from ka_attention.studies.window.report import sections
-from ka_attention.studies.window.study import window_arm
+from ka_attention.studies.window.recipes import window_arm
 
 SETTINGS = ModelSettings(vocab_size=512, hidden_size=64, layers=2, heads=4, intermediate_size=256)
 
 
 def peer(name):
-    return recurrent.Peer(name, recurrent.LABELS[name], None)
+    return recurrent.Peer(name, recurrent.KINDS[name], mixer=name)
 
 
 def parameters(model):
@@ -77,46 +75,7 @@ def test_peers_need_their_library_and_a_gpu(monkeypatch):
         window_arm("mamba2", 2)
 
 
-def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
-    def entry(label, kib, ppl):
-        runs = [{"first": i, "last": i + 15, "ppl": ppl + i} for i in range(0, 64, 16)]
-        found = {"ppl": ppl, "by_position": runs}
-        return {"label": label, "cache_bytes": 1024 * kib, "seeds": [{"perplexity": found}]}
-
-    arms = {
-        "softmax": entry("softmax", 4000, 10.0),
-        "ka-w8": entry("KA, window 8", 80, 12.0),
-        "ka-w32": entry("KA, window 32", 370, 11.0),
-        "gla": entry("GLA", 400, 12.1),
-    }
-    [summary, text, _] = sections(
-        {
-            "lengths": [{"length": 64, "arms": arms}],
-            "tasks": {},
-            "recipe": {"task_length": 16, "task_layers": 2},
-        }
-    )
-    setting, _, came = summary.paragraphs
-    assert "their cache is their state" in setting
-    assert "GLA (400 KiB) +10.0 % (one seed) against KA, window 32 (370 KiB)" in came
-    assert "Best with a smaller cache than softmax is KA, window 32: 9.2 % of the bytes" in came
-    assert text.tables[0].columns[-1] == "PPL of 32–63"  # the last octave, a geometric mean
-    assert text.tables[0].rows[0][-1].startswith(f"{((12 + 32) * (12 + 48)) ** 0.5:.1f}")
-
-    drawn = {}
-    ax = SimpleNamespace(
-        plot=lambda ppl, label: drawn.update({label: ppl}),
-        set_xticks=lambda at, names, **_: drawn.update(names=names),
-        set_xlabel=str,
-        set_ylabel=str,
-        figure=SimpleNamespace(legend=lambda **_: None),
-    )
-    text.figures[1].draw(ax)
-    assert drawn["names"] == ["0–15", "16–31", "32–63"]
-    assert drawn["GLA"] == pytest.approx([12.1, 28.1, (44.1 * 60.1) ** 0.5])
-
-
-@pytest.mark.parametrize("name", recurrent.LABELS)
+@pytest.mark.parametrize("name", recurrent.KINDS)
 def test_the_layers_of_the_library_are_counted_right(name):
     pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     softmax = parameters(build(arm("softmax"), SETTINGS, 0))
@@ -148,7 +107,7 @@ def test_mamba2_is_computed_as_its_layer_computes_it(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", recurrent.LABELS)
+@pytest.mark.parametrize("name", recurrent.KINDS)
 def test_peers_are_causal_and_learn(name):
     pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     model = peer(name).install(build(arm("softmax"), SETTINGS, 0)).cuda()

@@ -7,7 +7,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from ka_attention.evaluations import perplexity as evaluation
 from ka_attention.harness import perplexity
+from ka_attention.harness.arms import ArmResults, arm
+from ka_attention.harness.perplexity import Perplexity, Run
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +36,24 @@ def test_loss_is_the_models_own(model, sequences):
     with torch.no_grad():
         loss = model(input_ids=sequences, labels=sequences).loss.item()
     found = perplexity.evaluate(model, sequences, batch_size=5)
-    assert found["loss"] == pytest.approx(loss, rel=1e-6)  # losses are taken in float32
-    assert found["ppl"] == pytest.approx(math.exp(loss), rel=1e-5)
-    assert found["tokens"] == 5 * 39
+    assert found.loss == pytest.approx(loss, rel=1e-6)  # losses are taken in float32
+    assert found.ppl == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found.tokens == 5 * 39
 
 
 def test_positions_partition_the_sequence(model, sequences):
     found = perplexity.evaluate(model, sequences, batch_size=2)
-    runs = found["by_position"]
-    assert [(run["first"], run["last"]) for run in runs] == [(0, 15), (16, 31), (32, 38)]
-    pooled = sum(math.log(run["ppl"]) * (run["last"] - run["first"] + 1) for run in runs) / 39
-    assert pooled == pytest.approx(found["loss"], rel=1e-9)
+    runs = found.by_position
+    assert [(run.first, run.last) for run in runs] == [(0, 15), (16, 31), (32, 38)]
+    pooled = sum(math.log(run.ppl) * (run.last - run.first + 1) for run in runs) / 39
+    assert pooled == pytest.approx(found.loss, rel=1e-9)
 
 
 def test_a_position_is_that_of_the_token_that_predicts(model, sequences):
-    before = perplexity.evaluate(model, sequences, batch_size=5)["by_position"]
+    before = perplexity.evaluate(model, sequences, batch_size=5).by_position
     changed = sequences.clone()
     changed[:, 33] = (changed[:, 33] + 1) % 97  # predicted from position 32: touches the third run only
-    after = perplexity.evaluate(model, changed, batch_size=5)["by_position"]
+    after = perplexity.evaluate(model, changed, batch_size=5).by_position
     assert after[:2] == before[:2]
     assert after[2] != before[2]
 
@@ -60,7 +63,7 @@ def test_batches_do_not_matter_and_the_mode_is_kept(model, sequences):
     whole = perplexity.evaluate(model, sequences, batch_size=5)
     assert model.training
     model.eval()
-    assert perplexity.evaluate(model, sequences, batch_size=2)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert perplexity.evaluate(model, sequences, batch_size=2).loss == pytest.approx(whole.loss, rel=1e-6)
     assert not model.training
 
 
@@ -73,30 +76,33 @@ def test_losses_are_taken_in_float32_and_returned_in_float64():
     torch.testing.assert_close(losses, truth, rtol=1e-5, atol=1e-5)
 
 
-def arm(label, seeds):
-    """Perplexity results of an arm; ``seeds`` holds the PPL of positions 0–15, 16–30 and of all, a row a seed."""
+def test_octaves():
+    ppl = [2.0, 3.0, 4.0, 9.0, 5.0, 5.0, 5.0, 20.0]
+    runs = [Run(16 * i, 16 * i + 15, p) for i, p in enumerate(ppl)]
+    runs[-1] = Run(112, 126, 20.0)  # the last position predicts nothing
+    found = Perplexity(0.0, 1.0, 127, tuple(runs)).by_octave()
+    assert [run.name for run in found] == ["0–15", "16–31", "32–63", "64–126"]
+    last = math.exp((48 * math.log(5) + 15 * math.log(20)) / 63)
+    assert [run.ppl for run in found] == pytest.approx([2.0, 3.0, 6.0, last])
+
+
+def results(name, seeds):
+    """Perplexity of an arm; ``seeds`` holds the PPL of positions 0–15, 16–30 and of all, a row a seed."""
     bounds = ((0, 15), (16, 30))
-    return {
-        "label": label,
-        "seeds": [
-            {
-                "perplexity": {
-                    "loss": math.log(row[-1]),
-                    "ppl": row[-1],
-                    "by_position": [
-                        {"first": first, "last": last, "ppl": ppl}
-                        for (first, last), ppl in zip(bounds, row[:-1], strict=True)
-                    ],
-                }
-            }
+    return ArmResults(
+        arm(name),
+        tuple(
+            Perplexity(
+                math.log(row[-1]), row[-1], 31, tuple(Run(*at, ppl) for at, ppl in zip(bounds, row[:-1], strict=False))
+            )
             for row in seeds
-        ],
-    }
+        ),
+    )
 
 
 def test_the_section_says_draws_and_lists_each_position_of_each_arm():
-    two_seeds = arm("softmax", [(100, 50, 70), (102, 50, 72)]), arm("KA", [(110, 45, 71), (112, 45, 73)])
-    (section,) = perplexity.sections({"arms": dict(enumerate(two_seeds))})
+    arms = [results("softmax", [(100, 50, 70), (102, 50, 72)]), results("ka", [(110, 45, 71), (112, 45, 73)])]
+    (section,) = evaluation.sections(arms)
     assert section.paragraphs[-1] == (
         "softmax: PPL 101.0 at the start, 50.0 at the end. KA against softmax: +9.9 % at the start, −10.0 % at the end."
     )
@@ -115,7 +121,5 @@ def test_the_section_says_draws_and_lists_each_position_of_each_arm():
 
 
 def test_one_run_of_positions_has_no_start_and_end():
-    results = {"arms": {"a": arm("softmax", [(100, 50, 70)])}}
-    results["arms"]["a"]["seeds"][0]["perplexity"]["by_position"].pop()
-    (section,) = perplexity.sections(results)
+    (section,) = evaluation.sections([results("softmax", [(100, 70)])])
     assert "at the start" not in " ".join(section.paragraphs)

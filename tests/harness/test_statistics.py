@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ka_attention.harness.arms import ArmResults, arm
 from ka_attention.harness.statistics import (
-    arms_with,
     caution,
     cell,
     changes,
@@ -19,23 +19,14 @@ from ka_attention.harness.statistics import (
     percent_cell,
     seeds_of,
     signed,
-    values,
     verdict,
 )
 
-ARM = {"label": "KA", "seeds": [{"perplexity": {"ppl": 2.0}}, {"perplexity": {"ppl": 4.0}}]}
+KA = ArmResults(arm("ka"), (2.0, 4.0))
 
 
-def test_values_of_all_seeds():
-    assert values(ARM, "perplexity", "ppl") == [2.0, 4.0]
-    assert values(ARM, "caches", "ka", "ppl") == []
-    assert values({"seeds": [{"gain": 0.0}, {}, {"gain": 1.0}]}, "gain") == [0.0, 1.0]
-
-
-def test_only_arms_with_the_evaluation_in_every_seed():
-    half = {"label": "half", "seeds": [{"perplexity": {}}, {}]}
-    results = {"arms": {"ka": ARM, "half": half, "none": {"label": "none", "seeds": []}}}
-    assert [label for label, _ in arms_with(results, "perplexity")] == ["KA"]
+def test_a_figure_of_each_seed():
+    assert KA.each(lambda ppl: 10 * ppl) == [20.0, 40.0]
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
@@ -56,11 +47,11 @@ def test_wording():
 def test_tables_and_captions_say_the_number_of_seeds_once():
     assert cell([439.1, 442.2, 445.3]) == "442.2 ± 3.1"
     assert percent_cell([-176.6]) == "−176.6 %"
-    one = {"label": "KA", "seeds": [{}]}
-    assert seeds_of([("KA", ARM)]) == "mean ± sd over 2 seeds"
-    assert seeds_of([("KA", one)]) == "one seed"
-    assert "**one seed**" in caution([("KA", ARM), ("other", one)])
-    assert "one seed" not in caution([("KA", ARM)])
+    one = ArmResults(arm("softmax"), (1.0,))
+    assert seeds_of([KA]) == "mean ± sd over 2 seeds"
+    assert seeds_of([one]) == "one seed"
+    assert "**one seed**" in caution([KA, one])
+    assert "one seed" not in caution([KA])
 
 
 def test_changes_are_paired_by_seed():

@@ -14,8 +14,9 @@ from ka_attention.errors import UserError
 from ka_attention.harness import training
 from ka_attention.harness.arms import arm, build
 from ka_attention.harness.data import Sequences
+from ka_attention.harness.records import from_json, to_json
 from ka_attention.harness.settings import TrainingSettings
-from ka_attention.harness.training import load_weights, mean_loss, train
+from ka_attention.harness.training import Training, load_weights, mean_loss, train
 
 SETTINGS = TrainingSettings(batch_size=4, learning_rate=3e-3, epochs=3, patience=3)
 
@@ -40,26 +41,26 @@ def run(text, folder, settings=SETTINGS, name="softmax", console=None):
 def test_the_table_is_that_of_the_reports_and_the_numbers_are_the_models(text, tmp_path):
     console = Console(record=True, width=100)
     trained, result = run(text, tmp_path, console=console)
-    rows = result["epochs"]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["val_ppl"] < rows[0]["val_ppl"] < 60
-    assert result["best_val_ppl"] == min(row["val_ppl"] for row in rows)
-    assert result["parameters"] == sum(parameter.numel() for parameter in trained.parameters())
+    rows = result.epochs
+    assert [row.epoch for row in rows] == [1, 2, 3]
+    assert rows[-1].val_ppl < rows[0].val_ppl < 60
+    assert result.best_val_ppl == min(row.val_ppl for row in rows)
+    assert result.parameters == sum(parameter.numel() for parameter in trained.parameters())
     # Validation PPL from the definition, in one forward pass.
     tokens = text[1].input_ids
     logits = trained(tokens).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
-    assert loss.exp().item() == pytest.approx(result["best_val_ppl"], rel=1e-5)
+    assert loss.exp().item() == pytest.approx(result.best_val_ppl, rel=1e-5)
     printed = console.export_text()
     assert "| Epoch | Train PPL |  Val PPL |    Time |   |" in printed
-    assert f"|     1 | {rows[0]['train_ppl']:9.1f} | {rows[0]['val_ppl']:8.1f} |" in printed
+    assert f"|     1 | {rows[0].train_ppl:9.1f} | {rows[0].val_ppl:8.1f} |" in printed
 
 
 def test_train_ppl_is_the_mean_loss_over_the_epochs_batches(text, tmp_path):
     """With a learning rate of almost nothing every batch is scored by the initial weights."""
     _, result = run(text, tmp_path, replace(SETTINGS, learning_rate=1e-12, epochs=1))
     expected = mean_loss(model(), text[0], 4, torch.device("cpu"))
-    assert math.log(result["epochs"][0]["train_ppl"]) == pytest.approx(expected, rel=1e-5)
+    assert math.log(result.epochs[0].train_ppl) == pytest.approx(expected, rel=1e-5)
 
 
 def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_come_back(text, tmp_path, monkeypatch):
@@ -72,8 +73,8 @@ def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_c
 
     monkeypatch.setattr(training, "mean_loss", scripted)
     trained, result = run(text, tmp_path, replace(SETTINGS, epochs=9, patience=2))
-    assert [row["best"] for row in result["epochs"]] == [True, True, False, False]
-    assert (result["best_epoch"], result["best_val_ppl"]) == (2, math.exp(2.0))
+    assert [row.best for row in result.epochs] == [True, True, False, False]
+    assert (result.best_epoch, result.best_val_ppl) == (2, math.exp(2.0))
     assert torch.equal(trained.gpt_neox.embed_in.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
     loaded = model(seed=1)
@@ -92,8 +93,8 @@ def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_c
 def test_two_runs_are_equal_to_the_bit_and_gates_are_trained_and_saved(text, tmp_path, name):
     first, one = run(text, tmp_path / "1", name=name)
     second, two = run(text, tmp_path / "2", name=name)
-    assert [row["val_ppl"] for row in one["epochs"]] == [row["val_ppl"] for row in two["epochs"]]
-    assert [row["train_ppl"] for row in one["epochs"]] == [row["train_ppl"] for row in two["epochs"]]
+    assert [row.val_ppl for row in one.epochs] == [row.val_ppl for row in two.epochs]
+    assert [row.train_ppl for row in one.epochs] == [row.train_ppl for row in two.epochs]
     fresh = model(name).state_dict()
     for key, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[key])
@@ -131,8 +132,8 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, mon
     monkeypatch.setattr(training, "mean_loss", lambda *arguments: scored.append(1) or mean_loss(*arguments))
     continued = run(text, folder, settings)[1]
     assert len(scored) == (0 if moment == "after_the_last_epoch" else 2), "finished epochs are not trained again"
-    for one, two in zip(whole["epochs"], continued["epochs"], strict=True):
-        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    for one, two in zip(whole.epochs, continued.epochs, strict=True):
+        assert replace(one, seconds=0.0) == replace(two, seconds=0.0)
 
 
 def test_labels_of_minus_100_give_no_loss(text, tmp_path):
@@ -228,5 +229,5 @@ def test_losses_are_given_to_what_report_to_names(text, tmp_path, monkeypatch):
 
 def test_the_result_is_json(text, tmp_path):
     _, result = run(text, tmp_path, replace(SETTINGS, epochs=1))
-    assert json.loads(json.dumps(result)) == result
-    assert result["seconds_per_epoch"] == result["epochs"][0]["seconds"] > 0
+    assert from_json(Training, json.loads(json.dumps(to_json(result)))) == result
+    assert result.seconds_per_epoch == result.epochs[0].seconds > 0

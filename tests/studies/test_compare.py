@@ -5,18 +5,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ka_attention.harness import data
+from ka_attention.harness import arms, data, trained
+from ka_attention.harness.records import from_json
+from ka_attention.harness.statistics import mean
 from ka_attention.harness.study import open_store, publish, read
 from ka_attention.harness.training import mean_loss
 from ka_attention.hf import register
-from ka_attention.studies.compare import study as compare
+from ka_attention.studies.compare import report
+from ka_attention.studies.compare.report import Results
 from ka_attention.studies.compare.study import COMPARISON
 
 
@@ -30,7 +33,8 @@ def corpus(tmp_path_factory):
 def run(recipe, out, seeds=1, work=COMPARISON.run):
     store = open_store(COMPARISON, recipe, out)
     publish(COMPARISON, recipe, store, seeds, work(recipe, store, seeds))
-    return read(out, "results.json")
+    stored = read(out, "results.json")
+    return from_json(Results, {"data": stored["data"], "arms": stored["arms"]})
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +48,33 @@ def finished(corpus, tmp_path_factory):
 def numbers(results):
     """Every figure that does not depend on the clock."""
     arms = {}
-    for name, arm in results["arms"].items():
-        for seed, answers in enumerate(arm["seeds"]):
-            rows = [(row["train_ppl"], row["val_ppl"], row["best"]) for row in answers["training"]["epochs"]]
-            arms[name, seed] = rows, {kind: cache["ppl"] for kind, cache in answers.get("caches", {}).items()}
+    for name, arm in results.arms.items():
+        for seed, answers in enumerate(arm.seeds):
+            rows = [(row.train_ppl, row.val_ppl, row.best) for row in answers.training.epochs]
+            caches = answers.caches.kinds if answers.caches else {}
+            arms[name, seed] = rows, {kind: cache.ppl for kind, cache in caches.items()}
     return arms
+
+
+def test_every_evaluation_has_its_field():
+    assert ["training", *report.EVALUATIONS] == [field.name for field in fields(report.Answers)]
 
 
 def test_the_results_hold_what_a_reader_needs(finished):
     recipe, out, results = finished
-    assert results["schema_version"] == 1
-    assert results["recipe"]["arms"] == list(recipe.arms)
-    assert results["environment"]["torch"]
-    assert results["data"]["train_tokens"] == recipe.train_samples * recipe.sequence_length
-    for arm in results["arms"].values():
-        assert [sorted(answers) for answers in arm["seeds"]] == [
-            sorted(["training", *(evaluation.name for evaluation in compare.EVALUATIONS)])
-        ] * 2
-        assert arm["val_ppl"]["n"] == 2
-        assert arm["val_ppl"]["sd"] > 0
+    stored = read(out, "results.json")
+    assert stored["schema_version"] == 2
+    assert stored["recipe"]["arms"] == list(recipe.arms)
+    assert stored["environment"]["torch"]
+    assert results.data.train_tokens == recipe.train_samples * recipe.sequence_length
+    for name, arm in results.arms.items():
+        asked = [{key for key, answer in vars(answers).items() if answer is not None} for answers in arm.seeds]
+        only_first = {"decoding"} if name == "softmax" else set()
+        everywhere = {"training", *report.EVALUATIONS} - only_first
+        if name != "softmax":
+            everywhere -= {"adapters", "heads", "conversion", "decoding"}
+        assert asked == [everywhere | only_first, everywhere]
+        assert arm.arm == arms.arm(name)
     for file in ("report.md", "report.html", "figures/training.svg"):
         assert (out / file).stat().st_size > 0
 
@@ -72,44 +84,44 @@ def test_the_weights_load_as_the_models_that_were_trained(finished):
     recipe, out, results = finished
     register()
     for seed in (0, 1):
-        for name, arm in results["arms"].items():
+        for name, arm in results.arms.items():
             folder = out / f"weights/seed{seed}/{name}"
             assert not (folder / "checkpoints").exists()
             model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
             text = data.prepare(replace(recipe, tokenizer=str(folder)), recipe.vocab_size)
-            assert text.description == results["data"]
+            assert text.description == results.data
             loss = mean_loss(model, data.Sequences(text.validation), 8, torch.device("cpu"))
-            assert math.exp(loss) == pytest.approx(arm["seeds"][seed]["training"]["best_val_ppl"], rel=1e-6)
+            assert math.exp(loss) == pytest.approx(arm.seeds[seed].training.best_val_ppl, rel=1e-6)
             assert tokenizer.decode(model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=3)[0])
 
 
 def test_the_figures_agree_with_one_another(finished):
     """The model that was trained is the one that is evaluated, in parallel and token by token."""
     _, _, results = finished
-    for arm in results["arms"].values():
-        own = "kv" if arm["ka"] is None or arm["ka"]["gate_init"] == 0 else "ka"
-        for answers in arm["seeds"]:
-            best = answers["training"]["best_val_ppl"]
-            assert answers["perplexity"]["ppl"] == pytest.approx(best, rel=1e-5)
-            assert answers["caches"]["ka"]["ppl"] != answers["caches"]["kv"]["ppl"]
-            assert answers["caches"][own]["ppl"] == pytest.approx(best, rel=0.5)
+    for arm in results.arms.values():
+        for answers in arm.seeds:
+            best, caches = answers.training.best_val_ppl, answers.caches.kinds
+            assert answers.perplexity.ppl == pytest.approx(best, rel=1e-5)
+            assert caches["ka"].ppl != caches["kv"].ppl
+            assert answers.caches.own == arm.arm.own_cache
+            assert caches[answers.caches.own].ppl == pytest.approx(best, rel=0.5)
 
 
 def test_the_report_says_the_main_numbers(finished):
     _, out, results = finished
     page = (out / "report.md").read_text()
     assert page.index("In short") < page.index("Training") < page.index("Reversal")
-    for arm in results["arms"].values():
-        assert f"{arm['val_ppl']['mean']:,.1f}" in page
-        assert arm["label"] in page
+    for arm in results.arms.values():
+        assert f"{mean(arm.each(lambda seed: seed.training.best_val_ppl)):,.1f}" in page
+        assert arm.label in page
     assert "With the same small cache" in page
     assert "2 seeds" in page
 
 
 def test_running_again_redoes_nothing(finished, monkeypatch):
     recipe, out, results = finished
-    monkeypatch.setattr(compare, "train", None)
-    monkeypatch.setattr(compare, "build", None)
+    monkeypatch.setattr(trained, "train", None)
+    monkeypatch.setattr(trained, "build", None)
     assert numbers(run(recipe, out, seeds=2)) == numbers(results)
 
 

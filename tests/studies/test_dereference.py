@@ -1,7 +1,5 @@
 """The dereference study: labels against a plain evaluator, a hand-made solver, the report."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,10 @@ import torch.nn.functional as F
 from ka_attention.errors import UserError
 from ka_attention.harness.settings import override
 from ka_attention.harness.store import Store
+from ka_attention.harness.tasks import Dereference, reach
 from ka_attention.ops import ka_attention
-from ka_attention.studies.dereference.study import DEREFERENCE, RECIPES, Dereference, reach
+from ka_attention.studies.dereference.recipes import RECIPES
+from ka_attention.studies.dereference.study import DEREFERENCE
 
 TASK = Dereference(names=40, literals=10, chains=4)
 
@@ -72,16 +72,15 @@ def test_a_tiny_run_end_to_end_is_resumed_and_reported(tmp_path):
         "layers=1 arms=softmax,ka-token least_seeds=2 length=6 test_lengths=6,9 chains=2 literals=4 hidden_size=16"
     )
     recipe = override(RECIPES["quick"], [*settings.split(), "train_samples=128", "test_samples=64"])
-    results = {"recipe": recipe.__dict__, **DEREFERENCE.run(recipe, Store(tmp_path, {}), 1)}
-    assert list(results["arms"]) == ["softmax/1", "ka-token/1"]
-    for entry in results["arms"].values():
-        assert [[test["length"] for test in one["tests"]] for one in entry["seeds"]] == [[6, 9]] * 2
-        assert all(sum(g["count"] for g in one["tests"][1]["groups"]) == 64 * 9 for one in entry["seeds"])
+    results = DEREFERENCE.run(recipe, Store(tmp_path, {}), 1)
+    assert list(results.arms) == ["softmax/1", "ka-token/1"]
+    for entry in results.arms.values():
+        assert [[test.length for test in exam.tests] for exam in entry.seeds] == [[6, 9]] * 2
+        assert all(sum(group.count for group in exam.tests[1].groups) == 64 * 9 for exam in entry.seeds)
     assert not list(tmp_path.glob("weights/**/*.safetensors"))
-    again = DEREFERENCE.run(recipe, Store(tmp_path, {}), 1)
-    assert again["arms"] == results["arms"]
+    assert DEREFERENCE.run(recipe, Store(tmp_path, {}), 1) == results
 
-    (section,) = DEREFERENCE.sections(json.loads(json.dumps(results)))
+    (section,) = DEREFERENCE.sections(recipe, results)
     assert [row[0] for row in section.tables[0].rows] == ["softmax, 1 layer", "KA, gate per token, 1 layer"]
     assert len(section.figures) == 2
     assert any("**Expected:**" in text for text in section.paragraphs)

@@ -14,7 +14,9 @@ from ka_attention.harness.study import open_store
 from ka_attention.hf import KAConfig, attach
 from ka_attention.report.render import render
 from ka_attention.studies.hops import study as hops
-from ka_attention.studies.hops.study import HOPS, RECIPES
+from ka_attention.studies.hops.recipes import RECIPES
+from ka_attention.studies.hops.report import Cut, Cuts, Model, Results
+from ka_attention.studies.hops.study import HOPS
 
 T = 12
 SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
@@ -33,16 +35,16 @@ def sequences():
 def test_ends_of_the_cut(sequences):
     m = model()
     found = hops.evaluate(m, sequences, (1, 3, T - 1, T), 4)
-    one, three, most, all_ = found["cut"]
-    assert found["ppl"] == perplexity.evaluate(m, sequences, batch_size=4)["ppl"]
+    one, three, most, all_ = found.cut
+    assert found.ppl == perplexity.evaluate(m, sequences, batch_size=4).ppl
     with attention(m, "kv"):
-        assert one["ppl"] == pytest.approx(perplexity.evaluate(m, sequences, batch_size=4)["ppl"], rel=1e-5)
-    assert abs(one["ppl"] - found["ppl"]) > 1e-2
+        assert one.ppl == pytest.approx(perplexity.evaluate(m, sequences, batch_size=4).ppl, rel=1e-5)
+    assert abs(one.ppl - found.ppl) > 1e-2
     for cut in (most, all_):  # T tokens allow T - 1 hops
-        assert cut["ppl"] == pytest.approx(found["ppl"], rel=1e-5)
-        assert max(cut["error"]) < 1e-5
-    assert all(0.01 < b < a for a, b in zip(one["error"], three["error"], strict=True))
-    assert all(cut["seconds"] > 0 for cut in found["cut"])
+        assert cut.ppl == pytest.approx(found.ppl, rel=1e-5)
+        assert max(cut.error) < 1e-5
+    assert all(0.01 < b < a for a, b in zip(one.error, three.error, strict=True))
+    assert all(cut.seconds > 0 for cut in found.cut)
 
 
 def test_walks_of_uniform_weights(sequences):
@@ -53,14 +55,14 @@ def test_walks_of_uniform_weights(sequences):
     found = hops.evaluate(m, sequences, (1,), 4)
     # W_ij = 1 / (i + 1): the hops from token i are 1/2 + … + 1/(i+1), and token 0 takes one half from everywhere.
     harmonic = torch.cumsum(1 / torch.arange(1.0, T + 1), 0)[1:] - 1
-    torch.testing.assert_close(torch.tensor(found["expected_hops"]), harmonic.mean().expand(2, 4))
-    torch.testing.assert_close(torch.tensor(found["absorbed"]), torch.full((2, 4), 0.5))
+    torch.testing.assert_close(torch.tensor(found.expected_hops), harmonic.mean().expand(2, 4))
+    torch.testing.assert_close(torch.tensor(found.absorbed), torch.full((2, 4), 0.5))
 
 
 def test_a_window_of_one_goes_nowhere(sequences):
     found = hops.evaluate(model(KAConfig(window=1)), sequences, (1,), 2)
-    assert found["expected_hops"] == found["absorbed"] == [[0.0] * 4] * 2
-    assert found["cut"][0]["error"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert found.expected_hops == found.absorbed == ((0.0,) * 4,) * 2
+    assert found.cut[0].error == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 @pytest.fixture
@@ -77,10 +79,9 @@ def recipe(tmp_path):
 def test_study(recipe, tmp_path):
     out = tmp_path / "run"
     results = HOPS.run(recipe, open_store(HOPS, recipe, out), 1)
-    assert len(results["arms"]["ka"]["seeds"]) == 1
+    assert len(results.models) == 1
     assert HOPS.run(recipe, open_store(HOPS, recipe, out), 1) == results  # from the store: seconds are the same
-    results = {"recipe": dataclasses.asdict(recipe), "seeds": 1, **results}
-    render(HOPS.question, HOPS.sections(results), {}, out)
+    render(HOPS.question, HOPS.sections(recipe, results), {}, out)
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "**Expected:**" in report
     assert "1 (softmax attention)" in report
@@ -90,22 +91,18 @@ def test_study(recipe, tmp_path):
     # What it saved is a checkpoint that it can look at.
     again = dataclasses.replace(recipe, checkpoint=str(out / "model" / "seed0"))
     store = open_store(HOPS, again, tmp_path / "again")
-    seed = HOPS.run(again, store, 1)["arms"]["ka"]["seeds"][0]
-    assert "training" not in seed
-    assert seed["hops"]["ppl"] == pytest.approx(results["arms"]["ka"]["seeds"][0]["hops"]["ppl"], rel=1e-5)
+    (looked_at,) = HOPS.run(again, store, 1).models
+    assert looked_at.training is None
+    assert looked_at.hops.ppl == pytest.approx(results.models[0].hops.ppl, rel=1e-5)
     with pytest.raises(UserError, match="--seeds: a checkpoint is one model, got 2"):
         HOPS.run(again, store, 2)
 
 
 def test_words_follow_the_numbers():
     def section(ppls, times):
-        cut = [
-            {"hops": n, "ppl": ppl, "seconds": s, "error": [0.5, 0.1]}
-            for n, ppl, s in zip((1, 2, 4), ppls, times, strict=True)
-        ]
-        seed = {"ppl": 100.0, "seconds": 1.0, "cut": cut, "expected_hops": [[2.0, 4.0]], "absorbed": [[0.9, 0.1]]}
-        arms = {"ka": {"label": "KA", "seeds": [{"hops": seed}]}}
-        return HOPS.sections({"recipe": {"hops": [1, 2, 4]}, "arms": arms})
+        cut = tuple(Cut(n, ppl, s, (0.5, 0.1)) for n, ppl, s in zip((1, 2, 4), ppls, times, strict=True))
+        model = Model(Cuts(100.0, 1.0, cut, ((2.0, 4.0),), ((0.9, 0.1),)))
+        return HOPS.sections(dataclasses.replace(RECIPES["quick"], hops=(1, 2, 4)), Results(None, (model,)))
 
     cut, walked = section((150.0, 100.5, 100.0), (0.5, 0.8, 1.4))
     assert "with 1 hop the PPL is +50.0 %" in cut.paragraphs[1]
@@ -122,9 +119,9 @@ def test_words_follow_the_numbers():
 
 
 @pytest.mark.parametrize("hops", [(), (0, 1), (2, 1), (1, 1)])
-def test_wrong_hops(recipe, tmp_path, hops):
+def test_wrong_hops(hops):
     with pytest.raises(UserError, match="--set hops: expected ascending numbers from 1 on"):
-        HOPS.run(dataclasses.replace(recipe, hops=hops), open_store(HOPS, recipe, tmp_path / "run"), 1)
+        dataclasses.replace(RECIPES["quick"], hops=hops)
 
 
 def test_softmax_checkpoint(recipe, tmp_path):

@@ -10,13 +10,16 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.errors import UserError
 from ka_attention.harness import tokenizer
+from ka_attention.harness.arms import Arm
 from ka_attention.harness.study import open_store
 from ka_attention.hf import attach
 from ka_attention.report.render import render
 from ka_attention.studies.reversal import facts as reversal_facts
 from ka_attention.studies.reversal import study as reversal_curse
 from ka_attention.studies.reversal.facts import CONTEXT, IN_CONTEXT, REVERSE, SAME, TESTS, TRAIN, Row
-from ka_attention.studies.reversal.study import RECIPES, REVERSAL
+from ka_attention.studies.reversal.recipes import RECIPES
+from ka_attention.studies.reversal.report import LABELS, Answered, Asked, Data, Entry, Results
+from ka_attention.studies.reversal.study import REVERSAL
 
 
 @pytest.fixture(params=["built-in", "folder"])
@@ -41,7 +44,7 @@ def test_reversed_facts_are_never_trained(facts):
 def test_questions(facts):
     questions = facts.questions()
     assert set(questions) == {*SAME, *REVERSE, *CONTEXT, "both"}
-    assert set(reversal_curse.reversal_report.LABELS) == set(questions)
+    assert set(LABELS) == set(questions)
     for pairs in questions.values():
         for right, wrong in pairs:
             assert right.prompt == wrong.prompt
@@ -105,17 +108,17 @@ def test_scores_are_those_of_single_sentences(tiny):
 
     for name, i in (("right", 0), ("wrong", 1)):
         scores = [alone(pair[i]) for pair in questions["same_p2d"]]
-        assert found[name] == pytest.approx(sum(score[0] for score in scores) / len(scores), rel=1e-4)
+        assert getattr(found, name) == pytest.approx(sum(score[0] for score in scores) / len(scores), rel=1e-4)
         if name == "right":
-            assert found["sentence_nll"] == pytest.approx(-sum(score[1] for score in scores), rel=1e-4)
-    assert found["sentence_tokens"] == sum(
+            assert found.sentence_nll == pytest.approx(-sum(score[1] for score in scores), rel=1e-4)
+    assert found.sentence_tokens == sum(
         len(words(row.prompt + row.answer)["input_ids"]) for row, _ in questions["same_p2d"]
     )
     swapped = reversal_curse.evaluate(m, words, questions, "ka")["same_p2d"]
-    assert swapped["right"] == pytest.approx(
-        reversal_curse.evaluate(model(words, ka=True), words, questions, "ka")["same_p2d"]["right"], rel=1e-4
+    assert swapped.right == pytest.approx(
+        reversal_curse.evaluate(model(words, ka=True), words, questions, "ka")["same_p2d"].right, rel=1e-4
     )
-    assert abs(swapped["right"] - found["right"]) > 1e-3
+    assert abs(swapped.right - found.right) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["kv", "ka"])
@@ -147,27 +150,27 @@ def test_study(tmp_path):
     small = {"hidden_size": 32, "heads": 2, "layers": 1, "intermediate_size": 32, "vocab_size": 400, "epochs": 1}
     recipe = dataclasses.replace(RECIPES["quick"], people=2, arms=("softmax", "ka-head"), **small)
     results = REVERSAL.run(recipe, open_store(REVERSAL, recipe, tmp_path), 1)
-    assert list(results["arms"]) == ["softmax", "softmax+ka", "ka-head"]
-    assert [entry["label"] for entry in results["arms"].values()] == [
+    assert list(results.arms) == ["softmax", "softmax+ka", "ka-head"]
+    assert [entry.label for entry in results.arms.values()] == [
         "softmax",
         "softmax, KA cache",
         "KA, gate per head",
     ]
-    assert all(len(entry["seeds"]) == 1 for entry in results["arms"].values())
+    assert all(len(entry.seeds) == 1 for entry in results.arms.values())
     assert REVERSAL.run(recipe, open_store(REVERSAL, recipe, tmp_path), 1) == results
-    render(REVERSAL.question, REVERSAL.sections(results), {}, tmp_path)
+    render(REVERSAL.question, REVERSAL.sections(recipe, results), {}, tmp_path)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "**Expected:** the Reversal Curse" in report
     assert (tmp_path / "figures" / "reversal_accuracy.svg").exists()
 
 
-def entry(label, same, reverse, gain_same, gain_reverse, context=1.0):
+def entry(kind, same, reverse, gain_same, gain_reverse, context=1.0):
     def asked(accuracy, gain):
-        return {"accuracy": accuracy, "right": gain - 9.0, "wrong": -9.0, "sentence_nll": 10.0, "sentence_tokens": 5}
+        return Asked(accuracy, gain - 9.0, -9.0, 10.0, 5)
 
     sets = {**dict.fromkeys(SAME, asked(same, gain_same)), **dict.fromkeys(REVERSE, asked(reverse, gain_reverse))}
     sets |= {**dict.fromkeys(CONTEXT, asked(context, 9.0)), "both": asked(same, gain_same)}
-    return {"label": label, "seeds": [{"asked": sets}]}
+    return Entry(Arm(kind, kind), "kv", (Answered(sets, None),))
 
 
 def test_words_follow_the_numbers():
@@ -177,8 +180,8 @@ def test_words_follow_the_numbers():
         "c": entry("lifted", 0.9, 0.8, 9.0, 8.0),
         "d": entry("half", 0.9, 0.1, 9.0, 6.0, context=0.2),
     }
-    data = {"people": {"p2d": 1, "d2p": 1, "both": 1}, "source": "built-in", "sentences": 3}
-    came = "\n".join(REVERSAL.sections({"data": data, "arms": entries})[0].paragraphs[2:])
+    data = Data("built-in", {"p2d": 1, "d2p": 1, "both": 1}, 3, 3, "")
+    came = "\n".join(REVERSAL.sections(None, Results(data, entries))[0].paragraphs[2:])
     assert "**cursed** answers 90 % in the trained order and 0 % reversed" in came
     assert "by 9.0 nats in the trained order, by 0.1 reversed: **the curse**." in came
     assert "**lost** answers 20 % in the trained order and 0 % reversed: too little" in came

@@ -1,5 +1,6 @@
 """The state study: labels against plain evaluators, hand-made solvers, the report."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from ka_attention.errors import UserError
 from ka_attention.harness.settings import override
 from ka_attention.harness.store import Store
+from ka_attention.harness.tasks import Exam, Score
 from ka_attention.ops import ka_attention
-from ka_attention.studies.state.study import RECIPES, STATE, Product, Slots, state_arm
+from ka_attention.studies.state.recipes import RECIPES, Product, Slots, state_arm
+from ka_attention.studies.state.report import Results
+from ka_attention.studies.state.study import STATE
 
 
 def examples(task, count=32, length=23):
@@ -84,14 +88,15 @@ def test_a_signed_gate_made_by_hand_flips_a_parity_and_gates_from_0_to_1_cannot(
 def test_a_tiny_run_is_reported(tmp_path):
     settings = "layers=1 arms=softmax,ka-signed-w tasks=parity,s3-slots least_seeds=1 length=6 test_lengths=6,9"
     recipe = override(RECIPES["quick"], [*settings.split(), "hidden_size=16", "train_samples=64", "test_samples=32"])
-    results = {"recipe": recipe.__dict__, **STATE.run(recipe, Store(tmp_path, {}), 1)}
-    (section,) = STATE.sections(results)
+    results = STATE.run(recipe, Store(tmp_path, {}), 1)
+    (section,) = STATE.sections(recipe, results)
     assert [len(table.rows) for table in section.tables] == [2, 2]
     assert "50.0 %" in section.tables[0].caption
     assert "33.3 %" in section.tables[1].caption
     assert section.paragraphs[-1].startswith("**Came**")
-    results["arms"]["parity/softmax/1"]["seeds"][0]["tests"] = [{"accuracy": 1.0}, {"accuracy": 0.6}]
-    assert "training length only by softmax, 1 layer" in STATE.sections(results)[0].paragraphs[-1]
+    solved = Exam(1, 1.0, (Score(6, 1.0, ()), Score(9, 0.6, ())))
+    arms = results.arms | {"parity/softmax/1": replace(results.arms["parity/softmax/1"], seeds=(solved,))}
+    assert "training length only by softmax, 1 layer" in STATE.sections(recipe, Results(arms))[0].paragraphs[-1]
 
 
 def test_windows_are_two_steps_and_signed_gates_reach_minus_one():

@@ -9,11 +9,18 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ka_attention.errors import UserError
+from ka_attention.harness import peers as recurrent
+from ka_attention.harness.arms import ArmResults, arm
+from ka_attention.harness.lengths import AtLength, Read
+from ka_attention.harness.perplexity import Perplexity, Run
+from ka_attention.harness.records import from_json, to_json
 from ka_attention.harness.settings import override
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED
 from ka_attention.ops import ka_attention
-from ka_attention.studies.window.study import RECIPES, WINDOW, Recall, window_arm
+from ka_attention.studies.window.recipes import RECIPES, Recall, window_arm
+from ka_attention.studies.window.report import Results
+from ka_attention.studies.window.study import WINDOW
 
 TASK = Recall(keys=20, values=6, pairs=4)
 
@@ -79,11 +86,13 @@ def results(tmp_path_factory):
         "task_arms=ka-w4 task_length=16 task_samples=32"
     )
     recipe = override(RECIPES["quick"], settings.split())
-    return json.loads(json.dumps({"recipe": recipe.__dict__, **WINDOW.run(recipe, Store(folder / "out", {}), 1)}))
+    found = WINDOW.run(recipe, Store(folder / "out", {}), 1)
+    assert from_json(Results, json.loads(json.dumps(to_json(found)))) == found
+    return recipe, found
 
 
 def test_caches_of_windows_are_constant_and_full_ones_grow(results):
-    short, long = ({name: arm["cache_bytes"] for name, arm in run["arms"].items()} for run in results["lengths"])
+    short, long = results[1].cache_bytes.values()
     token = 2 * 2 * 16 * 4  # two layers, a key and a value, 16 float32
     assert short == {"softmax": 16 * token, "ka-w4": 3 * token, "softmax-w4": 3 * token, "mix-ka-w4": 9.5 * token}
     assert (long["softmax"], long["ka-w4"]) == (2 * short["softmax"], short["ka-w4"])
@@ -91,7 +100,7 @@ def test_caches_of_windows_are_constant_and_full_ones_grow(results):
 
 
 def test_the_report_compares_at_the_same_window_and_at_fewer_bytes(results):
-    sections = WINDOW.sections(results)
+    sections = WINDOW.sections(*results)
     came = sections[0].paragraphs[-1]
     assert "KA, window 4 " in came
     assert "Best with a smaller cache than softmax is" in came
@@ -99,6 +108,34 @@ def test_the_report_compares_at_the_same_window_and_at_fewer_bytes(results):
     assert sections[-1].tables[0].columns == ["arm", "dereference", "recall of 8 pairs", "recall of 1 pair (passkey)"]
     for figure in (figure for section in sections for figure in section.figures):
         figure.draw(Figure().subplots())
+
+
+def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
+    def entry(each, ppl):
+        runs = tuple(Run(i, i + 15, ppl + i) for i in range(0, 64, 16))
+        return ArmResults(each, (Read(None, Perplexity(0.0, ppl, 64, runs)),))
+
+    gla = recurrent.Peer("gla", "GLA", mixer="gla")
+    arms = {
+        "softmax": entry(arm("softmax"), 10.0),
+        "ka-w8": entry(arm("ka-w8"), 12.0),
+        "ka-w32": entry(arm("ka-w32"), 11.0),
+        "gla": entry(gla, 12.1),
+    }
+    kib = {"softmax": 4000, "ka-w8": 80, "ka-w32": 370, "gla": 400}
+    found = Results(None, (AtLength(64, arms),), {64: {name: 1024 * size for name, size in kib.items()}}, {})
+    summary, text, _ = WINDOW.sections(RECIPES["quick"], found)
+    setting, _, came = summary.paragraphs
+    assert "their cache is their state" in setting
+    assert "GLA (400 KiB) +10.0 % (one seed) against KA, window 32 (370 KiB)" in came
+    assert "Best with a smaller cache than softmax is KA, window 32: 9.2 % of the bytes" in came
+    assert text.tables[0].columns[-1] == "PPL of 32–63"  # the last octave, a geometric mean
+    assert text.tables[0].rows[0][-1].startswith(f"{((12 + 32) * (12 + 48)) ** 0.5:.1f}")
+    axes = Figure().subplots()
+    text.figures[1].draw(axes)
+    drawn = {each.get_label(): each[0].get_ydata().tolist() for each in axes.containers}
+    assert drawn["GLA"] == pytest.approx([12.1, 28.1, (44.1 * 60.1) ** 0.5])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0–15", "16–31", "32–63"]
 
 
 def test_windows_do_not_read_beyond_themselves_in_one_softmax_layer_and_do_in_one_ka_layer():

@@ -8,7 +8,7 @@ from ka_attention.errors import UserError
 from ka_attention.evaluations.adapters import BATCH, METHODS, fit
 from ka_attention.harness import perplexity
 from ka_attention.harness.checkpoint import open_run, open_softmax
-from ka_attention.harness.store import Json
+from ka_attention.harness.records import Json
 from ka_attention.hf import save_adapter, use
 
 
@@ -20,7 +20,7 @@ def command(checkpoint: str, *, data: str, tokens: int, length: int, method: str
     settings = {"checkpoint": checkpoint, "tokens": tokens, "length": length, "method": method}
 
     def ppl() -> float:
-        return perplexity.evaluate(model, text.validation, batch_size=16)["ppl"]
+        return perplexity.evaluate(model, text.validation, batch_size=16).ppl
 
     def work() -> dict[str, Json]:
         found = {"base": ppl()}

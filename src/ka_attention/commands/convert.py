@@ -12,7 +12,7 @@ from ka_attention.errors import UserError
 from ka_attention.harness import perplexity, progress
 from ka_attention.harness.checkpoint import open_run, open_softmax
 from ka_attention.harness.data import Sequences
-from ka_attention.harness.store import Json
+from ka_attention.harness.records import Json
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
     store = open_run("convert", {"checkpoint": checkpoint, "seed": seed, **asdict(plan)}, text, out)
 
     def ppl(of: Any) -> float:
-        return perplexity.evaluate(of, text.validation, batch_size=16)["ppl"]
+        return perplexity.evaluate(of, text.validation, batch_size=16).ppl
 
     def work() -> list[dict[str, Json]]:
         rows = [{"step": 0, "gate": 0.0, "ppl": ppl(model)}]

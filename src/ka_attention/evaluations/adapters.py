@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor, nn
 
 from ka_attention.conversion.fitting import fit_gradient, fit_ridge, new_adapters
 from ka_attention.harness import perplexity
-from ka_attention.harness.store import Json
+from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.statistics import cell, changes, mean, percent, percent_cell, seeds_of, verdict
+from ka_attention.harness.trained import BATCH as READ
+from ka_attention.harness.trained import Trained, steps_for
 from ka_attention.hf import use
+from ka_attention.report.document import Section, Table
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # name: (label, kind of adapter, loss, closed form). Those by gradient start at the identity, which is the swap.
@@ -50,27 +56,109 @@ def fit(model: Any, sequences: Tensor, method: str, steps: int, seed: int = 0) -
     return adapters, steps * BATCH * sequences.shape[1]
 
 
-def evaluate(model: Any, train: Tensor, sequences: Tensor, *, steps: int, batch_size: int) -> dict[str, Json]:
-    """PPL on ``sequences`` of a softmax model: its own, at every gate without training, and with each adapter."""
+@dataclass(frozen=True)
+class Gate:
+    """PPL with every gate at ``gate``, without training."""
+
+    gate: float
+    ppl: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One kind of adapter: PPL with it, the tokens and seconds of fitting it, its size."""
+
+    label: str
+    ppl: float
+    tokens: int
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """PPL of a softmax model: its own (``base``), at every gate (1 is the ``swap``), and with each adapter."""
+
+    base: float
+    swap: float
+    gates: tuple[Gate, ...]
+    methods: dict[str, Method]
+
+
+def run(trained: Trained) -> Adapters | None:
+    """Of a model trained with plain softmax attention."""
+    if not trained.is_plain_softmax:
+        return None
+    steps = steps_for(SHARE, trained.tokens, trained.settings.sequence_length, BATCH)
+    return evaluate(trained.model, trained.text.train, trained.sample, steps=steps, batch_size=READ)
+
+
+def evaluate(model: Any, train: Tensor, sequences: Tensor, *, steps: int, batch_size: int) -> Adapters:
+    """PPL on ``sequences`` of a softmax model; adapters are fitted on ``steps`` batches of ``train``."""
 
     def ppl() -> float:
-        return perplexity.evaluate(model, sequences, batch_size=batch_size)["ppl"]
+        return perplexity.evaluate(model, sequences, batch_size=batch_size).ppl
 
     gates = []
     for gate in GATES:
         with use(model, gate=gate):
-            gates.append({"gate": gate, "ppl": ppl()})
+            gates.append(Gate(gate, ppl()))
     methods = {}
     for name, (label, *_) in METHODS.items():
         start = time.perf_counter()
         adapters, tokens = fit(model, train, name, steps)
         seconds = time.perf_counter() - start
+        parameters = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
         with use(model, adapter=adapters):
-            methods[name] = {
-                "label": label,
-                "ppl": ppl(),
-                "tokens": tokens,
-                "seconds": seconds,
-                "parameters": sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
-            }
-    return {"base": gates[0]["ppl"], "swap": gates[-1]["ppl"], "gates": gates, "methods": methods}
+            methods[name] = Method(label, ppl(), tokens, seconds, parameters)
+    return Adapters(gates[0].ppl, gates[-1].ppl, tuple(gates), methods)
+
+
+def sections(arms: Sequence[ArmResults[Adapters]]) -> list[Section]:
+    """The swap, every gate without training, and each adapter."""
+    arm, seeds = arms[0], seeds_of(arms[:1])
+    base, swap = arm.each(lambda found: found.base), arm.each(lambda found: found.swap)
+    methods = arm.seeds[0].methods
+    ppl = {name: [found.methods[name].ppl for found in arm.seeds] for name in methods}
+    best = min(ppl, key=lambda name: mean(ppl[name]))
+    helped = [methods[name].label for name in methods if mean(ppl[name]) < mean(swap)]
+    against_swap = changes(ppl[best], swap)
+    words = [
+        "Expected: a learned map A → V̂ repairs part of the damage, at most as far as an output still contains its own "
+        "token's value: A_j = Σ W_jk V_k holds V_j with the weight W_jj only.",
+        f"What came: the swap alone stands at {percent(changes(swap, base))} PPL against softmax attention. "
+        + (f"Better than the swap: {'; '.join(helped)}. " if helped else "No adapter is better than the swap. ")
+        + f"The best is **{methods[best].label}** with {percent(changes(ppl[best], base))} against softmax, "
+        f"{percent(against_swap)} against the swap ({verdict(against_swap)}).",
+        *_regression(methods, ppl),
+    ]
+    rows = [["softmax, own KV cache", cell(base), "–", "–", "–"], ["swap", cell(swap), _change(swap, base), "0", "0"]]
+    for name, method in methods.items():
+        seconds = [found.methods[name].seconds for found in arm.seeds]
+        change = _change(ppl[name], base)
+        rows.append([method.label, cell(ppl[name]), change, f"{method.tokens:,}", f"{mean(seconds):,.1f}"])
+    gates = [(gate.gate, [found.gates[i].ppl for found in arm.seeds]) for i, gate in enumerate(arm.seeds[0].gates)]
+    tables = [
+        Table(f"Adapters, base frozen ({seeds})", ["method", "PPL", "against softmax", "tokens", "seconds"], rows),
+        Table(
+            f"Without training, every gate at g ({seeds})",
+            ["g", "PPL", "against softmax"],
+            [[f"{gate:g}", cell(numbers), _change(numbers, base)] for gate, numbers in gates],
+        ),
+    ]
+    return [Section("Adapters", words, tables)]
+
+
+def _regression(methods: dict[str, Method], ppl: dict[str, list[float]]) -> list[str]:
+    """Whether the map that regresses values best also decodes best."""
+    regressed, trained = "ridge-value", "linear-lm"
+    if not {regressed, trained} <= methods.keys() or mean(ppl[trained]) >= mean(ppl[regressed]):
+        return []
+    return [
+        f"A map that regresses V best in the mean is not the one that decodes best (PPL {cell(ppl[regressed])} against "
+        f"{cell(ppl[trained])} of the same map trained end to end): its errors feed back through every later output."
+    ]
+
+
+def _change(numbers: list[float], base: list[float]) -> str:
+    return percent_cell(changes(numbers, base))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ka_attention.evaluations.memory import cache_size
-from ka_attention.harness.models import NAMES, attention, own_cache, own_config
+from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.models import NAMES, attention, cache_size, own_cache, own_config
 from ka_attention.harness.perplexity import token_losses
 from ka_attention.harness.statistics import (
-    arms_with,
     caution,
     cell,
     changes,
@@ -22,102 +23,134 @@ from ka_attention.harness.statistics import (
     mean,
     percent_cell,
     seeds_of,
-    values,
     verdict,
 )
-from ka_attention.harness.timing import now
+from ka_attention.harness.timing import in_turns
+from ka_attention.harness.trained import BATCH, Trained
 from ka_attention.hf import KACache, cache_bytes
 from ka_attention.report.document import Figure, Section, Table
 
-MEASURED = ("bytes_per_token_measured", "bytes_per_sequence_measured")
 WARM_UP = 4  # tokens decoded before the clock starts
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What one kind of cache did: ``seconds`` of the whole loop over ``tokens`` tokens, scoring included.
+
+    ``own``: whether it is the model's own. Bytes are those of the cache after one token and after a sequence, read
+    from it (``measured``) and worked out from the configuration (``computed``).
+    """
+
+    own: bool
+    loss: float
+    ppl: float
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    bytes_per_token_measured: float
+    bytes_per_token_computed: int
+    bytes_per_sequence_measured: float
+    bytes_per_sequence_computed: int
+
+
+@dataclass(frozen=True)
+class Caches:
+    """The same model through each kind of cache, "kv" and "ka"."""
+
+    kinds: dict[str, Decoded]
+
+    @property
+    def own(self) -> str:
+        """The kind that belongs to the model's attention."""
+        return next(kind for kind, decoded in self.kinds.items() if decoded.own)
+
+
+def run(trained: Trained) -> Caches:
+    """The sample of the validation text, token by token through both caches."""
+    return evaluate(trained.model, trained.sample, batch_size=BATCH)
+
+
 @torch.inference_mode()
-def evaluate(
-    model: Any, sequences: Tensor, *, batch_size: int, caches: Sequence[str] = ("kv", "ka")
-) -> dict[str, dict[str, Any]]:
+def evaluate(model: Any, sequences: Tensor, *, batch_size: int, caches: Sequence[str] = tuple(NAMES)) -> Caches:
     """Decode ``sequences`` (int64 [N, T]) token by token from the first token through each kind of cache.
 
     No prefill: every step reads one token and the cache that earlier steps wrote. Position i predicts token i + 1, so
-    ``loss`` and ``ppl`` are over the same T − 1 tokens a sequence as those of the parallel pass. ``seconds`` is the
-    whole loop over N · T tokens, scoring included; the kinds take turns batch by batch, so that a slow moment of the
-    machine touches all of them. Bytes are read from the cache (``measured``: growth by the first token, and after T
-    tokens) and computed from the configuration.
+    the loss is over the same T − 1 tokens a sequence as that of the parallel pass. The kinds take turns batch by batch.
     """
     training = model.training
     model.eval()
     length = sequences.shape[1]
-    result: dict[str, dict[str, Any]] = {}
+    nll, seconds = dict.fromkeys(caches, 0.0), dict.fromkeys(caches, 0.0)
+    sizes: dict[str, tuple[float, float]] = {}
     for kind in caches:
-        with attention(model, kind):
-            _decode(model, sequences[:batch_size, :WARM_UP])
-        result[kind] = {
-            "own": kind == own_cache(model),
-            "nll": 0.0,
-            "seconds": 0.0,
-            "tokens": sequences.numel(),
-            "bytes_per_token_computed": cache_size(model.config, own_config(model), kind, 1),
-            "bytes_per_sequence_computed": cache_size(model.config, own_config(model), kind, length),
-        }
+        _decode(model, sequences[:batch_size, :WARM_UP], kind)
     for batch in sequences.split(batch_size):
-        for kind, row in result.items():
-            with attention(model, kind):
-                nll, seconds, first, last = _decode(model, batch)
-            row["nll"] += nll
-            row["seconds"] += seconds
-            row["bytes_per_token_measured"], row["bytes_per_sequence_measured"] = first / len(batch), last / len(batch)
+        ways = {kind: partial(_decode, model, batch, kind) for kind in caches}
+        for kind, taken, (lost, first, last) in in_turns(ways, model.device):
+            nll[kind] += lost
+            seconds[kind] += taken
+            sizes[kind] = first / len(batch), last / len(batch)
     model.train(training)
-    for row in result.values():
-        row["loss"] = row.pop("nll") / (len(sequences) * (length - 1))
-        row["ppl"] = math.exp(row["loss"])
-        row["tokens_per_s"] = row["tokens"] / row["seconds"]
-    return result
+    ka, found = own_config(model), {}
+    for kind in caches:
+        loss = nll[kind] / (len(sequences) * (length - 1))
+        found[kind] = Decoded(
+            own=kind == own_cache(model),
+            loss=loss,
+            ppl=math.exp(loss),
+            tokens=sequences.numel(),
+            seconds=seconds[kind],
+            tokens_per_s=sequences.numel() / seconds[kind],
+            bytes_per_token_measured=sizes[kind][0],
+            bytes_per_token_computed=cache_size(model.config, ka, kind, 1),
+            bytes_per_sequence_measured=sizes[kind][1],
+            bytes_per_sequence_computed=cache_size(model.config, ka, kind, length),
+        )
+    return Caches(found)
 
 
-def _decode(model: Any, batch: Tensor) -> tuple[float, float, int, int]:
-    """Summed negative log-likelihood, seconds, and the cache's bytes after one token and after all."""
+def _decode(model: Any, batch: Tensor, kind: str) -> tuple[float, int, int]:
+    """Summed negative log-likelihood, and the cache's bytes after one token and after all."""
     batch = batch.to(model.device)
-    cache = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache(config=model.config)
     nll = torch.zeros((), dtype=torch.float64, device=batch.device)
     first = 0
-    start = now(batch.device)
-    for i, token in enumerate(batch.split(1, dim=1)):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-        if i == 0:
-            first = cache_bytes(cache)
-        if i + 1 < batch.shape[1]:
-            nll += token_losses(logits, batch[:, i + 1]).sum()
-    return nll.item(), now(batch.device) - start, first, cache_bytes(cache)
+    with attention(model, kind):
+        ka = model.config._attn_implementation == "ka"
+        cache = KACache(model.config) if ka else DynamicCache(config=model.config)
+        for i, token in enumerate(batch.split(1, dim=1)):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+            if i == 0:
+                first = cache_bytes(cache)
+            if i + 1 < batch.shape[1]:
+                nll += token_losses(logits, batch[:, i + 1]).sum()
+    return nll.item(), first, cache_bytes(cache)
 
 
-def sections(results: dict[str, Any]) -> list[Section]:
+def sections(arms: Sequence[ArmResults[Caches]]) -> list[Section]:
     """Every arm under both caches: perplexity, speed, bytes."""
-    arms = list(arms_with(results, "caches"))
-    if not arms:
-        return []
     paragraphs = [
         "Each trained model reads the validation samples **token by token from the first token** through each kind "
         "of cache; nothing is prefilled. *KV* caches keys and values (softmax attention), *KA* caches keys and "
         "attention outputs. One of the two is the model's own; the other is a swap without any training.",
-        *(_words(label, arm) for label, arm in arms),
+        *(_words(arm) for arm in arms),
         caution(arms),
         _speed(arms),
     ]
     rows = []
-    for label, arm in arms:
-        own = _own(arm)
-        for kind in arm["seeds"][0]["caches"]:
-            ppl = values(arm, "caches", kind, "ppl")
+    for arm in arms:
+        own = arm.seeds[0].own
+        for kind in arm.seeds[0].kinds:
+            ppl = _figure(arm, kind, "ppl")
             rows.append(
                 [
-                    label,
+                    arm.label,
                     NAMES[kind] + (" (own)" if kind == own else " (swap)"),
                     cell(ppl),
-                    "–" if kind == own else percent_cell(changes(ppl, values(arm, "caches", own, "ppl"))),
-                    cell(values(arm, "caches", kind, "tokens_per_s"), 0),
-                    cell(values(arm, "caches", kind, "seconds")),
-                    *(f"{mean(values(arm, 'caches', kind, key)):,.0f}" for key in MEASURED),
+                    "–" if kind == own else percent_cell(changes(ppl, _figure(arm, own, "ppl"))),
+                    cell(_figure(arm, kind, "tokens_per_s"), 0),
+                    cell(_figure(arm, kind, "seconds")),
+                    f"{mean(_figure(arm, kind, 'bytes_per_token_measured')):,.0f}",
+                    f"{mean(_figure(arm, kind, 'bytes_per_sequence_measured')):,.0f}",
                 ]
             )
     table = Table(
@@ -125,50 +158,39 @@ def sections(results: dict[str, Any]) -> list[Section]:
         ["trained as", "cache", "PPL", "against own", "tokens/s", "seconds", "bytes a token", "bytes a sequence"],
         rows,
     )
-    return [
-        Section(
-            "KV cache against KA cache",
-            paragraphs,
-            [table],
-            [
-                _bars(
-                    "ppl_by_cache", arms, "ppl", "validation PPL", "PPL of each trained model by cache, lower is better"
-                ),
-                _bars(
-                    "speed_by_cache",
-                    arms,
-                    "tokens_per_s",
-                    "tokens/s",
-                    "Speed of the token loop by cache, higher is better",
-                ),
-            ],
-        )
+    bars = [
+        ("ppl_by_cache", "ppl", "validation PPL", "PPL of each trained model by cache, lower is better"),
+        ("speed_by_cache", "tokens_per_s", "tokens/s", "Speed of the token loop by cache, higher is better"),
     ]
+    figures = [
+        Figure(name, f"{title} ({seeds_of(arms)})", partial(_bars, arms, key, unit)) for name, key, unit, title in bars
+    ]
+    return [Section("KV cache against KA cache", paragraphs, [table], figures)]
 
 
-def _own(arm: dict[str, Any]) -> str:
-    return next(kind for kind, row in arm["seeds"][0]["caches"].items() if row["own"])
+def _figure(arm: ArmResults[Caches], kind: str, key: str) -> list[float]:
+    return arm.each(lambda found: getattr(found.kinds[kind], key))
 
 
-def _words(label: str, arm: dict[str, Any]) -> str:
-    own = _own(arm)
-    text = f"**{label}**: PPL {cell(values(arm, 'caches', own, 'ppl'))} with its own {NAMES[own]} cache"
-    for kind in arm["seeds"][0]["caches"]:
+def _words(arm: ArmResults[Caches]) -> str:
+    own = arm.seeds[0].own
+    text = f"**{arm.label}**: PPL {cell(_figure(arm, own, 'ppl'))} with its own {NAMES[own]} cache"
+    for kind in arm.seeds[0].kinds:
         if kind != own:
-            ppl = values(arm, "caches", kind, "ppl")
-            change = changes(ppl, values(arm, "caches", own, "ppl"))
+            ppl = _figure(arm, kind, "ppl")
+            change = changes(ppl, _figure(arm, own, "ppl"))
             judgement = f"; {verdict(change)}" if len(change) > 1 else ""
             text += f", {cell(ppl)} with a {NAMES[kind]} cache ({percent_cell(change)}{judgement})"
     return text + "."
 
 
-def _speed(arms: list[tuple[str, dict[str, Any]]]) -> str:
+def _speed(arms: Sequence[ArmResults[Caches]]) -> str:
     """The KA cache's speed over the KV cache's, over all arms and seeds that have both."""
     ratios = [
-        seed["caches"]["ka"]["tokens_per_s"] / seed["caches"]["kv"]["tokens_per_s"]
-        for _, arm in arms
-        for seed in arm["seeds"]
-        if {"kv", "ka"} <= seed["caches"].keys()
+        seed.kinds["ka"].tokens_per_s / seed.kinds["kv"].tokens_per_s
+        for arm in arms
+        for seed in arm.seeds
+        if {"kv", "ka"} <= seed.kinds.keys()
     ]
     if not ratios:
         return "Speed: only one kind of cache was timed."
@@ -179,27 +201,23 @@ def _speed(arms: list[tuple[str, dict[str, Any]]]) -> str:
     )
 
 
-def _bars(name: str, arms: list[tuple[str, dict[str, Any]]], key: str, unit: str, caption: str) -> Figure:
-    def draw(ax: Any) -> None:
-        height = 0.38
-        for offset, kind in ((-0.5, "kv"), (0.5, "ka")):
-            shown = [(y, values(arm, "caches", kind, key)) for y, (_, arm) in enumerate(arms)]
-            shown = [(y, numbers) for y, numbers in shown if numbers]
-            spread = [deviation(numbers) for _, numbers in shown]
-            bars = ax.barh(
-                [y + offset * height for y, _ in shown],
-                [mean(numbers) for _, numbers in shown],
-                height,
-                xerr=spread if any(spread) else None,
-                ecolor="C7",
-                label=f"{NAMES[kind]} cache",
-            )
-            ax.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
-        ax.set_yticks(range(len(arms)), [label.replace(", ", ",\n") for label, _ in arms])
-        ax.invert_yaxis()
-        ax.set_xlabel(unit)
-        ax.margins(x=0.14)
-        ax.grid(axis="y", visible=False)
-        ax.figure.legend(loc="outside upper center", ncols=2)
-
-    return Figure(name, f"{caption} ({seeds_of(arms)})", draw)
+def _bars(arms: Sequence[ArmResults[Caches]], key: str, unit: str, ax: Any) -> None:
+    height = 0.38
+    for offset, kind in ((-0.5, "kv"), (0.5, "ka")):
+        shown = [(y, _figure(arm, kind, key)) for y, arm in enumerate(arms) if kind in arm.seeds[0].kinds]
+        spread = [deviation(numbers) for _, numbers in shown]
+        bars = ax.barh(
+            [y + offset * height for y, _ in shown],
+            [mean(numbers) for _, numbers in shown],
+            height,
+            xerr=spread if any(spread) else None,
+            ecolor="C7",
+            label=f"{NAMES[kind]} cache",
+        )
+        ax.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
+    ax.set_yticks(range(len(arms)), [arm.label.replace(", ", ",\n") for arm in arms])
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    ax.margins(x=0.14)
+    ax.grid(axis="y", visible=False)
+    ax.figure.legend(loc="outside upper center", ncols=2)

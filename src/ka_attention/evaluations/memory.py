@@ -3,106 +3,126 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ka_attention.harness.models import decoding, is_softmax
-from ka_attention.harness.statistics import arms_with
+from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.drawing import powers_of_two
+from ka_attention.harness.models import NAMES, cache_size, is_softmax
+from ka_attention.harness.trained import Trained
 from ka_attention.hf import KAConfig
-from ka_attention.hf.cache.caches import layer_plan
 from ka_attention.report.document import Figure, Section, Table
 
 _MIB, _KIB = 2**20, 2**10
+LENGTHS = tuple(16 * 2**power for power in range(11))
 
 
-def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -> int:
-    """Bytes that the ``kind`` cache of one sequence of ``tokens`` tokens takes in all layers of a model with ``ka``.
+@dataclass(frozen=True)
+class Weight:
+    """Bytes of one kind of cache: one token kept in every layer, a sequence, and one of each of ``Memory.lengths``."""
 
-    A layer stores, for each token it keeps, Hkv keys and Hkv values, or Hkv keys and Hq outputs where it caches
-    outputs, of D elements in the model's dtype. A layer with a window w keeps the last w − 1 tokens.
-    """
-    config = copy.copy(model_config)
-    config.ka_config = decoding(ka, kind).to_dict()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    element = (config.dtype or torch.float32).itemsize
-    return sum(
-        (tokens if window is None else min(tokens, window - 1)) * key_heads * (1 + groups) * head_dim * element
-        for groups, window in layer_plan(config)
+    bytes_per_token: int
+    bytes_per_sequence: int
+    by_length: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Bytes a token of the same model with a quarter of the key heads (at least one)."""
+
+    query_heads: int
+    key_value_heads: int
+    kv: int
+    ka: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Computed cache bytes; ``own`` is the kind of the model's attention, ``length`` the tokens of a sequence."""
+
+    own: str
+    length: int
+    window: int | None
+    lengths: tuple[int, ...]
+    kv: Weight
+    ka: Weight
+    grouped: Grouped
+
+    @property
+    def of_own(self) -> Weight:
+        """The weight of the model's own cache."""
+        return self.kv if self.own == "kv" else self.ka
+
+
+def run(trained: Trained) -> Memory:
+    """Of the model, at the length that it was trained with."""
+    return evaluate(trained.model.config, trained.arm.ka, length=trained.settings.sequence_length)
+
+
+def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> Memory:
+    """Computed cache bytes of a model: ``ka`` is its KA configuration, None for plain softmax attention."""
+    grouped = copy.copy(model_config)
+    grouped.num_key_value_heads = max(1, model_config.num_attention_heads // 4)
+
+    def weight(kind: str) -> Weight:
+        return Weight(
+            cache_size(model_config, ka, kind, 1),
+            cache_size(model_config, ka, kind, length),
+            tuple(cache_size(model_config, ka, kind, tokens) for tokens in LENGTHS),
+        )
+
+    return Memory(
+        own="kv" if is_softmax(ka) else "ka",
+        length=length,
+        window=ka.window if ka is not None and isinstance(ka.window, int) else None,
+        lengths=LENGTHS,
+        kv=weight("kv"),
+        ka=weight("ka"),
+        grouped=Grouped(
+            grouped.num_attention_heads,
+            grouped.num_key_value_heads,
+            *(cache_size(grouped, ka, kind, 1) for kind in NAMES),
+        ),
     )
 
 
-def evaluate(model_config: Any, ka: KAConfig | None, *, length: int) -> dict[str, Any]:
-    """Computed cache bytes of a model: ``ka`` is its KA configuration, None for plain softmax attention.
-
-    For each kind of cache: ``bytes_per_token`` (one token kept in every layer), ``bytes_per_sequence`` (after
-    ``length`` tokens) and ``by_length``. ``grouped`` is the same model with a quarter of the key heads (at least
-    one).
-    """
-    grouped = copy.copy(model_config)
-    grouped.num_key_value_heads = max(1, model_config.num_attention_heads // 4)
-    lengths = [16 * 2**power for power in range(11)]
-    return {
-        "own": "kv" if is_softmax(ka) else "ka",
-        "length": length,
-        "window": None if ka is None else ka.window,
-        "lengths": lengths,
-        **{
-            kind: {
-                "bytes_per_token": cache_size(model_config, ka, kind, 1),
-                "bytes_per_sequence": cache_size(model_config, ka, kind, length),
-                "by_length": [cache_size(model_config, ka, kind, tokens) for tokens in lengths],
-            }
-            for kind in ("kv", "ka")
-        },
-        "grouped": {
-            "query_heads": grouped.num_attention_heads,
-            "key_value_heads": grouped.num_key_value_heads,
-            **{kind: cache_size(grouped, ka, kind, 1) for kind in ("kv", "ka")},
-        },
-    }
-
-
-def sections(results: dict[str, Any]) -> list[Section]:
+def sections(arms: Sequence[ArmResults[Memory]]) -> list[Section]:
     """Cache bytes of every arm, what grouped queries and windows change."""
-    arms = [(label, arm["seeds"][0]["memory"]) for label, arm in arms_with(results, "memory")]
-    if not arms:
-        return []
-    length = arms[0][1]["length"]
+    found = [(arm.label, arm.seeds[0]) for arm in arms]
+    first = found[0][1]
     table = Table(
-        f"Cache of one sequence of {length} tokens, computed",
+        f"Cache of one sequence of {first.length} tokens, computed",
         [
             "arm",
             "its cache",
             "window",
             "bytes a token",
-            f"KiB at {length} tokens",
-            f"KiB at {arms[0][1]['lengths'][-1]:,} tokens",
+            f"KiB at {first.length} tokens",
+            f"KiB at {first.lengths[-1]:,} tokens",
         ],
         [
             [
                 label,
-                memory["own"].upper(),
-                "–" if memory["window"] is None else str(memory["window"]),
-                f"{memory[memory['own']]['bytes_per_token']:,}",
-                f"{memory[memory['own']]['bytes_per_sequence'] / _KIB:,.1f}",
-                f"{memory[memory['own']]['by_length'][-1] / _KIB:,.1f}",
+                NAMES[memory.own],
+                "–" if memory.window is None else str(memory.window),
+                f"{memory.of_own.bytes_per_token:,}",
+                f"{memory.of_own.bytes_per_sequence / _KIB:,.1f}",
+                f"{memory.of_own.by_length[-1] / _KIB:,.1f}",
             ]
-            for label, memory in arms
+            for label, memory in found
         ],
     )
-    curves: dict[tuple[float, ...], list[str]] = {}
-    for label, memory in arms:
-        curves.setdefault(tuple(memory[memory["own"]]["by_length"]), []).append(label)
+    curves: dict[tuple[int, ...], list[str]] = {}
+    for label, memory in found:
+        curves.setdefault(memory.of_own.by_length, []).append(label)
 
     def draw(ax: Any) -> None:
         for sizes, labels in curves.items():
-            ax.plot(arms[0][1]["lengths"], [size / _MIB for size in sizes], label=" and ".join(labels))
-        ax.set_xscale("log", base=2)
+            ax.plot(first.lengths, [size / _MIB for size in sizes], label=" and ".join(labels))
+        powers_of_two(ax.xaxis, first.lengths[::2])
         ax.set_yscale("log", base=2)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter("{x:,g}")
+        ax.yaxis.set_major_formatter("{x:,g}")
         ax.set_xlabel("tokens in the sequence")
         ax.set_ylabel("cache (MiB a sequence)")
         ax.figure.legend(loc="outside upper center")
@@ -110,12 +130,11 @@ def sections(results: dict[str, Any]) -> list[Section]:
     figure = Figure(
         "cache_memory", "Cache of one sequence against its length, computed (arms of equal size share a line)", draw
     )
-    return [Section("Memory", _words(arms), [table], [figure])]
+    return [Section("Memory", _words([memory for _, memory in found]), [table], [figure])]
 
 
-def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    first = arms[0][1]
-    kv, ka, grouped = first["kv"]["bytes_per_token"], first["ka"]["bytes_per_token"], first["grouped"]
+def _words(found: list[Memory]) -> list[str]:
+    kv, ka, grouped = found[0].kv.bytes_per_token, found[0].ka.bytes_per_token, found[0].grouped
     if ka == kv:
         same = f"A KA cache is **not smaller** than a KV cache: both take {kv:,} bytes a token in this model, because "
         same += "an attention output is as large as the value it replaces."
@@ -124,11 +143,11 @@ def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
     paragraphs = [
         same,
         "With grouped queries it is larger: outputs belong to query heads, so a KA cache keeps Hkv + Hq heads a "
-        f"token where a KV cache keeps 2 Hkv. With {grouped['query_heads']} query heads on "
-        f"{grouped['key_value_heads']} key head{'s' if grouped['key_value_heads'] > 1 else ''} this model would take "
-        f"{grouped['kv']:,} bytes a token as KV and {grouped['ka']:,} as KA ({grouped['ka'] / grouped['kv']:.2f} ×).",
+        f"token where a KV cache keeps 2 Hkv. With {grouped.query_heads} query heads on {grouped.key_value_heads} key "
+        f"head{'s' if grouped.key_value_heads > 1 else ''} this model would take {grouped.kv:,} bytes a token as KV "
+        f"and {grouped.ka:,} as KA ({grouped.ka / grouped.kv:.2f} ×).",
     ]
-    windows = sorted({memory["window"] for _, memory in arms if memory["window"] is not None})
+    windows = sorted({memory.window for memory in found if memory.window is not None})
     if windows:
         paragraphs.append(
             "A window w makes a cache of constant size for either kind: only the last w − 1 tokens are kept, here "

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.models import NAMES, attention, own_cache
 from ka_attention.harness.perplexity import token_losses
-from ka_attention.harness.statistics import arms_with, caution, cell, changes, mean, percent_cell, seeds_of, values
+from ka_attention.harness.statistics import caution, cell, changes, mean, percent_cell, seeds_of
+from ka_attention.harness.trained import Trained
 from ka_attention.report.document import Section, Table
 
 KNOWN = 5.0  # percent: how far the perplexity of true facts must lie below that of shuffled ones to call them known
 GROUPS = {"real": "real-world facts", "fictitious": "fictitious facts"}
+
+
+@dataclass(frozen=True)
+class Told:
+    """Perplexities of all tokens of the sentences of one telling each; ``ratio`` is forward / backward."""
+
+    forward_ppl: float
+    forward_shuffled_ppl: float
+    backward_ppl: float
+    backward_shuffled_ppl: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """By kind of cache ("kv", "ka") and group ("all", "real", "fictitious"); ``own`` is the model's own kind."""
+
+    sentences: int
+    own: str
+    by_cache: dict[str, dict[str, Told]]
+
+
+def run(trained: Trained) -> Reversal:
+    """Sentences are cut at the length that the model was trained with."""
+    return evaluate(trained.model, trained.text.tokenizer, max_length=trained.settings.sequence_length)
 
 
 def sentences() -> dict[str, dict[str, list[str]]]:
@@ -38,15 +67,12 @@ def sentences() -> dict[str, dict[str, list[str]]]:
 
 
 @torch.inference_mode()
-def evaluate(model: Any, tokenizer: Any, *, max_length: int) -> dict[str, Any]:
-    """Perplexity of whole sentences told forward and backward; ``ratio`` is forward / backward.
+def evaluate(model: Any, tokenizer: Any, *, max_length: int) -> Reversal:
+    """Perplexity of whole sentences told forward and backward, under both kinds of cache.
 
     ``tokenizer`` is a transformers tokenizer; its end-of-text token, which separates documents in training, stands
-    before each sentence, so that the first entity is scored too. Sentences are cut at ``max_length`` tokens. A
-    perplexity is that of all tokens of its sentences together. At the top stand the figures over all facts under the
-    attention that the model was trained with; ``by_cache`` has them for each kind of cache and for real and
-    fictitious facts apart (a cache and the parallel operator give the same probabilities, so nothing needs to be
-    decoded).
+    before each sentence, so that the first entity is scored too. Sentences are cut at ``max_length`` tokens. A cache
+    and the parallel operator give the same probabilities, so nothing needs to be decoded.
     """
     training = model.training
     model.eval()
@@ -54,7 +80,7 @@ def evaluate(model: Any, tokenizer: Any, *, max_length: int) -> dict[str, Any]:
         group: {telling: _encode(tokenizer, texts, max_length) for telling, texts in tellings.items()}
         for group, tellings in sentences().items()
     }
-    by_cache: dict[str, dict[str, Any]] = {}
+    by_cache: dict[str, dict[str, Told]] = {}
     for kind in NAMES:
         with attention(model, kind):
             totals = {
@@ -66,14 +92,13 @@ def evaluate(model: Any, tokenizer: Any, *, max_length: int) -> dict[str, Any]:
         }
         by_cache[kind] = {group: _figures(tellings) for group, tellings in {"all": pooled, **totals}.items()}
     model.train(training)
-    own = own_cache(model)
     count = sum(len(tellings["forward"]) for tellings in encoded.values())
-    return {**by_cache[own]["all"], "sentences": count, "own": own, "by_cache": by_cache}
+    return Reversal(count, own_cache(model), by_cache)
 
 
-def _figures(totals: dict[str, Tensor]) -> dict[str, float]:
+def _figures(totals: dict[str, Tensor]) -> Told:
     ppl = {f"{telling}_ppl": math.exp(loss / tokens) for telling, (loss, tokens) in totals.items()}
-    return {**ppl, "ratio": ppl["forward_ppl"] / ppl["backward_ppl"]}
+    return Told(**ppl, ratio=ppl["forward_ppl"] / ppl["backward_ppl"])
 
 
 def _encode(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
@@ -90,12 +115,9 @@ def _total_loss(model: Any, rows: list[list[int]]) -> Tensor:
     return torch.stack([(losses * scored).sum(), scored.sum().double()]).cpu()
 
 
-def sections(results: dict[str, Any]) -> list[Section]:
+def sections(arms: Sequence[ArmResults[Reversal]]) -> list[Section]:
     """Forward and backward perplexity and their ratio for every arm, with the control, and under both caches."""
-    arms = list(arms_with(results, "reversal"))
-    if not arms:
-        return []
-    facts = arms[0][1]["seeds"][0]["reversal"]["sentences"]
+    facts = arms[0].seeds[0].sentences
     paragraphs = [
         f"{facts} facts, half of them real and half fictitious, told forward (*A is the … of B*) and backward (*B's "
         "… is A*). The **reversal ratio** is forward PPL / backward PPL over whole sentences.",
@@ -110,8 +132,8 @@ def sections(results: dict[str, Any]) -> list[Section]:
         f"Facts under each model's own attention ({seeds_of(arms)}; last columns: true against shuffled, PPL)",
         ["arm", "facts", "forward PPL", "backward PPL", "ratio", "forward", "backward"],
         [
-            [label, name, *_cells(arm, _own(arm), group), *map(percent_cell, _gains(arm, group))]
-            for label, arm in arms
+            [arm.label, name, *_cells(arm, _own(arm), group), *map(percent_cell, _gains(arm, group))]
+            for arm in arms
             for group, name in {"all": "all", **GROUPS}.items()
         ],
     )
@@ -119,28 +141,28 @@ def sections(results: dict[str, Any]) -> list[Section]:
         f"All facts under each cache ({seeds_of(arms)})",
         ["trained as", "cache", "forward PPL", "backward PPL", "ratio"],
         [
-            [label, f"{NAMES[kind]} ({'own' if kind == _own(arm) else 'swap'})", *_cells(arm, kind, "all")]
-            for label, arm in arms
+            [arm.label, f"{NAMES[kind]} ({'own' if kind == _own(arm) else 'swap'})", *_cells(arm, kind, "all")]
+            for arm in arms
             for kind in NAMES
         ],
     )
     return [Section("Reversal", paragraphs, [own, caches])]
 
 
-def _own(arm: dict[str, Any]) -> str:
-    return arm["seeds"][0]["reversal"]["own"]
+def _own(arm: ArmResults[Reversal]) -> str:
+    return arm.seeds[0].own
 
 
-def _figure(arm: dict[str, Any], kind: str, group: str, key: str) -> list[float]:
-    return values(arm, "reversal", "by_cache", kind, group, key)
+def _figure(arm: ArmResults[Reversal], kind: str, group: str, key: str) -> list[float]:
+    return arm.each(lambda found: getattr(found.by_cache[kind][group], key))
 
 
-def _cells(arm: dict[str, Any], kind: str, group: str) -> list[str]:
+def _cells(arm: ArmResults[Reversal], kind: str, group: str) -> list[str]:
     keys = {"forward_ppl": 1, "backward_ppl": 1, "ratio": 3}
     return [cell(_figure(arm, kind, group, key), digits) for key, digits in keys.items()]
 
 
-def _gains(arm: dict[str, Any], group: str) -> list[list[float]]:
+def _gains(arm: ArmResults[Reversal], group: str) -> list[list[float]]:
     """Percent by which PPL of true facts differs from that of shuffled ones, forward and backward, one a seed."""
     return [
         changes(*(_figure(arm, _own(arm), group, f"{order}{suffix}_ppl") for suffix in ("", "_shuffled")))
@@ -148,10 +170,10 @@ def _gains(arm: dict[str, Any], group: str) -> list[list[float]]:
     ]
 
 
-def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def _words(arms: Sequence[ArmResults[Reversal]]) -> list[str]:
     """What the ratios are worth, judged by the real facts (nobody can know the fictitious ones); like arms together."""
     judgements: dict[str, list[str]] = {}
-    for label, arm in arms:
+    for arm in arms:
         forward, backward = (mean(gain) < -KNOWN for gain in _gains(arm, "real"))
         if forward and backward:
             judgement = "in **both orders**: no Reversal Curse shows in whole sentences"
@@ -162,7 +184,7 @@ def _words(arms: list[tuple[str, dict[str, Any]]]) -> list[str]:
         else:
             judgement = "in **neither order**, so that the ratio says **nothing** about the Reversal Curse"
         ratio = cell(_figure(arm, _own(arm), "all", "ratio"), 3)
-        judgements.setdefault(judgement, []).append(f"{label} (ratio {ratio})")
+        judgements.setdefault(judgement, []).append(f"{arm.label} (ratio {ratio})")
     return [
         f"Real-world facts count as known where their PPL is at least {KNOWN:.0f} % below that of shuffled ones. "
         + " ".join(f"Known {judgement}: {'; '.join(labels)}." for judgement, labels in judgements.items())

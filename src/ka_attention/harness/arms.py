@@ -1,30 +1,78 @@
-"""An arm of a comparison is an attention configuration: a name, a label and the KA settings of the model."""
+"""An arm of a comparison is an attention configuration: a name, words for it and the KA settings of the model."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
+from ka_attention.harness.models import is_softmax
 from ka_attention.harness.settings import ModelSettings
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules
 
 NAME = re.compile(r"(?P<attention>softmax|ka|ka-head|ka-token)(-w(?P<window>[1-9]\d*))?")
-LABELS = {"softmax": "softmax", "ka": "KA", "ka-head": "KA, gate per head", "ka-token": "KA, gate per token"}
+KINDS = {"softmax": "softmax", "ka": "KA", "ka-head": "KA, gate per head", "ka-token": "KA, gate per token"}
+ATTENTION = "attention"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """``ka`` is None for plain softmax attention; a windowed softmax arm is KA-attention with its gate fixed at 0."""
+    """What distinguishes the models of a comparison.
+
+    kind:  the attention in words, without its window: arms of one kind are one line in a figure.
+    ka:    None for plain softmax attention; a windowed softmax arm is KA-attention with its gate fixed at 0.
+    mixer: what mixes tokens: "attention", or the name of a layer that stands in its place.
+    """
 
     name: str
-    label: str
-    ka: KAConfig | None
+    kind: str
+    ka: KAConfig | None = None
+    mixer: str = ATTENTION
+
+    @property
+    def window(self) -> int | None:
+        """The window of its KA layers, where they all have the same."""
+        return self.ka.window if self.ka is not None and isinstance(self.ka.window, int) else None
+
+    @property
+    def label(self) -> str:
+        """How reports call it."""
+        return self.kind + (f", window {self.window}" if self.window else "")
+
+    @property
+    def own_cache(self) -> str:
+        """The cache that belongs to its attention, "kv" or "ka"."""
+        return "kv" if is_softmax(self.ka) else "ka"
+
+    @property
+    def is_ka(self) -> bool:
+        """Whether any of its layers reads outputs."""
+        return self.mixer == ATTENTION and not is_softmax(self.ka)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stock softmax attention, or KA-attention in every layer without windows and learned gates."""
+        return self.mixer == ATTENTION and self.ka in (None, KAConfig())
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether only some layers are KA layers."""
+        return self.ka is not None and (self.ka.layers is not None or self.ka.pattern is not None)
+
+    def softened(self, other: Arm) -> bool:
+        """Whether ``other`` is softmax attention where this one is KA-attention: same layers, same window."""
+        if not self.is_ka or other.mixer != ATTENTION or other.is_ka:
+            return False
+        mine, its = self.ka or KAConfig(), other.ka or KAConfig()
+        return (mine.layers, mine.pattern, mine.window) == (its.layers, its.pattern, its.window)
 
     def install(self, model: Any) -> Any:
         """Give a softmax model, in place, the attention of this arm, and return it."""
@@ -33,19 +81,36 @@ class Arm:
         return model if self.ka is None else attach(model, self.ka)
 
 
+@dataclass(frozen=True)
+class ArmResults(Generic[Result]):
+    """What was found of one arm: a result a seed."""
+
+    arm: Arm
+    seeds: tuple[Result, ...]
+
+    @property
+    def label(self) -> str:
+        """How reports call the arm."""
+        return self.arm.label
+
+    def each(self, figure: Callable[[Result], float]) -> list[float]:
+        """One number a seed."""
+        return [figure(seed) for seed in self.seeds]
+
+
 def arm(name: str) -> Arm:
     """The arm called ``softmax``, ``ka``, ``ka-head`` or ``ka-token`` (learned gates); ``-w16`` adds a window of 16."""
     match = NAME.fullmatch(name)
     if not match:
-        allowed = ", ".join(LABELS)
+        allowed = ", ".join(KINDS)
         raise UserError(f"--set arms: no arm {name!r}; allowed are {allowed}, each also with a window, as in ka-w16")
     attention, window = match["attention"], int(match["window"]) if match["window"] else None
-    label = LABELS[attention] + (f", window {window}" if window else "")
+    kind = KINDS[attention]
     if attention == "softmax":
-        return Arm(name, label, KAConfig(window=window, gate_init=0.0) if window else None)
+        return Arm(name, kind, KAConfig(window=window, gate_init=0.0) if window else None)
     gate = attention.partition("-")[2] or "fixed"
     # A learned gate starts halfway, where its gradient is largest and neither attention is favoured.
-    return Arm(name, label, KAConfig(window=window, gate=gate, gate_init=1.0 if gate == "fixed" else 0.5))  # type: ignore[arg-type]
+    return Arm(name, kind, KAConfig(window=window, gate=gate, gate_init=1.0 if gate == "fixed" else 0.5))  # type: ignore[arg-type]
 
 
 def build(arm: Arm, settings: ModelSettings, seed: int) -> GPTNeoXForCausalLM:

@@ -10,8 +10,9 @@ from ka_attention.errors import UserError
 from ka_attention.harness.data import Text, prepare
 from ka_attention.harness.models import load_model
 from ka_attention.harness.progress import quiet_libraries
+from ka_attention.harness.records import Json
 from ka_attention.harness.settings import TextSettings
-from ka_attention.harness.store import Json, Store
+from ka_attention.harness.store import Store
 from ka_attention.harness.study import SCHEMA_VERSION
 from ka_attention.hf import attention_modules, check_supported, is_attached
 

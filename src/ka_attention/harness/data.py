@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,6 @@ VALIDATION_SHARE = 0.1
 FEW_DOCUMENTS = 20
 SPREAD = 8
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-PIECE = 2**18  # characters that are tokenised at once: a token takes some hundred bytes on the way
-# Where a text can be cut without a change of its tokens: before a single space, or else after a single end of a line.
-CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,26 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Description:
+    """Which text was read, and how much of it; ``fingerprint`` is the SHA-256 of all its tokens."""
+
+    source: str
+    train_documents: int
+    validation_documents: int
+    train_tokens: int
+    validation_tokens: int
+    tokenizer_size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Text:
     """What a study reads: ``train`` and ``validation`` are int64 ``[N, sequence_length]``."""
 
     tokenizer: PreTrainedTokenizerFast
     train: Tensor
     validation: Tensor
-    description: dict[str, Any]
+    description: Description
 
 
 class Sequences(Dataset):
@@ -95,15 +104,15 @@ def prepare(
     train = sequences("train", text.train, tokenizer, length, settings.train_samples, fewer=fewer)
     count = settings.validation_samples
     validation = sequences("validation", text.validation, tokenizer, length, count, fewest_validation, fewer)
-    description = {
-        "source": text.source,
-        "train_documents": len(text.train),
-        "validation_documents": len(text.validation),
-        "train_tokens": train.numel(),
-        "validation_tokens": validation.numel(),
-        "tokenizer_size": len(tokenizer),
-        "fingerprint": hashlib.sha256(train.numpy().tobytes() + validation.numpy().tobytes()).hexdigest(),
-    }
+    description = Description(
+        source=text.source,
+        train_documents=len(text.train),
+        validation_documents=len(text.validation),
+        train_tokens=train.numel(),
+        validation_tokens=validation.numel(),
+        tokenizer_size=len(tokenizer),
+        fingerprint=hashlib.sha256(train.numpy().tobytes() + validation.numpy().tobytes()).hexdigest(),
+    )
     return Text(tokenizer, train, validation, description)
 
 
@@ -162,33 +171,15 @@ def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
 
     waiting = 0
     for text in texts:
-        parts = list(pieces(text))
+        parts = list(documents.pieces(text))
         for number, piece in enumerate(parts, start=1):
             batch.append(piece)
             ends.append(number == len(parts))
             waiting += len(piece)
-            if waiting >= PIECE:
+            if waiting >= documents.PIECE:
                 yield from encoded()
                 waiting = 0
     yield from encoded()
-
-
-def pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of at most ``PIECE`` characters, cut between words where there are such places."""
-    begin = 0
-    while len(text) - begin > PIECE:
-        middle, limit = begin + PIECE // 2, begin + PIECE
-        end = next((cut for pattern in CUTS if (cut := _last(pattern, text, middle, limit))), limit)
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
-
-
-def _last(pattern: re.Pattern[str], text: str, begin: int, end: int) -> int | None:
-    last = None
-    for last in pattern.finditer(text, begin, end):  # noqa: B007 (read after the loop)
-        pass
-    return last.start() if last else None
 
 
 def corpus(source: str) -> Corpus:

@@ -20,6 +20,10 @@ from typing import IO, Any, NamedTuple
 from ka_attention.errors import UserError
 from ka_attention.files import shown
 
+PIECE = 2**18  # characters that are tokenised at once: a token takes some hundred bytes on the way
+# Where a text can be cut without a change of its tokens: before a single space, or else after a single end of a line.
+CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
+
 WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $(?=\n \n)", re.MULTILINE)
 # A whole word, as a folder or as a file's name; a file may add the number of its shard: train-00000-of-00008.
 SPLIT_NAMES = {
@@ -204,6 +208,26 @@ def require_text(columns: Iterable[str], source: str) -> None:
 
 
 FORMATS = ".txt, .jsonl (either also .gz, .xz or .zst), .parquet"
+
+
+def pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of at most ``PIECE`` characters, cut between words where there are such places."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        middle, limit = begin + PIECE // 2, begin + PIECE
+        end = next((cut for pattern in CUTS if (cut := _last(pattern, text, middle, limit))), limit)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _last(pattern: re.Pattern[str], text: str, begin: int, end: int) -> int | None:
+    last = None
+    for last in pattern.finditer(text, begin, end):  # noqa: B007 (read after the loop)
+        pass
+    return last.start() if last else None
+
+
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     **{f".txt{packed}": _text for packed in ("", ".gz", ".xz", ".zst")},
     **{f".jsonl{packed}": _jsonl for packed in ("", ".gz", ".xz", ".zst")},

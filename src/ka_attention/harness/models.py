@@ -1,7 +1,8 @@
-"""A saved model, and the two ways in which it can decode: through a KV cache and through a KA cache."""
+"""A saved model, the two ways in which it can decode, through a KV cache and through a KA cache, and their bytes."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from ka_attention.errors import UserError
 from ka_attention.harness import hub
 from ka_attention.hf import KAConfig, reconfigure, use
+from ka_attention.hf.cache.caches import layer_plan
 
 NAMES = {"kv": "KV", "ka": "KA"}
 
@@ -73,3 +75,20 @@ def attention(model: Any, kind: str) -> Iterator[None]:
             yield
         finally:
             reconfigure(model, own)
+
+
+def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -> int:
+    """Bytes that the ``kind`` cache of one sequence of ``tokens`` tokens takes in all layers of a model with ``ka``.
+
+    A layer stores, for each token it keeps, Hkv keys and Hkv values, or Hkv keys and Hq outputs where it caches
+    outputs, of D elements in the model's dtype. A layer with a window w keeps the last w − 1 tokens.
+    """
+    config = copy.copy(model_config)
+    config.ka_config = decoding(ka, kind).to_dict()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    element = (config.dtype or torch.float32).itemsize
+    return sum(
+        (tokens if window is None else min(tokens, window - 1)) * key_heads * (1 + groups) * head_dim * element
+        for groups, window in layer_plan(config)
+    )

@@ -18,7 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 from ka_attention.errors import UserError
 from ka_attention.harness.arms import Arm
 
-LABELS = {"gla": "GLA", "deltanet": "DeltaNet", "mamba2": "Mamba-2"}
+KINDS = {"gla": "GLA", "deltanet": "DeltaNet", "mamba2": "Mamba-2"}
 KERNEL = 4  # tokens that a short convolution reads; the last 3 belong to the state
 
 
@@ -33,7 +33,7 @@ class Peer(Arm):
         parameters stays (to half a multiple of 8 units a layer). UserError where no MLP would be left.
         """
         config, blocks = model.config, model.gpt_neox.layers
-        mixers = [_mixer(self.name, config.hidden_size, config.num_attention_heads) for _ in blocks]
+        mixers = [_mixer(self.mixer, config.hidden_size, config.num_attention_heads) for _ in blocks]
         surplus = _parameters(mixers[0]) - _parameters(blocks[0].attention)
         width = config.intermediate_size - 8 * round(surplus / (2 * config.hidden_size + 1) / 8)
         if width < 8:
@@ -51,7 +51,7 @@ class Peer(Arm):
     def state_bytes(self, config: Any) -> int:
         """Bytes that a sequence's state takes in all layers, in the model's dtype: recurrent and of convolutions."""
         size, heads = config.hidden_size, config.num_attention_heads
-        convolved = {"gla": 0, "deltanet": 3 * size, "mamba2": 2 * size + size // heads}[self.name]
+        convolved = {"gla": 0, "deltanet": 3 * size, "mamba2": 2 * size + size // heads}[self.mixer]
         numbers = size * (size // heads) + convolved * (KERNEL - 1)
         return config.num_hidden_layers * numbers * (config.dtype or torch.float32).itemsize
 
@@ -63,7 +63,7 @@ def peer(name: str) -> Peer:
             f"--set arms: {name} needs a CUDA device and flash-linear-attention (pip install flash-linear-attention); "
             f"to leave recurrent peers out, name the other arms"
         )
-    return Peer(name, LABELS[name], None)
+    return Peer(name, KINDS[name], mixer=name)
 
 
 class Mixer(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ka_attention.errors import UserError
+from ka_attention.harness.records import Json, from_json
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -115,6 +116,11 @@ class TrainingSettings:
         return self.learning_rate / (1 if self.schedule == "constant" else 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSettings(TextSettings, ModelSettings, TrainingSettings):
+    """Language models trained on text: what is read, which model, how it is trained."""
+
+
 PYTHIA_70M: dict[str, Any] = {
     "vocab_size": 50_304,
     "hidden_size": 512,
@@ -148,6 +154,14 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             raise UserError(f"--set {key}: expected {_describe(hints[key])}, got {text!r}") from None
         _check(key, changes[key])
     return replace(recipe, **changes)
+
+
+def restore(kind: type[Recipe], stored: Json) -> Recipe:
+    """The recipe that was stored as JSON; ValueError where it is none, or holds a value that no setting can have."""
+    recipe = from_json(kind, stored, "recipe")
+    for key, value in vars(recipe).items():
+        _check(key, value)
+    return recipe
 
 
 def _check(key: str, value: Any) -> None:

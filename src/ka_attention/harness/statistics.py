@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from ka_attention.harness.arms import ArmResults
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1; the last one serves beyond.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-
-def values(arm: dict[str, Any], *path: str) -> list[float]:
-    """One number a seed: ``arm["seeds"][s][path[0]][path[1]]…``; seeds without it are left out."""
-    found = []
-    for node in arm["seeds"]:
-        for key in path:
-            node = node.get(key) if isinstance(node, dict) else None
-        if node is not None:
-            found.append(node)
-    return found
-
-
-def arms_with(results: dict[str, Any], evaluation: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(label, arm) of the arms in which every seed has ``evaluation``, in the results' order."""
-    for arm in results["arms"].values():
-        if arm["seeds"] and all(evaluation in seed for seed in arm["seeds"]):
-            yield arm["label"], arm
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -53,9 +36,9 @@ def cell(numbers: Sequence[float], digits: int = 1) -> str:
     return mean_sd(numbers, digits).split(" (")[0]
 
 
-def caution(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def caution(arms: Sequence[ArmResults]) -> str:
     """One sentence on what the number of seeds allows to conclude."""
-    if min(len(arm["seeds"]) for _, arm in arms) == 1:
+    if min(len(arm.seeds) for arm in arms) == 1:
         return "These figures come from **one seed**, which proves nothing: differences may not come again."
     return (
         "Figures are mean ± standard deviation over seeds. A difference, paired by seed, counts only if 0 lies outside "
@@ -63,9 +46,9 @@ def caution(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
     )
 
 
-def seeds_of(arms: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def seeds_of(arms: Sequence[ArmResults]) -> str:
     """For captions: ``one seed`` or ``mean ± sd over 3 seeds``."""
-    counts = sorted({len(arm["seeds"]) for _, arm in arms})
+    counts = sorted({len(arm.seeds) for arm in arms})
     return "one seed" if counts == [1] else f"mean ± sd over {' or '.join(map(str, counts))} seeds"
 
 

@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch.distributed as dist
 
 from ka_attention.errors import UserError
 from ka_attention.files import hold, read_object, refuse_link, shown, write_atomically
+from ka_attention.harness.records import Json, from_json, to_json
 
-Json = Any  # what json.dumps accepts
+Result = TypeVar("Result")
 
 
 def main_process() -> bool:
@@ -34,7 +35,7 @@ def agreed(value: Json) -> Json:
 class Store:
     """The parts of one run under ``out``.
 
-    A part is a named unit of work with a JSON result, for example ``training/seed0/softmax``. ``part`` runs it once,
+    A part is a named unit of work with a typed result, for example ``training/seed0/softmax``. ``part`` runs it once,
     writes ``out/parts/<name>.json`` atomically with a checksum, and returns the stored result from then on; UserError
     where that is damaged. ``identity`` (recipe, data, version of the results' schema) is stored with the first part; a
     folder that belongs to another identity raises UserError, so that results of two settings are never mixed, and so
@@ -69,7 +70,7 @@ class Store:
 
     def identify(self, **identity: Json) -> None:
         """Add to what the run is about, before its first part; UserError where the folder's run differs in it."""
-        identity = json.loads(json.dumps(identity))
+        identity = json.loads(json.dumps(to_json(identity)))
         if self._marker.exists():
             stored = read_object(self._marker, "--out")
             changed = sorted(key for key in identity if stored.get(key) != identity[key])
@@ -78,8 +79,12 @@ class Store:
                 raise UserError(f"--out: {self.out} holds a run with another {names}; name another folder or delete it")
         self.identity |= identity
 
-    def part(self, name: str, work: Callable[[], Json]) -> Json:
-        """The result of part ``name``: stored if it was finished before, else ``work()`` is run and stored."""
+    def part(self, name: str, work: Callable[..., Result], *args: Any) -> Result:
+        """The result of part ``name``: stored if it was finished before, else ``work(*args)`` is run and stored.
+
+        It goes through JSON by the type that ``work`` is annotated to return (``records``), also the first time, so
+        that a continued run sees exactly what a first one saw.
+        """
         path = self._path(name)
         text = agreed(path.read_text(encoding="utf-8", errors="replace") if path.exists() else None)
         if text is None:
@@ -87,19 +92,19 @@ class Store:
             self.identify(**self.identity)  # the folder may have become another run's meanwhile
             if main_process() and not self._marker.exists():
                 write_atomically(self._marker, json.dumps(self.identity, indent=2))
-            # Through JSON also the first time, so that a continued run sees exactly what a first one saw.
-            result = json.loads(json.dumps(work()))
+            result = json.loads(json.dumps(to_json(work(*args))))
             text = agreed(json.dumps({"sha256": _digest(result), "result": result}, indent=2))
             if main_process():
                 write_atomically(path, text)
         try:
             stored = json.loads(text)
             whole = stored["sha256"] == _digest(stored["result"])
+            found = from_json(get_type_hints(work).get("return", Any), stored["result"])
         except (LookupError, TypeError, ValueError, RecursionError):
             whole = False
         if not whole:
             raise UserError(f"--out: {path} is damaged: delete it, and the same command makes it again")
-        return stored["result"]
+        return found
 
     def done(self, name: str) -> bool:
         """Whether part ``name`` is finished."""

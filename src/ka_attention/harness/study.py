@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,30 +14,36 @@ from ka_attention.errors import UserError
 from ka_attention.files import read_object, write_atomically
 from ka_attention.harness import environment
 from ka_attention.harness.progress import console, quiet_libraries
-from ka_attention.harness.settings import override
-from ka_attention.harness.store import Json, Store, main_process
+from ka_attention.harness.records import Json, from_json, to_json
+from ka_attention.harness.settings import override, restore
+from ka_attention.harness.store import Store, main_process
 from ka_attention.report.document import Section
 from ka_attention.report.render import render
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Study(Protocol):
-    """One question. A study lives in one file, which ends with an instance listed in ``studies/catalogue.py``."""
+    """One question. A study lives in one folder, which ends with an instance listed in ``studies/catalogue.py``."""
 
     name: str
     question: str
     recipes: Mapping[str, Any]  # name -> frozen dataclass; the first is the default, and runs in minutes on two cores
 
-    def run(self, recipe: Any, store: Store, seeds: int) -> dict[str, Json]:
-        """Answer the question: call ``store.part`` for each unit of work and return the results as JSON.
+    @property
+    def results(self) -> type[Any]:
+        """The frozen dataclass that ``run`` returns; a class attribute does."""
+        ...
 
-        A study that reads text has a recipe with ``recipes.TextSettings`` and calls ``store.identify`` with the
+    def run(self, recipe: Any, store: Store, seeds: int) -> Any:
+        """Answer the question: call ``store.part`` for each unit of work and return the results.
+
+        A study that reads text has a recipe with ``settings.TextSettings`` and calls ``store.identify`` with the
         description of the text before its first part.
         """
         ...
 
-    def sections(self, results: dict[str, Json]) -> list[Section]:
+    def sections(self, recipe: Any, results: Any) -> list[Section]:
         """The results in words, tables and figures: what was expected, what came, what it does not show."""
         ...
 
@@ -58,34 +64,37 @@ def open_store(study: Study, recipe: Any, out: Path) -> Store:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
-    identity = {"schema_version": SCHEMA_VERSION, "study": study.name, "recipe": asdict(recipe)}
+    identity = {"schema_version": SCHEMA_VERSION, "study": study.name, "recipe": to_json(recipe)}
     return Store(out, identity)
 
 
-def publish(study: Study, recipe: Any, store: Store, seeds: int, answer: dict[str, Json]) -> None:
+def publish(study: Study, recipe: Any, store: Store, seeds: int, results: Any) -> None:
     """Write ``results.json`` and the report into the run's folder."""
     if not main_process():
         return
-    results = {
+    stored = {
         "schema_version": SCHEMA_VERSION,
         "study": study.name,
-        "recipe": asdict(recipe),
+        "recipe": to_json(recipe),
         "seeds": seeds,
         "environment": environment.describe(),
-        **answer,
+        **to_json(results),
     }
-    write_atomically(store.out / "results.json", json.dumps(results, indent=2))
-    report(study, results, store.out)
+    write_atomically(store.out / "results.json", json.dumps(stored, indent=2))
+    report(study, stored, store.out)
 
 
-def report(study: Study, results: dict[str, Json], out: Path) -> None:
-    """Render ``results`` into ``out``; a ``note`` that someone added to recorded results comes first."""
-    note = [Section("Note on this run", [results["note"]])] if "note" in results else []
-    render(study.question, [*note, *study.sections(results)], results["environment"], out)
+def report(study: Study, stored: Json, out: Path) -> None:
+    """Render what ``results.json`` holds into ``out``; a ``note`` that someone added comes first."""
+    recipe = restore(type(next(iter(study.recipes.values()))), stored["recipe"])
+    names = [field.name for field in fields(study.results)]
+    results = from_json(study.results, {name: stored[name] for name in names if name in stored}, "results")
+    note = [Section("Note on this run", [stored["note"]])] if "note" in stored else []
+    render(study.question, [*note, *study.sections(recipe, results)], stored["environment"], out)
     console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True)
 
 
-def read(out: Path, name: str) -> dict[str, Json]:
+def read(out: Path, name: str) -> Json:
     """A JSON file of the run in ``out``; UserError where ``out`` holds none, or one of another schema."""
     path = out / name
     if not path.exists():

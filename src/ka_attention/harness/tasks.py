@@ -7,9 +7,8 @@ needs no help from an earlier one to know what stands on either side.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,13 +20,16 @@ from transformers import GPTNeoXForCausalLM, set_seed
 from ka_attention.errors import UserError
 from ka_attention.harness.arms import Arm
 from ka_attention.harness.data import Sequences
+from ka_attention.harness.drawing import look
 from ka_attention.harness.settings import ModelSettings, TrainingSettings
-from ka_attention.harness.store import Json, Store, main_process
+from ka_attention.harness.store import Store, main_process
 from ka_attention.harness.training import train
 
 NOT_ASKED = -100  # in the place of an answer
 BATCH = 64  # sequences read at once when tested
 FEWEST = 30  # answers of a group over all seeds, below which its accuracy says nothing
+DASHES = (":", "--", "-.", "-")  # fewest layers first
+SOLVED = 0.9  # share of right answers from which a task, or a group of its questions, counts as solved
 
 
 class Examples(NamedTuple):
@@ -87,12 +89,71 @@ class TaskSettings(TrainingSettings):
 
 
 class Plan(NamedTuple):
-    """One model to train: on what, with which attention in how many layers."""
+    """One model to train: on what, called ``name``, with which attention in how many layers."""
 
+    name: str
     task: Task
     arm: Arm
     layers: int
-    label: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Share of right answers among the ``count`` questions of a group."""
+
+    group: int
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of right answers in sequences of ``length`` statements, as a whole and by group."""
+
+    length: int
+    accuracy: float
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A trained model: parameters, seconds of training, and its tests."""
+
+    parameters: int
+    seconds: float
+    tests: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What became of a plan: an exam a seed."""
+
+    task: str
+    arm: Arm
+    layers: int
+    seeds: tuple[Exam, ...]
+
+    @property
+    def label(self) -> str:
+        """The arm and how many layers it has."""
+        return f"{self.arm.label}, {self.layers} layer{'s' if self.layers > 1 else ''}"
+
+    def percents(self, test: int) -> list[float]:
+        """Accuracy in one of the tests in percent, one number a seed."""
+        return [100 * exam.tests[test].accuracy for exam in self.seeds]
+
+    def by_group(self, test: int) -> dict[int, float]:
+        """Accuracy in one of the tests by group, all seeds together, where there are answers enough."""
+        answers: dict[int, list[Group]] = {}
+        for exam in self.seeds:
+            for group in exam.tests[test].groups:
+                answers.setdefault(group.group, []).append(group)
+        totals = {group: sum(each.count for each in found) for group, found in answers.items()}
+        return {
+            group: sum(each.accuracy * each.count for each in answers[group]) / totals[group]
+            for group in sorted(answers)
+            if totals[group] >= FEWEST
+        }
 
 
 class StatementEmbedding(nn.Module):
@@ -125,26 +186,17 @@ def build(plan: Plan, settings: TaskSettings, seed: int) -> GPTNeoXForCausalLM:
     return plan.arm.install(model)
 
 
-def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Json]:
-    """Train and test each planned model with every seed; in a seed all models of a task see the same sequences.
-
-    For each key: ``label``, ``kind`` (the arm's label), ``layers``, and ``seeds``: a list of ``parameters``,
-    ``seconds`` of training and ``tests``, each of which has ``length``, ``accuracy``, and ``groups``, a list of
-    ``group``, ``accuracy`` and ``count``.
-    """
-    entries: dict[str, Any] = {
-        key: {"label": plan.label, "kind": plan.arm.label, "layers": plan.layers, "seeds": []}
-        for key, plan in plans.items()
-    }
+def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Learned]:
+    """Train and test each planned model with every seed; in a seed all models of a task see the same sequences."""
+    exams: dict[str, list[Exam]] = {key: [] for key in plans}
     for seed in range(max(seeds, settings.least_seeds)):
         for key, plan in plans.items():
             part = f"seed{seed}/{key}"
-            work = partial(_learn, plan, settings, store, part, seed)
-            entries[key]["seeds"].append(store.part(part, work))
-    return entries
+            exams[key].append(store.part(part, _learn, plan, settings, store, part, seed))
+    return {key: Learned(plan.name, plan.arm, plan.layers, tuple(exams[key])) for key, plan in plans.items()}
 
 
-def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: int) -> Json:
+def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: int) -> Exam:
     def examples(count: int, length: int, stream: int) -> Examples:
         return plan.task.examples(count, length, np.random.default_rng([seed, stream, length]))
 
@@ -152,14 +204,15 @@ def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: in
     model = build(plan, settings, seed)
     training = _sequences(examples(settings.train_samples, settings.length, 0))
     validation = _sequences(examples(settings.test_samples, settings.length, 1))
-    trained = train(model, training, validation, settings, folder, seed=seed, label=plan.label)
+    label = f"{plan.name}: {plan.arm.label}, {plan.layers} layer{'s' if plan.layers > 1 else ''}"
+    trained = train(model, training, validation, settings, folder, seed=seed, label=label)
     if main_process():
         shutil.rmtree(folder)  # there are many, and they are quickly trained again
     tests = []
     for length in settings.test_lengths:
         asked = examples(settings.test_samples, length, 2)
-        tests.append({"length": length, **accuracy(answer(model, asked.statements) == asked.answers, asked)})
-    return {"parameters": trained["parameters"], "seconds": trained["seconds_per_epoch"], "tests": tests}
+        tests.append(accuracy(answer(model, asked.statements) == asked.answers, asked))
+    return Exam(trained.parameters, trained.seconds_per_epoch, tuple(tests))
 
 
 def _sequences(examples: Examples) -> Sequences:
@@ -175,30 +228,65 @@ def answer(model: GPTNeoXForCausalLM, statements: Tensor) -> Tensor:
         return torch.cat([model(input_ids=batch.to(model.device)).logits.argmax(-1).cpu() for batch in batches])
 
 
-def accuracy(correct: Tensor, examples: Examples) -> dict[str, Json]:
+def accuracy(correct: Tensor, examples: Examples) -> Score:
     """Share of right answers, as a whole and by group; ``correct`` is bool ``[N, T]``."""
     asked = examples.answers != NOT_ASKED
     groups = []
     for group in examples.groups[asked].unique().tolist():
         right = correct[asked & (examples.groups == group)]
-        groups.append({"group": group, "accuracy": right.double().mean().item(), "count": right.numel()})
-    return {"accuracy": correct[asked].double().mean().item(), "groups": groups}
+        groups.append(Group(group, right.double().mean().item(), right.numel()))
+    return Score(correct.shape[1], correct[asked].double().mean().item(), tuple(groups))
 
 
-def percents(entry: dict[str, Json], test: int) -> list[float]:
-    """Accuracy in one of the tests in percent, one number a seed."""
-    return [100 * one["tests"][test]["accuracy"] for one in entry["seeds"]]
+def reach(accuracies: Mapping[int, float]) -> int:
+    """The greatest group up to which all groups are SOLVED; −1 where not even the first is."""
+    return next((group - 1 for group, right in accuracies.items() if right < SOLVED), max(accuracies))
 
 
-def by_group(entry: dict[str, Json], test: int) -> dict[int, float]:
-    """Accuracy in one of the tests by group, all seeds together, where there are answers enough."""
-    answers: dict[int, list[tuple[float, int]]] = {}
-    for one in entry["seeds"]:
-        for group in one["tests"][test]["groups"]:
-            answers.setdefault(group["group"], []).append((group["accuracy"], group["count"]))
-    totals = {group: sum(count for _, count in each) for group, each in answers.items()}
-    return {
-        group: sum(right * count for right, count in answers[group]) / totals[group]
-        for group in sorted(answers)
-        if totals[group] >= FEWEST
-    }
+def draw_groups(entries: Sequence[Learned], test: int, ax: Any) -> None:
+    """Right answers by group in one of the tests: colours and markers are arms, dashes are numbers of layers."""
+    counts = sorted({entry.layers for entry in entries})
+    for entry in entries:
+        groups = entry.by_group(test)
+        style = look(entry.arm) | {"linestyle": DASHES[counts.index(entry.layers) - len(counts)]}
+        label = entry.label if len(counts) > 1 else entry.arm.label
+        ax.plot(list(groups), [100 * right for right in groups.values()], label=label, **style)
+    ax.set_ylim(0, 103)
+    ax.set_ylabel("right answers (%)")
+
+
+@dataclass(frozen=True)
+class Dereference:
+    """Assignments ``x = literal`` or ``x = earlier variable``; the answer at each is the value of x.
+
+    ``chains`` different literals are assigned first. Every later statement copies the newest variable of one of the
+    chains, picked with probability ∝ 1/rank in an order of its own for every sequence, so that some chains grow long. A
+    name is assigned once; names are drawn anew for every sequence. Groups are depths, the references between a variable
+    and its literal. Symbols: ``names`` names, then ``literals`` literals.
+    """
+
+    names: int
+    literals: int
+    chains: int
+
+    @property
+    def symbols(self) -> int:
+        return self.names + self.literals
+
+    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
+        """``count`` sequences of ``length`` statements."""
+        shuffled = [random.permuted(np.tile(np.arange(n), (count, 1)), axis=1) for n in (self.names, self.literals)]
+        left, values = shuffled[0][:, :length], shuffled[1][:, : self.chains]
+        share = 1 / np.arange(1, self.chains + 1)
+        ranks = random.choice(self.chains, size=(count, length), p=share / share.sum())
+        chain = np.take_along_axis(random.permuted(np.tile(np.arange(self.chains), (count, 1)), axis=1), ranks, axis=1)
+        chain[:, : self.chains] = np.arange(self.chains)[:length]
+        newest, depth = self.names + values, np.full((count, self.chains), -1)
+        right, depths, row = np.empty_like(left), np.empty_like(left), np.arange(count)
+        for t in range(length):
+            at = row, chain[:, t]
+            depth[at] += 1
+            right[:, t], depths[:, t] = newest[at], depth[at]
+            newest[at] = left[:, t]
+        answers = self.names + np.take_along_axis(values, chain, axis=1)
+        return Examples(*(torch.from_numpy(x) for x in (left * self.symbols + right, answers, depths)))

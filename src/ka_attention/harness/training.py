@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,31 @@ BEST = "best"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """A line of the table: ``train_ppl`` is exp of the epoch's mean training loss, ``seconds`` are of the steps alone.
+
+    ``best``: whether the validation loss fell below that of all epochs before.
+    """
+
+    epoch: int
+    train_ppl: float
+    val_ppl: float
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training went; the best epoch's weights are those that were kept."""
+
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
+    best_val_ppl: float
+    seconds_per_epoch: float
+    parameters: int
+
+
 def train(
     model: PreTrainedModel,
     train_set: Sequences,
@@ -44,7 +70,7 @@ def train(
     label: str,
     tokenizer: Any = None,
     console: Console = progress.console,
-) -> dict[str, Any]:
+) -> Training:
     """Train ``model`` on ``train_set`` until ``eval_set``'s loss stops falling; it holds the best weights at return.
 
     The data sets yield ``{"input_ids", "labels"}``; the loss is the mean over labels that are not −100. ``seed`` orders
@@ -52,9 +78,6 @@ def train(
     the best weights as ``model.safetensors`` and ``tokenizer``; until the end it holds a checkpoint an epoch: calling
     again with the same arguments after a kill continues from the last.
 
-    Returns ``epochs`` (rows of epoch, train_ppl = exp of the epoch's mean training loss, val_ppl, seconds of the
-    training steps alone, best: whether it improved), ``best_epoch``, ``best_val_ppl``, ``seconds_per_epoch`` and
-    ``parameters``.
     Raises UserError where a loss is not finite, with the weights of the best epoch so far in ``folder``, and where the
     batch cannot be shared out among the processes.
     """
@@ -88,14 +111,10 @@ def train(
     save(model, tokenizer, folder)
     if main_process():
         shutil.rmtree(checkpoints)
-    best = min(rows, key=lambda row: row["val_ppl"])
-    return {
-        "epochs": rows,
-        "best_epoch": best["epoch"],
-        "best_val_ppl": best["val_ppl"],
-        "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
-        "parameters": parameters,
-    }
+    epochs = tuple(Epoch(**row) for row in rows)
+    best = min(epochs, key=lambda row: row.val_ppl)
+    seconds = sum(row.seconds for row in epochs) / len(epochs)
+    return Training(epochs, best.epoch, best.val_ppl, seconds, parameters)
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ka_attention.errors import UserError
-from ka_attention.harness.settings import PYTHIA_70M, ModelSettings, TextSettings, TrainingSettings
+from ka_attention.harness.settings import PYTHIA_70M, LanguageModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareRecipe(TextSettings, ModelSettings, TrainingSettings):
+class CompareRecipe(LanguageModelSettings):
     """One comparison: the same text, model and training for every arm.
 
     arms:          names of attention configurations (``arms.arm``); the first is what the others are compared with.

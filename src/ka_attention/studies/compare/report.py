@@ -2,32 +2,103 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from ka_attention.evaluations import (
+    Evaluation,
+    adapters,
+    caches,
+    conversion,
+    decoding,
+    heads,
+    memory,
+    perplexity,
+    reversal,
+)
+from ka_attention.evaluations.adapters import Adapters
+from ka_attention.evaluations.caches import Caches
+from ka_attention.evaluations.conversion import Conversions
+from ka_attention.evaluations.decoding import Decoding
+from ka_attention.evaluations.heads import Heads
+from ka_attention.evaluations.memory import Memory
+from ka_attention.evaluations.reversal import Reversal
+from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.data import Description
+from ka_attention.harness.drawing import line, look, powers_of_two
+from ka_attention.harness.perplexity import Perplexity
 from ka_attention.harness.statistics import (
     caution,
     cell,
     changes,
-    mean,
     percent_cell,
-    values,
+    seeds_of,
     verdict,
 )
-from ka_attention.harness.store import Json
+from ka_attention.harness.training import Training
 from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.compare.recipes import CompareRecipe
+
+# The questions to every trained model, in the order of the report. Each is a field of Answers.
+EVALUATIONS: dict[str, Evaluation] = {
+    "caches": caches,
+    "perplexity": perplexity,
+    "memory": memory,
+    "adapters": adapters,
+    "heads": heads,
+    "conversion": conversion,
+    "decoding": decoding,
+    "reversal": reversal,
+}
 
 
-def sections(results: dict[str, Json]) -> list[Section]:
-    """The sections that need only the training and the size of the caches."""
-    return [_summary(results), _training(results), *_against_cache(results)]
+@dataclass(frozen=True)
+class Answers:
+    """What came of one arm and seed; None where a question was not asked or did not arise."""
+
+    training: Training
+    caches: Caches | None = None
+    perplexity: Perplexity | None = None
+    memory: Memory | None = None
+    adapters: Adapters | None = None
+    heads: Heads | None = None
+    conversion: Conversions | None = None
+    decoding: Decoding | None = None
+    reversal: Reversal | None = None
 
 
-def _ppl(entry: dict[str, Json]) -> list[float]:
-    return values(entry, "training", "best_val_ppl")
+Answered = ArmResults[Answers]
 
 
-def _seconds(entry: dict[str, Json]) -> float:
-    return mean(values(entry, "training", "seconds_per_epoch"))
+@dataclass(frozen=True)
+class Results:
+    """By the arm's name; the first arm is what the others are compared with."""
+
+    data: Description
+    arms: dict[str, ArmResults[Answers]]
+
+
+def sections(recipe: CompareRecipe, results: Results) -> list[Section]:
+    """The answer in short, the training, quality against cache bytes, then a section for each evaluation."""
+    arms = list(results.arms.values())
+    found = [_summary(recipe, results), _training(recipe, arms), *_against_cache(recipe, arms)]
+    for name, evaluation in EVALUATIONS.items():
+        answered = _answered(arms, name)
+        found += evaluation.sections(answered) if answered else []
+    return found
+
+
+def _answered(arms: list[Answered], name: str) -> list[ArmResults[Any]]:
+    """The arms that answered an evaluation, with the answers of the seeds that did."""
+    answers = [(each.arm, [getattr(seed, name) for seed in each.seeds]) for each in arms]
+    kept = [(arm, tuple(answer for answer in found if answer is not None)) for arm, found in answers]
+    return [ArmResults(arm, found) for arm, found in kept if found]
+
+
+def _ppl(arm: Answered) -> list[float]:
+    return arm.each(lambda seed: seed.training.best_val_ppl)
 
 
 def _judged(change: list[float]) -> str:
@@ -35,142 +106,119 @@ def _judged(change: list[float]) -> str:
     return percent_cell(change) + (f" ({verdict(change)})" if len(change) > 1 else "")
 
 
-def _summary(results: dict[str, Json]) -> Section:
-    recipe, data, seeds = results["recipe"], results["data"], results["seeds"]
-    base = next(iter(results["arms"].values()))
-    arms = [(entry["label"], entry) for entry in results["arms"].values()]
-    sentences = [f"**{base['label']}** reaches a validation PPL of {cell(_ppl(base))}."]
+def _summary(recipe: CompareRecipe, results: Results) -> Section:
+    data, arms = results.data, list(results.arms.values())
+    base, seeds = arms[0], len(arms[0].seeds)
+    sentences = [f"**{base.label}** reaches a validation PPL of {cell(_ppl(base))}."]
     rows = []
-    for entry in results["arms"].values():
-        change = changes(_ppl(entry), _ppl(base))
-        time = _seconds(entry) / _seconds(base)
-        if entry is not base:
-            sentences.append(
-                f"**{entry['label']}** reaches {cell(_ppl(entry))}, {_judged(change)} against {base['label']}, in "
-                f"{time:.2f} × the training time an epoch."
-            )
+    for arm in arms:
+        change = changes(_ppl(arm), _ppl(base))
+        if arm is not base:
+            sentences.append(f"**{arm.label}** reaches {cell(_ppl(arm))}, {_judged(change)} against {base.label}.")
         rows.append(
             [
-                entry["label"],
-                f"{entry['seeds'][0]['training']['parameters']:,}",
-                cell(_ppl(entry)),
-                "–" if entry is base else percent_cell(change),
-                ", ".join(str(epoch) for epoch in values(entry, "training", "best_epoch")),
-                f"{_seconds(entry):,.1f}",
-                f"{time:.2f}",
+                arm.label,
+                cell(_ppl(arm)),
+                "–" if arm is base else percent_cell(change),
+                f"{arm.seeds[0].training.parameters:,}",
+                ", ".join(str(seed.training.best_epoch) for seed in arm.seeds),
             ]
         )
-    against = base["label"]
-    columns = ["arm", "parameters", "best val PPL", f"against {against}", "best epoch", "s/epoch", f"× {against}"]
     setting = (
-        f"Recipe `{recipe['name']}` on {data['source']}: {recipe['train_samples']:,} training and "
-        f"{recipe['validation_samples']:,} validation sequences of {recipe['sequence_length']} tokens from different "
-        f"documents, {data['tokenizer_size']:,} tokens in the vocabulary, {seeds} seed{'s' if seeds > 1 else ''}. "
+        f"Recipe `{recipe.name}` on {data.source}: {recipe.train_samples:,} training and "
+        f"{recipe.validation_samples:,} validation sequences of {recipe.sequence_length} tokens from different "
+        f"documents, {data.tokenizer_size:,} tokens in the vocabulary, {seeds} seed{'s' if seeds > 1 else ''}. "
         "All arms start from the same weights and see the same batches."
     )
-    table = Table("Best validation PPL of each arm, and what an epoch of training costs", columns, rows)
-    words = [" ".join(sentences), *_swaps(results), *_at_equal_cache(results), caution(arms)]
+    columns = ["arm", "best val PPL", f"against {base.label}", "parameters", "best epoch"]
+    table = Table(f"Best validation PPL of each arm ({seeds_of(arms)})", columns, rows)
+    words = [" ".join(sentences), *_joined(_swaps(arms)), *_joined(_at_equal_cache(arms)), caution(arms)]
     return Section("In short", [setting, *words], [table])
 
 
-def _swaps(results: dict[str, Json]) -> list[str]:
+def _joined(sentences: Iterator[str]) -> list[str]:
+    """One paragraph, or none."""
+    return [text] if (text := " ".join(sentences)) else []
+
+
+def _swaps(arms: list[Answered]) -> Iterator[str]:
     """What the other cache does to the models with full attention, in one sentence each."""
-    sentences = []
-    for name, own, other in (("softmax", "kv", "ka"), ("ka", "ka", "kv")):
-        entry = results["arms"].get(name)
-        if entry and values(entry, "caches"):
-            before, after = (values(entry, "caches", kind, "ppl") for kind in (own, other))
-            sentences.append(
-                f"Decoding the {entry['label']}-trained model with a **{other.upper()} cache**, without any further "
+    for arm in arms:
+        found = [seed.caches for seed in arm.seeds if arm.arm.is_plain and seed.caches]
+        if found:
+            own, other = found[0].own, "ka" if found[0].own == "kv" else "kv"
+            before, after = ([each.kinds[kind].ppl for each in found] for kind in (own, other))
+            yield (
+                f"Decoding the {arm.label}-trained model with a **{other.upper()} cache**, without any further "
                 f"training, takes its PPL from {cell(before)} to {cell(after)}: {_judged(changes(after, before))}."
             )
-    return [" ".join(sentences)] if sentences else []
 
 
-def _at_equal_cache(results: dict[str, Json]) -> list[str]:
+def _at_equal_cache(arms: list[Answered]) -> Iterator[str]:
     """KA against softmax with the same window, where both were trained."""
-    sentences = []
-    for name, entry in results["arms"].items():
-        softmax = results["arms"].get(name.replace("ka", "softmax", 1))
-        if name.startswith("ka-w") and softmax:
-            change = changes(_ppl(entry), _ppl(softmax))
-            sentences.append(
-                f"With the same small cache, the PPL of **{entry['label']}** stands at {_judged(change)} against that "
-                f"of {softmax['label']}."
-            )
-    return [" ".join(sentences)] if sentences else []
-
-
-def _training(results: dict[str, Json]) -> Section:
-    entries = list(results["arms"].values())
-
-    def draw(axes: Any) -> None:
-        for number, entry in enumerate(entries):
-            for seed, answers in enumerate(entry["seeds"]):
-                rows = answers["training"]["epochs"]
-                axes.plot(
-                    [row["epoch"] for row in rows],
-                    [row["val_ppl"] for row in rows],
-                    marker="o",
-                    color=f"C{number}",
-                    label=None if seed else entry["label"],
+    for arm in arms:
+        for other in arms:
+            if arm.arm.window and arm.arm.softened(other.arm):
+                yield (
+                    f"With the same small cache, the PPL of **{arm.label}** stands at "
+                    f"{_judged(changes(_ppl(arm), _ppl(other)))} against that of {other.label}."
                 )
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel("validation PPL")
-        axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
-        axes.legend()
+
+
+def _training(recipe: CompareRecipe, arms: list[Answered]) -> Section:
+    def draw(ax: Any) -> None:
+        for arm in arms:
+            for number, seed in enumerate(arm.seeds):
+                epochs = seed.training.epochs
+                label = None if number else arm.label
+                ax.plot([row.epoch for row in epochs], [row.val_ppl for row in epochs], label=label, **look(arm.arm))
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_ylabel("validation PPL")
+        ax.set_yscale("log")
+        for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            which("{x:,g}")
+        ax.legend()
 
     words = (
         "Train PPL is exp of the mean training loss over the epoch, Val PPL that of the whole validation set after it; "
-        "Time is that of the training steps alone; * marks an improvement. Training stops after "
-        f"{results['recipe']['patience']} epochs without one, and the best weights count."
+        "Time is that of the training steps alone, which arms take one after the other, so that times of two arms do "
+        f"not compare; * marks an improvement. Training stops after {recipe.patience} epochs without one, and the best "
+        "weights count."
     )
     figure = Figure("training", "Validation PPL by epoch, one line a seed, lower is better", draw)
-    return Section("Training", [words], [_epochs(entry) for entry in entries], [figure])
+    return Section("Training", [words], [_epochs(arm) for arm in arms], [figure])
 
 
-def _plain_numbers(axis: Any) -> None:
-    """Numbers instead of powers on a logarithmic axis."""
-    for which in (axis.set_major_formatter, axis.set_minor_formatter):
-        which("{x:,g}")
-
-
-def _epochs(entry: dict[str, Json]) -> Table:
+def _epochs(arm: Answered) -> Table:
     """The table of the run with seed 0, as it was printed."""
-    training = entry["seeds"][0]["training"]
+    training = arm.seeds[0].training
     rows = []
-    for row in training["epochs"]:
-        note = "* best" if row["epoch"] == training["best_epoch"] else "*" if row["best"] else ""
-        ppls = [f"{row['train_ppl']:,.1f}", f"{row['val_ppl']:,.1f}"]
-        rows.append([str(row["epoch"]), *ppls, f"{row['seconds']:.1f}s", note])
-    return Table(f"{entry['label']}, seed 0", ["Epoch", "Train PPL", "Val PPL", "Time", "Note"], rows)
+    for row in training.epochs:
+        note = "* best" if row.epoch == training.best_epoch else "*" if row.best else ""
+        rows.append([str(row.epoch), f"{row.train_ppl:,.1f}", f"{row.val_ppl:,.1f}", f"{row.seconds:.1f}s", note])
+    return Table(f"{arm.label}, seed 0", ["Epoch", "Train PPL", "Val PPL", "Time", "Note"], rows)
 
 
-def _against_cache(results: dict[str, Json]) -> list[Section]:
-    points = []
-    for entry in results["arms"].values():
-        memory = entry["seeds"][0].get("memory")
-        if memory:
-            points.append((entry["label"], memory[memory["own"]]["bytes_per_sequence"], entry["val_ppl"]))
-    if not points:
+def _against_cache(recipe: CompareRecipe, arms: list[Answered]) -> list[Section]:
+    weights = [(arm, arm.seeds[0].memory) for arm in arms]
+    sizes = [(arm, memory.of_own.bytes_per_sequence / 1024) for arm, memory in weights if memory]
+    if not sizes:
         return []
 
-    def draw(axes: Any) -> None:
-        for label, size, ppl in points:
-            axes.errorbar([size / 1024], [ppl["mean"]], yerr=[ppl["sd"]], fmt="o", capsize=3, label=label)
-        axes.set_xscale("log", base=2)
-        _plain_numbers(axes.xaxis)
-        axes.set_xlabel("cache (KiB a sequence)")
-        axes.set_ylabel("validation PPL")
-        axes.legend()
+    def draw(ax: Any) -> None:
+        for arm, size in sizes:
+            line(ax, [size], [_ppl(arm)], label=arm.label, **look(arm.arm) | {"linestyle": ""})
+        powers_of_two(ax.xaxis, sorted({2.0 ** round(math.log2(size)) for _, size in sizes}))
+        ax.set_xlabel("cache (KiB a sequence)")
+        ax.set_ylabel("validation PPL")
+        ax.legend()
 
     words = (
-        f"The best validation PPL of each arm against the bytes of its own cache after "
-        f"{results['recipe']['sequence_length']} tokens; down and left is better. A layer with a window keeps "
-        "window − 1 tokens however long the sequence is. Windowed KA-attention still draws on the whole past, because "
-        "each output that it keeps has gathered what came before it."
+        f"The best validation PPL of each arm against the bytes of its own cache after {recipe.sequence_length} "
+        "tokens; down and left is better. A layer with a window keeps window − 1 tokens however long the sequence is. "
+        "Windowed KA-attention still draws on the whole past, because each output that it keeps has gathered what came "
+        "before it."
     )
-    figure = Figure("ppl_by_cache_bytes", "Validation PPL against cache bytes a sequence (bars: ± 1 sd)", draw)
-    return [Section("PPL against cache bytes", [words], [], [figure])]
+    caption = f"Validation PPL against cache bytes a sequence ({seeds_of(arms)})"
+    return [Section("PPL against cache bytes", [words], [], [Figure("ppl_by_cache_bytes", caption, draw)])]

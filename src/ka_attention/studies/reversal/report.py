@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from ka_attention.harness.arms import Arm
+from ka_attention.harness.models import NAMES
 from ka_attention.harness.statistics import deviation, mean, mean_sd
-from ka_attention.harness.store import Json
+from ka_attention.harness.training import Training
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.reversal.facts import CONTEXT, REVERSE, SAME
 
@@ -25,30 +28,87 @@ LABELS = {
 }
 
 
-def sections(results: dict[str, Json]) -> list[Section]:
+@dataclass(frozen=True)
+class Data:
+    """The facts: people by group, sentences to train on, questions."""
+
+    source: str
+    people: dict[str, int]
+    sentences: int
+    questions: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A set of questions.
+
+    accuracy: the share of answers with which the greedy continuation begins, both lower-cased and stripped.
+    right, wrong: the mean log-probability, in nats, of the right and of the wrong answers given the prompts.
+    sentence_nll, sentence_tokens: the sum over whole sentences, prompt and right answer, in nats, and their tokens.
+    """
+
+    accuracy: float
+    right: float
+    wrong: float
+    sentence_nll: float
+    sentence_tokens: int
+
+    @property
+    def gain(self) -> float:
+        return self.right - self.wrong
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One model: what it answered, by set of questions, and how it was trained."""
+
+    asked: dict[str, Asked]
+    training: Training
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm asked through one kind of cache."""
+
+    arm: Arm
+    cache: str
+    seeds: tuple[Answered, ...]
+
+    @property
+    def label(self) -> str:
+        """The arm, and the cache where it is not its own."""
+        return self.arm.label + ("" if self.cache == self.arm.own_cache else f", {NAMES[self.cache]} cache")
+
+
+@dataclass(frozen=True)
+class Results:
+    """By arm and cache."""
+
+    data: Data
+    arms: dict[str, Entry]
+
+
+def sections(results: Results) -> list[Section]:
     """Expectation and answer, accuracy and likelihood with their controls, whole sentences."""
     return [_answer(results), _details(results), _sentences(results)]
 
 
-def _group(entry: dict[str, Json], keys: tuple[str, ...], figure: str) -> list[float]:
+def _group(entry: Entry, keys: tuple[str, ...], figure: str) -> list[float]:
     """One number a seed: the mean of ``figure`` ("gain" is right − wrong) over the sets of questions ``keys``."""
-    found = []
-    for seed in entry["seeds"]:
-        sets = [seed["asked"][key] for key in keys]
-        found.append(mean([one["right"] - one["wrong"] if figure == "gain" else one[figure] for one in sets]))
-    return found
+    return [mean([getattr(seed.asked[key], figure) for key in keys]) for seed in entry.seeds]
 
 
 def _share(numbers: list[float]) -> str:
     return mean_sd([100 * number for number in numbers], 0)
 
 
-def _answer(results: dict[str, Json]) -> Section:
-    data, entries = results["data"], list(results["arms"].values())
-    people = " + ".join(str(count) for count in data["people"].values())
+def _answer(results: Results) -> Section:
+    data, entries = results.data, list(results.arms.values())
+    people = " + ".join(str(count) for count in data.people.values())
     paragraphs = [
-        f"{people} people ({data['source']}) have a name and a description each. The first group is trained as name → "
-        f"description only, the second as description → name only, the third in both orders: {data['sentences']:,} "
+        f"{people} people ({data.source}) have a name and a description each. The first group is trained as name → "
+        f"description only, the second as description → name only, the third in both orders: {data.sentences:,} "
         "sentences, from random weights. Then each is asked for, in new words, in the trained and in the **reversed** "
         "order. An answer counts when the greedy continuation begins with it.",
         "**Expected:** the Reversal Curse for every arm, with reversed answers no more likely than wrong ones. Which "
@@ -66,7 +126,7 @@ def _answer(results: dict[str, Json]) -> Section:
     table = Table(
         "Accuracy in percent",
         ["arm", *groups],
-        [[entry["label"], *(_share(_group(entry, keys, "accuracy")) for keys in groups.values())] for entry in entries],
+        [[entry.label, *(_share(_group(entry, keys, "accuracy")) for keys in groups.values())] for entry in entries],
     )
 
     def bars(figure: str, unit: str, factor: float) -> Callable[[Any], None]:
@@ -77,7 +137,7 @@ def _answer(results: dict[str, Json]) -> Section:
                 spread = [deviation(numbers) for numbers in found]
                 places = [x + (i + 0.5) * width - 0.4 for x in range(len(groups))]
                 heights = [mean(numbers) for numbers in found]
-                ax.bar(places, heights, width, yerr=spread if any(spread) else None, capsize=2, label=entry["label"])
+                ax.bar(places, heights, width, yerr=spread if any(spread) else None, capsize=2, label=entry.label)
             ax.set_xticks(range(len(groups)), [name.replace(", ", ",\n") for name in groups])
             ax.set_ylabel(unit)
             ax.grid(axis="x", visible=False)
@@ -97,10 +157,10 @@ def _answer(results: dict[str, Json]) -> Section:
     return Section("Asked in the other order", paragraphs, [table], figures)
 
 
-def _judged(entry: dict[str, Json]) -> str:
+def _judged(entry: Entry) -> str:
     same, reverse, context = (mean(_group(entry, keys, "accuracy")) for keys in (SAME, REVERSE, CONTEXT))
     gain_same, gain_reverse = (mean(_group(entry, keys, "gain")) for keys in (SAME, REVERSE))
-    text = f"**{entry['label']}** answers {100 * same:.0f} % in the trained order and {100 * reverse:.0f} % reversed"
+    text = f"**{entry.label}** answers {100 * same:.0f} % in the trained order and {100 * reverse:.0f} % reversed"
     if same < LEARNED:
         return f"{text}: too little of the trained order to say anything about the curse."
     text += (
@@ -117,9 +177,9 @@ def _judged(entry: dict[str, Json]) -> str:
     return text
 
 
-def _cache_effect(results: dict[str, Json]) -> str:
+def _cache_effect(results: Results) -> str:
     """The first arm under its two caches, in the trained and in the reversed order."""
-    own, other = list(results["arms"].values())[:2]
+    own, other = list(results.arms.values())[:2]
     (same, reverse), (same_other, reverse_other) = (
         [100 * mean(_group(entry, keys, "accuracy")) for keys in (SAME, REVERSE)] for entry in (own, other)
     )
@@ -127,18 +187,18 @@ def _cache_effect(results: dict[str, Json]) -> str:
     if same_other < same * KNOWN:
         effect += ", and loses most of what was known"
     return (
-        f"the other cache, without training, takes {own['label']} from {same:.0f} to {same_other:.0f} % in the trained "
+        f"the other cache, without training, takes {own.label} from {same:.0f} to {same_other:.0f} % in the trained "
         f"order and from {reverse:.0f} to {reverse_other:.0f} % in the reversed one: {effect}."
     )
 
 
-def _details(results: dict[str, Json]) -> Section:
-    entries = list(results["arms"].values())
+def _details(results: Results) -> Section:
+    entries = list(results.arms.values())
 
-    def rows(keys_to_cell: Callable[[dict[str, Json], str], str]) -> list[list[str]]:
+    def rows(keys_to_cell: Callable[[Entry, str], str]) -> list[list[str]]:
         return [[label, *(keys_to_cell(entry, key) for entry in entries)] for key, label in LABELS.items()]
 
-    columns = ["question", *(entry["label"] for entry in entries)]
+    columns = ["question", *(entry.label for entry in entries)]
     tables = [
         Table(
             "Accuracy in percent",
@@ -160,21 +220,21 @@ def _details(results: dict[str, Json]) -> Section:
     return Section("By kind of question", [words], tables)
 
 
-def _sentences(results: dict[str, Json]) -> Section:
-    entries = list(results["arms"].values())
+def _sentences(results: Results) -> Section:
+    entries = list(results.arms.values())
 
-    def ppl(entry: dict[str, Json], keys: tuple[str, ...]) -> list[float]:
+    def ppl(entry: Entry, keys: tuple[str, ...]) -> list[float]:
         found = []
-        for seed in entry["seeds"]:
-            nll, tokens = (sum(seed["asked"][key][f"sentence_{what}"] for key in keys) for what in ("nll", "tokens"))
-            found.append(math.exp(nll / tokens))
+        for seed in entry.seeds:
+            asked = [seed.asked[key] for key in keys]
+            found.append(math.exp(sum(one.sentence_nll for one in asked) / sum(one.sentence_tokens for one in asked)))
         return found
 
     rows = []
     for entry in entries:
         forward, backward = ppl(entry, SAME), ppl(entry, REVERSE)
         ratio = [a / b for a, b in zip(forward, backward, strict=True)]
-        rows.append([entry["label"], mean_sd(forward), mean_sd(backward), mean_sd(ratio, 3)])
+        rows.append([entry.label, mean_sd(forward), mean_sd(backward), mean_sd(ratio, 3)])
     table = Table(
         "Whole sentences: perplexity of the trained and of the reversed order",
         ["arm", "forward PPL", "backward PPL", "ratio"],

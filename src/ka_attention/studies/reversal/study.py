@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,73 +18,28 @@ from torch import Tensor
 from ka_attention.harness import tokenizer as tokenizers
 from ka_attention.harness.arms import Arm, arm, build
 from ka_attention.harness.data import Sequences
-from ka_attention.harness.models import NAMES, attention, is_softmax
+from ka_attention.harness.models import NAMES, attention
 from ka_attention.harness.perplexity import token_losses
 from ka_attention.harness.progress import console
-from ka_attention.harness.settings import ModelSettings, TrainingSettings
-from ka_attention.harness.store import Json, Store
-from ka_attention.harness.training import load_weights, train
+from ka_attention.harness.store import Store
+from ka_attention.harness.training import Training, load_weights, train
 from ka_attention.report.document import Section
-from ka_attention.studies.reversal import report as reversal_report
-from ka_attention.studies.reversal.facts import BUILT_IN, CONTEXT, SAME, Question, Row, load
+from ka_attention.studies.reversal import report
+from ka_attention.studies.reversal.facts import CONTEXT, SAME, Question, Row, load
+from ka_attention.studies.reversal.recipes import RECIPES, ReversalRecipe
+from ka_attention.studies.reversal.report import Answered, Asked, Data, Entry, Results
 
 BATCH = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReversalRecipe(ModelSettings, TrainingSettings):
-    """One run of the experiment.
+@dataclass(frozen=True)
+class Quiz:
+    """What models are trained on, what their weights are chosen by, and what they are asked."""
 
-    data:      "built-in", or a folder in the layout of Berglund et al. with a ``names.txt`` (``reversal_facts.load``).
-    tokenizer: "train" for a byte-level BPE trained on the facts, else a tokenizer file or Hub name.
-    arms:      attention configurations; the first is asked through the other kind of cache too.
-    people:    people in each of the three groups of the built-in facts.
-    """
-
-    name: str
-    summary: str
-    data: str = BUILT_IN
-    tokenizer: str = "train"
-    arms: tuple[str, ...] = ("softmax", "ka", "ka-head")
-    people: int = 24
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        ReversalRecipe(
-            name="quick",
-            summary="72 invented people, two layers: minutes on two CPU cores",
-            vocab_size=1024,
-            hidden_size=128,
-            layers=2,
-            heads=4,
-            intermediate_size=512,
-            batch_size=32,
-            learning_rate=2e-3,
-            schedule="cosine",
-            warmup_steps=50,
-            epochs=10,
-            patience=10,
-        ),
-        ReversalRecipe(
-            name="h100",
-            summary="six layers, for the facts of Berglund et al. (--data FOLDER --seeds 3): minutes on a GPU",
-            vocab_size=4096,
-            hidden_size=512,
-            layers=6,
-            heads=8,
-            intermediate_size=2048,
-            batch_size=64,
-            learning_rate=5e-4,
-            schedule="cosine",
-            warmup_steps=100,
-            epochs=20,
-            patience=20,
-            people=100,
-        ),
-    )
-}
+    tokenizer: Any
+    training_set: Sequences
+    known: Sequences
+    questions: dict[str, list[Question]]
 
 
 class Reversal:
@@ -92,8 +48,9 @@ class Reversal:
     name = "reversal"
     question = "Does KA-attention, or a KA cache, change the Reversal Curse?"
     recipes: Mapping[str, Any] = RECIPES
+    results = Results
 
-    def run(self, recipe: ReversalRecipe, store: Store, seeds: int) -> dict[str, Json]:
+    def run(self, recipe: ReversalRecipe, store: Store, seeds: int) -> Results:
         """Train every arm with every seed on the facts, then ask."""
         arms = [arm(name) for name in recipe.arms]
         facts = load(recipe.data, recipe.people)
@@ -103,66 +60,70 @@ class Reversal:
         training_set = padded(tokenizer, sentences, facts.lessons())
         # Weights are chosen by the questions that the curse does not touch.
         known = padded(tokenizer, [], [right for key in (*SAME, "both", *CONTEXT) for right, _ in questions[key]])
-        people = {group: len(facts.people[f"{group}_prompts_train"]) for group in ("p2d", "d2p", "both")}
-        data = {
-            "source": facts.source,
-            "people": people,
-            "sentences": len(sentences),
-            "questions": sum(map(len, questions.values())),
-            "fingerprint": hashlib.sha256(training_set.input_ids.numpy().tobytes()).hexdigest(),
-        }
+        data = Data(
+            source=facts.source,
+            people={group: len(facts.people[f"{group}_prompts_train"]) for group in ("p2d", "d2p", "both")},
+            sentences=len(sentences),
+            questions=sum(map(len, questions.values())),
+            fingerprint=hashlib.sha256(training_set.input_ids.numpy().tobytes()).hexdigest(),
+        )
         store.identify(data=data)
         console.print(
-            f"[bold]{recipe.name}[/bold]: {facts.source}, {sum(people.values())} people, {len(sentences):,} training "
-            f"sentences, {data['questions']:,} questions"
+            f"[bold]{recipe.name}[/bold]: {facts.source}, {sum(data.people.values())} people, {len(sentences):,} "
+            f"training sentences, {data.questions:,} questions"
         )
-        results: dict[str, Json] = {"data": data, "arms": {}}
+        quiz = Quiz(tokenizer, training_set, known, questions)
+        entries: dict[str, Entry] = {}
         for seed in range(seeds):
             for each in arms:
-                for name, label, one in self._arm(each, recipe, store, seed, training_set, known, tokenizer, questions):
-                    results["arms"].setdefault(name, {"label": label, "seeds": []})["seeds"].append(one)
-        return results
+                caches = sorted(NAMES, key=each.own_cache.__ne__) if each is arms[0] else [each.own_cache]
+                for cache, answered in _ask(each, caches, recipe, store, seed, quiz):
+                    name = each.name if cache == each.own_cache else f"{each.name}+{cache}"
+                    so_far = entries[name].seeds if name in entries else ()
+                    entries[name] = Entry(each, cache, (*so_far, answered))
+        return Results(data, entries)
 
-    def _arm(
-        self,
-        arm: Arm,
-        recipe: ReversalRecipe,
-        store: Store,
-        seed: int,
-        training_set: Sequences,
-        known: Sequences,
-        tokenizer: Any,
-        questions: dict[str, list[Question]],
-    ) -> Iterator[tuple[str, str, Json]]:
-        """(name, label, results) of one arm and seed, and for the first arm of its other cache."""
-        folder = store.folder(f"weights/seed{seed}/{arm.name}")
-        fresh = partial(build, arm, recipe, seed)
-
-        @cache
-        def trained() -> Any:
-            model: Any = fresh()
-            load_weights(model, folder)
-            return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-        def work() -> Json:
-            return train(fresh(), training_set, known, recipe, folder, seed=seed, label=arm.label, tokenizer=tokenizer)
-
-        training = store.part(f"training/seed{seed}/{arm.name}", work)
-        own = "kv" if is_softmax(arm.ka) else "ka"
-        for kind in sorted(NAMES, key=own.__ne__) if arm.name == recipe.arms[0] else [own]:
-            name, label = arm.name, arm.label
-            if kind != own:
-                name, label = f"{name}+{kind}", f"{label}, {NAMES[kind]} cache"
-            with console.status(f"{label}: asking"):
-                asked = store.part(
-                    f"asked/seed{seed}/{name}",
-                    lambda: evaluate(trained(), tokenizer, questions, kind),  # noqa: B023
-                )
-            yield name, label, {"training": training, "asked": asked}
-
-    def sections(self, results: dict[str, Json]) -> list[Section]:
+    def sections(self, recipe: ReversalRecipe, results: Results) -> list[Section]:
         """Expectation and answer, accuracy and likelihood with their controls, whole sentences."""
-        return reversal_report.sections(results)
+        return report.sections(results)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The trained model of an arm and seed, loaded when it is first asked."""
+
+    arm: Arm
+    recipe: ReversalRecipe
+    seed: int
+    folder: Path
+
+    @cached_property
+    def loaded(self) -> Any:
+        model: Any = build(self.arm, self.recipe, self.seed)
+        load_weights(model, self.folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _ask(
+    arm: Arm, caches: list[str], recipe: ReversalRecipe, store: Store, seed: int, quiz: Quiz
+) -> Iterator[tuple[str, Answered]]:
+    """Train an arm, and ask it through each of ``caches``."""
+    model = _Model(arm, recipe, seed, store.folder(f"weights/seed{seed}/{arm.name}"))
+    training = store.part(f"training/seed{seed}/{arm.name}", _train, model, quiz)
+    for cache in caches:
+        name = arm.name if cache == arm.own_cache else f"{arm.name}+{cache}"
+        with console.status(f"{arm.label}, {NAMES[cache]} cache: asking"):
+            yield cache, Answered(store.part(f"asked/seed{seed}/{name}", _answers, model, quiz, cache), training)
+
+
+def _train(model: _Model, quiz: Quiz) -> Training:
+    fresh = build(model.arm, model.recipe, model.seed)
+    sets, label = (quiz.training_set, quiz.known), model.arm.label
+    return train(fresh, *sets, model.recipe, model.folder, seed=model.seed, label=label, tokenizer=quiz.tokenizer)
+
+
+def _answers(model: _Model, quiz: Quiz, cache: str) -> dict[str, Asked]:
+    return evaluate(model.loaded, quiz.tokenizer, quiz.questions, cache)
 
 
 def padded(tokenizer: Any, sentences: list[Row], questions: list[Row]) -> Sequences:
@@ -187,27 +148,20 @@ def padded(tokenizer: Any, sentences: list[Row], questions: list[Row]) -> Sequen
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Any, tokenizer: Any, questions: dict[str, list[Question]], kind: str
-) -> dict[str, dict[str, float]]:
-    """Ask ``model`` through a ``kind`` ("kv" or "ka") cache; for each set of questions:
-
-    ``accuracy``: the share of answers with which the greedy continuation begins, both lower-cased and stripped;
-    ``right``, ``wrong``: the mean log-probability, in nats, of the right and of the wrong answers given the prompts;
-    ``sentence_nll`` and ``sentence_tokens``: the sum over whole sentences, prompt and right answer, in nats.
-    """
+def evaluate(model: Any, tokenizer: Any, questions: dict[str, list[Question]], kind: str) -> dict[str, Asked]:
+    """Ask ``model`` each set of questions through a ``kind`` ("kv" or "ka") cache."""
     asked = {}
     with attention(model, kind):
         for key, pairs in questions.items():
             right, wrong = ([pair[i] for pair in pairs] for i in (0, 1))
             log_p, sentences, tokens = _log_likelihood(model, tokenizer, right)
-            asked[key] = {
-                "accuracy": sum(_begins(model, tokenizer, right)) / len(right),
-                "right": log_p.mean().item(),
-                "wrong": _log_likelihood(model, tokenizer, wrong)[0].mean().item(),
-                "sentence_nll": -sentences.sum().item(),
-                "sentence_tokens": tokens,
-            }
+            asked[key] = Asked(
+                accuracy=sum(_begins(model, tokenizer, right)) / len(right),
+                right=log_p.mean().item(),
+                wrong=_log_likelihood(model, tokenizer, wrong)[0].mean().item(),
+                sentence_nll=-sentences.sum().item(),
+                sentence_tokens=tokens,
+            )
     return asked
 
 

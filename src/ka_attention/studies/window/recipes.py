@@ -1,0 +1,197 @@
+"""Arms, tasks and recipes of the window study."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ka_attention.errors import UserError
+from ka_attention.harness import peers as recurrent
+from ka_attention.harness.arms import Arm, arm
+from ka_attention.harness.lengths import LengthSettings
+from ka_attention.harness.settings import PYTHIA_70M
+from ka_attention.harness.tasks import NOT_ASKED, Dereference, Examples, Task, TaskSettings
+from ka_attention.hf import KAConfig
+
+MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
+MIX_KINDS = {"softmax": "softmax, every other layer with a window", "ka": "softmax, every other layer KA"}
+
+
+@dataclass(frozen=True)
+class Recall:
+    """``key = value`` somewhere in the first half, ``key = ?`` somewhere in the second: name the value.
+
+    ``pairs`` different keys a sequence; everywhere else stands a filler with a value at random, which means nothing.
+    One pair is the passkey test, several are multi-query associative recall. Groups are distances between definition
+    and question, rounded down to a power of two. Symbols: keys, then values, then the filler's left side, then "?".
+    """
+
+    keys: int
+    values: int
+    pairs: int
+
+    @property
+    def symbols(self) -> int:
+        return self.keys + self.values + 2
+
+    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
+        """``count`` sequences of ``length`` statements, at least twice as many as pairs."""
+        filler, question = self.symbols - 2, self.symbols - 1
+        row, half = np.arange(count)[:, None], length // 2
+
+        def some(of: int) -> np.ndarray:
+            return random.permuted(np.tile(np.arange(of), (count, 1)), axis=1)[:, : self.pairs]
+
+        defined, asked, keys = some(half), half + some(length - half), some(self.keys)
+        meant = self.keys + random.integers(self.values, size=keys.shape)
+        left = np.full((count, length), filler)
+        right = self.keys + random.integers(self.values, size=left.shape)
+        answers, groups = np.full_like(left, NOT_ASKED), np.zeros_like(left)
+        left[row, defined], right[row, defined] = keys, meant
+        left[row, asked], right[row, asked] = keys, question
+        answers[row, asked] = meant
+        groups[row, asked] = 2 ** np.log2(asked - defined).astype(int)
+        return Examples(*map(torch.from_numpy, (left * self.symbols + right, answers, groups)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRecipe(LengthSettings):
+    """Text at each length and made-up tasks, for each arm.
+
+    arms:         those of ``arms.arm``; ``mix-softmax-w8``, ``mix-ka-w8``: every other layer with a window, the rest
+                  full softmax attention; and ``gla``, ``deltanet``, ``mamba2``: recurrent layers in attention's place.
+                  The first is what the others are compared with. Windows that no sequence fills are left out.
+    task_arms:    the arms that are also trained on the tasks.
+    task_length, task_samples, task_layers: statements in a sequence, training sequences, layers.
+    """
+
+    name: str
+    summary: str
+    task_arms: tuple[str, ...]
+    task_length: int
+    task_samples: int
+    task_batch_size: int
+    task_layers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_length < 16:
+            raise UserError(f"--set task_length: expected 16 or more, got {self.task_length}")
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The made-up tasks by name."""
+        return {
+            "dereference": Dereference(self.task_length, literals=16, chains=4),
+            "recall": Recall(64, 16, pairs=8),
+            "passkey": Recall(64, 16, pairs=1),
+        }
+
+    @property
+    def task_settings(self) -> TaskSettings:
+        """How models are trained on the tasks."""
+        return TaskSettings(
+            length=self.task_length,
+            test_lengths=(self.task_length,),
+            train_samples=self.task_samples,
+            test_samples=512,
+            batch_size=self.task_batch_size,
+            least_seeds=1,
+        )
+
+
+_KINDS = ("softmax", "ka", "ka-head")
+_FULL = ("softmax", "ka")
+
+
+def _windowed(*windows: int) -> tuple[str, ...]:
+    return tuple(f"{kind}-w{window}" for window in windows for kind in _KINDS)
+
+
+GPU: dict[str, Any] = {
+    **PYTHIA_70M,
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "heads": 4,
+    "intermediate_size": 1024,
+    "train_samples": 8192,
+    "validation_samples": 512,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "epochs": 3,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "task_arms": (*_FULL, "softmax-w8", "ka-w8", "ka-head-w8", "mix-ka-w8"),
+    "task_length": 128,
+    "task_samples": 256 * 200,
+    "task_batch_size": 256,
+}
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        WindowRecipe(
+            name="quick",
+            summary="a very small GPT-NeoX, contexts 128 and 512, Python's standard library: minutes on two CPU cores",
+            lengths=(128, 512),
+            arms=("softmax", "ka", "softmax-w8", "ka-w8", "softmax-w32", "ka-w32", "ka-token-w8", "mix-ka-w8"),
+            vocab_size=1024,
+            hidden_size=64,
+            layers=2,
+            heads=2,
+            intermediate_size=256,
+            train_samples=2048,
+            validation_samples=256,
+            batch_size=16,
+            learning_rate=4e-3,
+            schedule="cosine",
+            warmup_steps=20,
+            epochs=1,
+            patience=1,
+            task_arms=("softmax", "ka", "softmax-w8", "ka-w8"),
+            task_length=48,
+            task_samples=32 * 200,
+            task_batch_size=32,
+        ),
+        WindowRecipe(
+            name="h100",
+            summary="a small GPT-NeoX, contexts 512 and 2,048, also beside GLA, DeltaNet and Mamba-2 of "
+            "flash-linear-attention (--data FOLDER --seeds 3): minutes a seed on a GPU",
+            lengths=(512, 2048),
+            arms=(
+                *_FULL,
+                *("softmax-w8", "ka-w8", "ka-head-w8", "softmax-w32", "ka-w32", "softmax-w256", "ka-w256"),
+                "mix-ka-w8",
+                *recurrent.KINDS,
+            ),
+            **GPU | {"task_arms": (*GPU["task_arms"], *recurrent.KINDS)},
+        ),
+        WindowRecipe(
+            name="grid",
+            summary="as h100, for contexts 128, 512 and 2,048 and windows 4 to 256: an hour on a GPU",
+            lengths=(128, 512, 2048),
+            arms=(
+                *_FULL,
+                *_windowed(4, 8, 16, 32, 64, 256),
+                *(f"mix-{kind}-w{w}" for w in (8, 16) for kind in _KINDS[:2]),
+            ),
+            **GPU,
+        ),
+    )
+}
+
+
+def window_arm(name: str, layers: int) -> Arm:
+    """An arm of ``arms.arm``, a recurrent one, or a mix: layers 0, 2, … have the window, the rest is full softmax."""
+    if name in recurrent.KINDS:
+        return recurrent.peer(name)
+    match = MIX.fullmatch(name)
+    if not match:
+        return arm(name)
+    gate = 1.0 if match["kind"] == "ka" else 0.0
+    ka = KAConfig(layers=tuple(range(0, layers, 2)), window=int(match["window"]), gate_init=gate)
+    return Arm(name, MIX_KINDS[match["kind"]], ka)
