@@ -1,27 +1,34 @@
 """KA-attention as a layer, for people who build their own models."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ka_attention.ops import cache_values, ka_attention
+from ka_attention.ops import cache_values, clamp_gate, ka_attention
+
+Cache = tuple[Tensor, Tensor]
+Positions = tuple[Tensor, Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KAAttention(nn.Module):
-    """Multi-head KA-attention with its four projections, and a cache of constant size where it has a window.
+    """Multi-head KA-attention with its projections, and a cache of constant size where it has a window.
 
     Args:
         embed_dim: size of the inputs and outputs, a multiple of num_heads.
-        num_heads: query heads, each of embed_dim // num_heads.
+        num_heads: query heads, each of head_dim = embed_dim // num_heads.
         num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
         gate: 0 is softmax attention, 1 is KA-attention.
         learn_gate: make the gate a parameter, one number a head, that starts at `gate`.
+        gate_bounds: where a learned gate is kept, by `ka_attention.ops.clamp_gate`; within [-1, 1].
         window: a token attends to the last `window` tokens only, itself included.
-        bias: whether the projections have one.
+        output_gate: multiply A by silu(W_g x) before the output projection.
+        bias: whether the projections have one (W_g has none).
         device, dtype: of the parameters.
 
-    Positions are not encoded: add them to the inputs. Raises ValueError for sizes that do not divide.
+    Raises ValueError for sizes that do not divide and for a gate beyond its bounds.
     """
 
     def __init__(
@@ -32,7 +39,9 @@ class KAAttention(nn.Module):
         *,
         gate: float = 1.0,
         learn_gate: bool = False,
+        gate_bounds: tuple[float, float] = (0.0, 1.0),
         window: int | None = None,
+        output_gate: bool = False,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -43,50 +52,84 @@ class KAAttention(nn.Module):
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
-        self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
-        kv_dim = num_kv_heads * (embed_dim // num_heads)
+        low, high = gate_bounds if learn_gate else (-1, 1)
+        if not -1 <= low <= gate <= high <= 1:
+            raise ValueError(f"gate must be between {low} and {high}, which lie in [-1, 1], got {gate}")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
+        self.window, self.gate_bounds = window, gate_bounds
+        kv_dim = num_kv_heads * self.head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
         self.k_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
         self.v_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
+        self.g_proj = nn.Linear(embed_dim, embed_dim, False, **factory) if output_gate else None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
         self.gate = nn.Parameter(torch.full((num_heads,), float(gate), **factory)) if learn_gate else gate
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """[B, T, embed_dim] → [B, T, embed_dim]; attn_mask and cu_seqlens as for `ka_attention`."""
-        q, k, v = self._project(x)
-        return self._merge(
-            ka_attention(q, k, v, gate=self.gate, window=self.window, attn_mask=attn_mask, cu_seqlens=cu_seqlens)
-        )
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_embeddings: Positions | None = None,
+    ) -> Tensor:
+        """[B, T, embed_dim] → [B, T, embed_dim]; attn_mask and cu_seqlens as for `ka_attention`.
+
+        position_embeddings: (cos, sin), each [B or 1, T, R] with an even R ≤ head_dim, as transformers' rotary
+            embeddings return them (the first R numbers of queries and keys are rotated, in halves), or a function of
+            (q, k), both [B, H, T, head_dim], that returns what is attended with. Without it positions are not encoded.
+        """
+        q, k, v = self._project(x, position_embeddings)
+        a = ka_attention(q, k, v, gate=self._gate(), window=self.window, attn_mask=attn_mask, cu_seqlens=cu_seqlens)
+        return self._merge(a, x)
 
     def extend(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self,
+        x: Tensor,
+        past: Cache | None = None,
+        attn_mask: Tensor | None = None,
+        position_embeddings: Positions | None = None,
+    ) -> tuple[Tensor, Cache]:
         """The outputs of the tokens x [B, T, embed_dim] after a cached past, and the cache for the tokens after them.
 
         A cache is (K [B, Hkv, P, D], U [B, Hq, P, D]); with a window it keeps the last window − 1 tokens. `attn_mask`
-        covers the cached tokens and the new ones.
+        covers the cached tokens and the new ones, `position_embeddings` the new ones: cached keys are rotated already.
         """
-        q, k, v = self._project(x)
-        a = ka_attention(q, k, v, gate=self.gate, window=self.window, past=past, attn_mask=attn_mask)
-        u = cache_values(v, a, self.gate)
+        q, k, v = self._project(x, position_embeddings)
+        gate = self._gate()
+        a = ka_attention(q, k, v, gate=gate, window=self.window, past=past, attn_mask=attn_mask)
+        u = cache_values(v, a, gate)
         if past is not None:
             k, u = torch.cat([past[0], k], dim=2), torch.cat([past[1], u], dim=2)
         if self.window is not None:
             start = max(0, k.shape[2] - self.window + 1)
             k, u = k[:, :, start:], u[:, :, start:]
-        return self._merge(a), (k, u)
+        return self._merge(a, x), (k, u)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for proj, heads in (
-                (self.q_proj, self.num_heads),
-                (self.k_proj, self.num_kv_heads),
-                (self.v_proj, self.num_kv_heads),
-            )
-        )
+    def _gate(self) -> float | Tensor:
+        return clamp_gate(self.gate, *self.gate_bounds) if isinstance(self.gate, Tensor) else self.gate
+
+    def _project(self, x: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        if positions is not None:
+            q, k = positions(q, k) if callable(positions) else (_rotate(y, *positions) for y in (q, k))
         return q, k, v
 
-    def _merge(self, a: Tensor) -> Tensor:
-        return self.out_proj(a.transpose(1, 2).flatten(2))
+    def _merge(self, a: Tensor, x: Tensor) -> Tensor:
+        a = a.transpose(1, 2).flatten(2)
+        return self.out_proj(a if self.g_proj is None else F.silu(self.g_proj(x)) * a)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embeddings (arXiv 2104.09864) of the first R numbers of x [B, H, T, D]; cos and sin [B or 1, T, R]."""
+    (B, _, T, D), R = x.shape, cos.shape[-1]
+    if cos.ndim != 3 or cos.shape != sin.shape or cos.shape[:2] not in ((B, T), (1, T)) or R % 2 or R > D:
+        raise ValueError(
+            f"position_embeddings must be (cos, sin), each [B or 1, T, R] = [{B} or 1, {T}, R] with an even R up to "
+            f"{D}, got {list(cos.shape)} and {list(sin.shape)}"
+        )
+    turned, rest = x.split([R, D - R], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
