@@ -1,6 +1,7 @@
 """Saved KA models: they load as what they were or not at all."""
 
 import copy
+import hashlib
 import json
 import pickle
 import subprocess
@@ -81,63 +82,77 @@ def test_fixed_gates_need_no_weights(tmp_path):
     assert torch.equal(logits(load_adapter(make("gpt_neox"), tmp_path)), logits(model))
 
 
-def missing_key(folder):
+def change(folder, edit_weights=lambda weights: None, edit=lambda description: None):
+    """Edit an adapter, so that what it says of itself still holds."""
     weights = load_file(folder / "ka_adapter.safetensors")
-    weights.popitem()
+    edit_weights(weights)
     save_file(weights, folder / "ka_adapter.safetensors")
-
-
-def wrong_shape(folder):
-    weights = load_file(folder / "ka_adapter.safetensors")
-    name = next(iter(weights))
-    weights[name] = torch.zeros(3, 3)
-    save_file(weights, folder / "ka_adapter.safetensors")
-
-
-def unknown_kind(folder):
     description = json.loads((folder / "ka_config.json").read_text())
-    description["ka_config"]["adapters"] = {"0": {"kind": "nobody knows"}}
+    description["sha256"] = hashlib.sha256((folder / "ka_adapter.safetensors").read_bytes()).hexdigest()
+    edit(description)
     (folder / "ka_config.json").write_text(json.dumps(description))
 
 
-def no_weights(folder):
-    (folder / "ka_adapter.safetensors").unlink()
+def first(value):
+    """Put something else in the place of the first weight."""
+    return lambda weights: weights.update({min(weights): value(weights[min(weights)])})
 
 
-def cut_weights(folder):
+def flipped(folder):
     path = folder / "ka_adapter.safetensors"
-    path.write_bytes(path.read_bytes()[:40])
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
 
 
-def not_json(folder):
-    (folder / "ka_config.json").write_text("{")
-
-
-def unknown_field(folder):
-    description = json.loads((folder / "ka_config.json").read_text())
-    description["ka_config"]["windw"] = 4
-    (folder / "ka_config.json").write_text(json.dumps(description))
-
-
+LINEAR = {"kind": "linear", "heads": 4, "head_dim": 8}
 DAMAGE = {
-    missing_key: "missing",
-    wrong_shape: "must be",
-    unknown_kind: "unknown kind",
-    no_weights: "no ka_adapter.safetensors",
-    cut_weights: "damaged",
-    not_json: "damaged",
-    unknown_field: "damaged.*windw",
+    "a weight is missing": (lambda f: change(f, lambda w: w.popitem()), "missing"),
+    "wrong shape": (lambda f: change(f, first(lambda t: torch.zeros(3, 3))), "must be"),
+    "not a number": (lambda f: change(f, first(lambda t: t * torch.nan)), "must be finite"),
+    "infinity": (lambda f: change(f, first(lambda t: t / 0)), "must be finite"),
+    "integers": (lambda f: change(f, first(lambda t: t.long())), "must hold floating-point numbers"),
+    "one bit": (flipped, "damaged: ka_adapter.safetensors is not what ka_config.json was written for"),
+    "no checksum": (lambda f: change(f, edit=lambda d: d.pop("sha256")), "damaged: ka_config.json has no 'sha256'"),
+    "no weights": (lambda f: (f / "ka_adapter.safetensors").unlink(), "no ka_adapter.safetensors"),
+    "cut weights": (lambda f: (f / "ka_adapter.safetensors").write_bytes(b"cut"), "damaged"),
+    "not JSON": (lambda f: (f / "ka_config.json").write_text("{"), "damaged"),
+    "deep JSON": (lambda f: (f / "ka_config.json").write_text("[" * 10**5), "damaged"),
+    "a list": (lambda f: (f / "ka_config.json").write_text("[]"), "damaged"),
+    "not text": (lambda f: (f / "ka_config.json").write_bytes(b"\xff"), "damaged"),
+    "unknown field": (lambda f: change(f, edit=lambda d: d["ka_config"].update(windw=4)), "damaged.*windw"),
+    "base": (lambda f: change(f, edit=lambda d: d.update(base=3)), "damaged"),
+    "no base": (lambda f: change(f, edit=lambda d: d.pop("base")), "damaged: ka_config.json has no 'base'"),
+}
+SPECS = {
+    "unknown kind": ({"kind": "nobody knows"}, "unknown kind"),
+    "no number": (LINEAR | {"heads": "four"}, "no 'linear' can be built"),
+    "negative": (LINEAR | {"head_dim": -8}, "no 'linear' can be built"),
+    "beyond memory": (LINEAR | {"head_dim": 10**9}, "no 'linear' can be built"),
+    "beyond integers": (LINEAR | {"head_dim": 10**30}, "no 'linear' can be built"),
+    "unknown setting": (LINEAR | {"headz": 4}, "no 'linear' can be built"),
+    "other heads": (LINEAR | {"heads": 2}, "layer 0 is for heads 2, the model has 4"),
+    "no dictionary": (3, "damaged"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+def spoil(spec):
+    return lambda folder: change(folder, edit=lambda d: d["ka_config"].update(adapters={"0": spec}))
+
+
+DAMAGE |= {name: (spoil(spec), says) for name, (spec, says) in SPECS.items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_directories_are_refused_and_change_nothing(tmp_path, damage):
     save_adapter(trained(), tmp_path)
-    damage(tmp_path)
+    spoil, says = DAMAGE[damage]
+    spoil(tmp_path)
     model = make("llama").float()
     before, config, names = logits(model), model.config, list(model.state_dict())
-    with pytest.raises(ValueError, match=DAMAGE[damage]):
+    with pytest.raises(ValueError, match=says) as caught:
         load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
     assert model.config is config
     assert not is_attached(model)
     assert list(model.state_dict()) == names
@@ -163,7 +178,8 @@ def test_a_trained_model_loads_as_a_ka_model_of_its_own_type(tmp_path, family):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"ka_{family}"
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
-    assert type(again).__name__ == "KA" + type(model).__name__
+    assert type(again) is type(model)
+    assert type(again).__name__ == "KA" + type(make(family)).__name__
     again.save_pretrained(tmp_path / "second")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()), logits(model))
 
@@ -176,7 +192,7 @@ def test_adapters_travel_in_a_model_of_its_own_type(tmp_path):
 
 def test_a_ka_type_runs_nothing_but_ka_attention(tmp_path):
     trained().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="runs KA-attention only"):
+    with pytest.raises(ValueError, match="a KA model runs 'ka' only"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
 
 

@@ -21,7 +21,7 @@ SMALL = {
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 REFUSED = {
     "falcon": ({}, "attention interface"),
-    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, "attention interface"),
+    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, "interface"),
     "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 2}, "attention interface"),
     "bloom": ({"n_layer": 2, "n_head": 2}, "attention interface"),
     "deepseek_v3": ({**MLA, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}, "latent"),

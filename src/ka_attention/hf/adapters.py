@@ -50,9 +50,12 @@ ADAPTERS: dict[str, Callable[..., nn.Module]] = {"linear": LinearAdapter, "mlp":
 
 
 def build_adapter(spec: dict[str, Any]) -> nn.Module:
-    """The adapter that ``spec`` describes, with fresh weights. ValueError for a kind that is not in ADAPTERS."""
+    """The adapter that ``spec`` describes, with fresh weights. ValueError for a spec that describes none."""
     settings = dict(spec)
     kind = settings.pop("kind", None)
     if kind not in ADAPTERS:
         raise ValueError(f"adapters: unknown kind {kind!r}, known are {sorted(ADAPTERS)}")
-    return ADAPTERS[kind](**settings)
+    try:
+        return ADAPTERS[kind](**settings)
+    except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(f"adapters: no {kind!r} can be built from {settings}: {error}".splitlines()[0]) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 from ka_attention.hf.cache.caches import layer_plan
@@ -13,6 +14,7 @@ _UNSUPPORTED = {
     "diffllama": "it subtracts two attention maps",
     "doge": "its attention mask carries learned values",
     "gpt_oss": "it uses attention sinks",
+    "gptj": "its attention comes by way of transformers' interface in the newest versions only",
     "jetmoe": "its heads are mixtures of experts that repeat the cached values",
 }
 
@@ -36,16 +38,27 @@ def attention_modules(model: Any) -> list[Any]:
     return sorted(found, key=lambda m: m.layer_idx)
 
 
+def _uses_interface(kind: Any) -> bool:
+    """Whether attention of a class of models is what the configuration names. The way to ask is private."""
+    ask = getattr(kind, "_can_set_attn_implementation", None)
+    if ask is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not say whether {kind.__name__} uses its attention "
+            "interface: ka-attention does not know this version, install one that it names"
+        )
+    return ask()
+
+
 def check_supported(model: Any) -> None:
     """Raise ValueError, with the reason, for a model on which KA-attention would fail or silently not run."""
     text, modules = text_config(model), attention_modules(model)
     bases = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
-    elif not all(base._can_set_attn_implementation() for base in bases):
+    elif not all(_uses_interface(base) for base in bases):
         reason = "its code does not use transformers' attention interface: standard attention would run silently"
-    elif text.model_type in _UNSUPPORTED:
-        reason = _UNSUPPORTED[text.model_type]
+    elif (family := text.model_type.removeprefix("ka_")) in _UNSUPPORTED:
+        reason = _UNSUPPORTED[family]
     elif getattr(text, "kv_lora_rank", None):
         reason = "its keys and values are compressed (multi-head latent attention)"
     elif getattr(text, "num_kv_shared_layers", None):
