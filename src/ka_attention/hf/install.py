@@ -22,7 +22,7 @@ PARTS = ("ka_gate", "ka_output_gate", "ka_adapter")
 
 
 def prepare(model: Any, ka: KAConfig, adapter: Adapters | None = None) -> tuple[KAConfig, Parts]:
-    """``ka`` for this model, with what describes the adapters, and what each layer's module is to carry. Changes nothing.
+    """``ka`` for this model, with what describes its adapters, and what each module is to carry. Changes nothing.
 
     ValueError for a model that is not supported, and for layers or adapters that do not fit it.
     """
