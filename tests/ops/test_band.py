@@ -40,7 +40,7 @@ def assert_agree(problem: Problem):
     scores=st.sampled_from((100, 10_000, 1 << 20)),
 )
 def test_options_combine(shape, scores):
-    with mock.patch.multiple(band, SCORES=scores):
+    with mock.patch.multiple(band, NUMBERS=scores):
         assert_agree(Problem(**shape))
 
 

@@ -1,15 +1,18 @@
 """The backend in plain PyTorch, on any device: one sequence after the other, whole or in a band.
 
 Without a window, or with a wide one, `full` solves by recursive forward substitution; a narrow window is a band of W,
-for which `band` solves blocks in parallel and scans over them. Both compute half precision in float32.
+for which `band` solves blocks in parallel and scans over them. Where gates of 0 leave nothing to solve any window is
+narrow. Both compute half precision in float32.
 """
 
 from itertools import pairwise
+from types import ModuleType
 
 from torch import Tensor, cat, nan
 
 from ka_attention.ops.blocked import band, finite, full
 from ka_attention.ops.blocked.full import outputs
+from ka_attention.ops.blocked.heads import softmax_alone
 
 __all__ = ["backward", "forward", "outputs"]
 
@@ -24,7 +27,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
         ]
         return *(cat(part, dim=2) for part in zip(*parts, strict=True)), saved
     tensors = [q, k, v, gate, k_past, u_past]
-    solve = _way(q, k_past, window)
+    solve, options["window"] = _way(q, gate, k_past, window)
     a, lse = solve.forward(*tensors, mask, saved, **options)
     if not finite.is_finite(a):
         a, lse = solve.forward(*finite.cleaned(*tensors), mask, saved, **options)
@@ -42,7 +45,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
         ]  # fmt: skip
         return tuple(None if part[0] is None else cat(part, dim=2) for part in zip(*parts, strict=True))
     tensors = [q, k, v, gate, k_past, u_past]
-    solve = _way(q, k_past, window)
+    solve, options["window"] = _way(q, gate, k_past, window)
     grads = solve.backward(da, *tensors, mask, a, lse, saved, **options)
     if not all(finite.is_finite(grad) for grad in grads if grad is not None):
         # The gradient of an output that is not finite counts, unless it is 0.
@@ -52,9 +55,12 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
     return grads
 
 
-def _way(q: Tensor, k_past: Tensor | None, window: int | None):
-    """A band where it has fewer scores than the triangle."""
-    return full if window is None or window > band.WIDEST else band
+def _way(q: Tensor, gate: Tensor | None, k_past: Tensor | None, window: int | None) -> tuple[ModuleType, int | None]:
+    """The faster of the two ways, and the window if it hides anything."""
+    length = q.shape[2] + (0 if k_past is None else k_past.shape[2])
+    if window is None or window >= length:
+        return full, None
+    return band if window <= band.WIDEST or softmax_alone(gate) else full, window
 
 
 def _sequences(cu_seqlens: Tensor) -> list[slice]:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ka_attention.ops.blocked.heads import flat, flat_gate, sum_heads, take_diagonal
+from ka_attention.ops.blocked.heads import flat, flat_gate, softmax_alone, sum_heads, take_diagonal
 
 LEAF = 16  # rows of the systems inverted by powers, and of the smallest block
-SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
-WIDEST = 65  # window for which this is the faster way
+NUMBERS = 1 << 19  # scores, and numbers of a tensor of the rows, held at once: few enough for a processor cache
+WIDEST = 65  # window for which this is the faster way with systems to solve; maps of the state grow with its square
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, saved, *, scale, window, softcap) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, saved, *, scale, window, softca
     u = None if band.system else band.columns(v, state)
     a = torch.empty_like(v)
     for n, b in band.segments():
-        w, _ = band.weights(n, b)
+        w, _ = band.weights(band.at(band.q, n, b), band.seen(band.k, n, b), n, b)
         if u is not None:
             a_b = w @ band.seen(u, n, b)
         else:
@@ -70,7 +70,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, a, lse, saved, *, scale, w
     dq, dv, dgate = torch.empty_like(da), torch.empty_like(da), None if band.g is None else torch.empty_like(band.g)
     dk, state = torch.zeros_like(band.k), band.before(None)
     for n, b in reversed(list(band.segments())):
-        w, slope = band.weights(n, b)
+        q_b, k_b = band.at(band.q, n, b), band.seen(band.k, n, b)
+        w, slope = band.weights(q_b, k_b, n, b)
         y, v_b, a_b, g = band.at(da, n, b), band.at(v_all, n, b), band.at(a, n, b), band.gate_at(n, b)
         prev, L, d = band.parts(w)
         if band.system:
@@ -101,8 +102,8 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, a, lse, saved, *, scale, w
         ds[:, :, p:].diagonal(dim1=1, dim2=2).copy_((d * ((y * v_b).sum(-1, keepdim=True) - delta))[..., 0])
         if slope is not None:
             ds *= slope
-        band.put(dq, n, b, (ds @ band.seen(band.k, n, b)).mul_(scale))
-        band.add(dk, n, b, (ds.mT @ band.at(band.q, n, b)).mul_(scale))
+        band.put(dq, n, b, (ds @ k_b).mul_(scale))
+        band.add(dk, n, b, (ds.mT @ q_b).mul_(scale))
     grads = sum_heads(band.tokens(dq), q), sum_heads(band.tokens(dk[:, p:].unflatten(1, (band.blocks, band.R))), k)
     dgate = None if dgate is None else band.tokens(dgate).view(q.shape[:3])
     past = (None, None) if k_past is None else (band.past(dk[:, :p], k_past), band.past(state, u_past))
@@ -125,7 +126,7 @@ class _Band:
         self.p = window - 1 if self.blocks > 1 else min(window - 1, self.P)
         self.q = self.rows(q)
         self.k = self.columns(self.rows(k), self.before(k_past))
-        self.system = gate is None or bool((gate != 0).any())
+        self.system = not softmax_alone(gate)
         g = flat_gate(gate)
         self.g = None if g is None else self._blocks(g)
         i = torch.arange(self.R, device=q.device)[:, None]
@@ -164,7 +165,7 @@ class _Band:
 
     def segments(self) -> Iterator[tuple[slice, slice]]:
         """Heads and blocks that are computed at once, in the order of the forward pass."""
-        size = max(1, SCORES // self.outside.numel())
+        size = max(1, NUMBERS // (self.R * (self.R + self.p + self.D)))
         heads = min(size, len(self.q))
         for n in range(0, len(self.q), heads):
             for b in range(0, self.blocks, max(1, size // heads)):
@@ -199,9 +200,8 @@ class _Band:
         d = take_diagonal(L)
         return w[:, :, : self.p], L, d
 
-    def weights(self, n: slice, b: slice) -> tuple[Tensor, Tensor | None]:
+    def weights(self, q: Tensor, k: Tensor, n: slice, b: slice) -> tuple[Tensor, Tensor | None]:
         """Softmax of the blocks' rows, [heads · blocks, R, p + R], and the slope of the soft cap."""
-        q, k = self.at(self.q, n, b), self.seen(self.k, n, b)
         s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=self.scale)
         slope = None
         if self.softcap is not None:
@@ -233,12 +233,14 @@ class _Band:
 
 def _scan(c: Tensor, M: Tensor, state: Tensor, reverse: bool = False) -> Tensor:
     """The state x before each block, x' = c + M x, [heads · blocks, p, D]; `state` becomes the last."""
-    c, M = (x.unflatten(0, (len(state), len(x) // len(state))) for x in (c, M))
-    states = torch.empty_like(c)
-    for i in reversed(range(c.shape[1])) if reverse else range(c.shape[1]):
-        states[:, i] = state
-        torch.baddbmm(c[:, i], M[:, i], states[:, i], out=state)
-    return states.flatten(0, 1)
+    c, M = (x.unflatten(0, (len(state), len(x) // len(state))).transpose(0, 1) for x in (c, M))
+    states = c.new_empty(len(c) + 1, *state.shape)
+    before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
+    before[-1 if reverse else 0] = state
+    for i in reversed(range(len(c))) if reverse else range(len(c)):
+        torch.baddbmm(c[i], M[i], before[i], out=after[i])
+    state.copy_(after[0 if reverse else -1])
+    return before.transpose(0, 1).flatten(0, 1)
 
 
 def _inverse(N: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ def flat_gate(gate: Tensor | None) -> Tensor | None:
     return None if gate is None else gate.reshape(-1, gate.shape[2], 1).contiguous()
 
 
+def softmax_alone(gate: Tensor | None) -> bool:
+    """Whether every gate is 0, so that U = V."""
+    return gate is not None and not gate.any()
+
+
 def sum_heads(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x [B, H, L, D] from that of its copies for query heads, [B · Hq, L, D]."""
     grad = grad.reshape(*x.shape[:2], -1, *x.shape[2:])
