@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.attach import use
+from ka_attention.hf.heads import Heads
 from ka_attention.hf.support import attention_modules, check_supported, text_config
 from ka_attention.ops import reference
 
@@ -23,12 +24,10 @@ Visit = Callable[[int, Tensor, Tensor, Tensor], None]
 
 def new_adapters(model: Any, kind: str) -> dict[int, nn.Module]:
     """Fresh adapters, "linear" or "mlp" (bottleneck D / 2), for every layer of ``model``: the plain swap."""
-    text = text_config(model)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    spec = {"kind": kind, "heads": heads, "head_dim": head_dim}
+    heads = Heads.of(text_config(model))
+    spec = {"kind": kind, "heads": heads.query, "head_dim": heads.dim}
     if kind == "mlp":
-        spec["width"] = max(1, head_dim // 2)
+        spec["width"] = max(1, heads.dim // 2)
     return {m.layer_idx: build_adapter(spec).to(next(m.parameters()).device) for m in attention_modules(model)}
 
 

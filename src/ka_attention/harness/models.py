@@ -15,6 +15,7 @@ from ka_attention.errors import UserError
 from ka_attention.harness import hub
 from ka_attention.hf import KAConfig, reconfigure, use
 from ka_attention.hf.cache.caches import layer_plan
+from ka_attention.hf.heads import Heads
 
 NAMES = {"kv": "KV", "ka": "KA"}
 
@@ -85,10 +86,8 @@ def cache_size(model_config: Any, ka: KAConfig | None, kind: str, tokens: int) -
     """
     config = copy.copy(model_config)
     config.ka_config = decoding(ka, kind).to_dict()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    element = (config.dtype or torch.float32).itemsize
+    heads, element = Heads.of(config), (config.dtype or torch.float32).itemsize
     return sum(
-        (tokens if window is None else min(tokens, window - 1)) * key_heads * (1 + groups) * head_dim * element
+        (tokens if window is None else min(tokens, window - 1)) * heads.key * (1 + groups) * heads.dim * element
         for groups, window in layer_plan(config)
     )

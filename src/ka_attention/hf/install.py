@@ -13,6 +13,7 @@ from torch import nn
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
+from ka_attention.hf.heads import Heads
 from ka_attention.hf.output_gate import hook_output_gate, make_output_gate, remove_output_gate
 from ka_attention.hf.support import attention_modules, check_supported, text_config
 
@@ -75,12 +76,8 @@ def make_gate(ka: KAConfig, text: Any) -> KAGate | None:
     """A new learned gate for one layer of a model, of the kind that ``ka`` asks for; None for fixed gates."""
     if ka.gate == "fixed":
         return None
-    heads, head_dim = _heads(text)
-    return KAGate(heads, ka.gate_init, ka.gate_range, head_dim if ka.gate == "token" else None)
-
-
-def _heads(text: Any) -> tuple[int, int]:
-    return text.num_attention_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = Heads.of(text)
+    return KAGate(heads.query, ka.gate_init, ka.gate_range, heads.dim if ka.gate == "token" else None)
 
 
 def _adapter(ka: KAConfig, adapter: Adapters | None, layer_idx: int, text: Any) -> nn.Module | None:
@@ -88,8 +85,8 @@ def _adapter(ka: KAConfig, adapter: Adapters | None, layer_idx: int, text: Any) 
         return adapter.get(layer_idx) if isinstance(adapter, Mapping) else adapter(layer_idx)
     if (spec := (ka.adapters or {}).get(str(layer_idx))) is None:
         return None
-    (heads, head_dim), built = _heads(text), build_adapter(spec)
-    for name, want in (("heads", heads), ("head_dim", head_dim)):
+    heads, built = Heads.of(text), build_adapter(spec)
+    for name, want in (("heads", heads.query), ("head_dim", heads.dim)):
         if spec.get(name, want) != want:
             raise ValueError(f"adapters: that of layer {layer_idx} is for {name} {spec[name]}, the model has {want}")
     return built

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ka_attention.hf.heads import Heads
+
 
 def make_output_gate(module: Any, text: Any) -> nn.Linear:
     """W_g for an attention module of a model with the configuration ``text``, in the floating dtype of its weights.
@@ -17,9 +19,9 @@ def make_output_gate(module: Any, text: Any) -> nn.Linear:
     parameters = inspect.signature(module.forward).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         raise ValueError(f"output_gate: {type(module).__name__} does not pass keywords on to its attention function")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = Heads.of(text)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    gate = nn.Linear(text.hidden_size, text.num_attention_heads * head_dim, bias=False, dtype=dtype)
+    gate = nn.Linear(text.hidden_size, heads.query * heads.dim, bias=False, dtype=dtype)
     nn.init.normal_(gate.weight, std=getattr(text, "initializer_range", 0.02))
     return gate
 

@@ -13,6 +13,7 @@ from ka_attention.hf.cache.layers import KADynamicLayer, KAWindowLayer
 from ka_attention.hf.cache.state import Progress
 from ka_attention.hf.cache.static import KAStaticLayer
 from ka_attention.hf.config import KAConfig
+from ka_attention.hf.heads import Heads
 
 
 def layer_plan(config: Any) -> list[tuple[int, int | None]]:
@@ -22,7 +23,8 @@ def layer_plan(config: Any) -> list[tuple[int, int | None]]:
     """
     text = config.get_text_config(decoder=True)
     ka = KAConfig.of(text)
-    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = Heads.of(text)
+    groups = heads.query // heads.key
     plan = []
     for i, layer in enumerate(DynamicCache(config=text).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -110,8 +112,7 @@ def bytes_per_token(config: Any, kind: str = "ka", dtype: torch.dtype | None = N
     if kind not in ("kv", "ka"):
         raise ValueError(f"kind: expected 'kv' or 'ka', got {kind!r}")
     text = config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = Heads.of(text)
     size = (dtype or getattr(text, "dtype", None) or torch.float32).itemsize
-    heads = sum(key_heads * (1 + (groups if kind == "ka" else 1)) for groups, _ in layer_plan(config))
-    return heads * head_dim * size
+    stored = sum(heads.key * (1 + (groups if kind == "ka" else 1)) for groups, _ in layer_plan(config))
+    return stored * heads.dim * size
