@@ -198,7 +198,7 @@ def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softca
     if cu_seqlens is not None:
         if past is not None or attn_mask is not None:
             raise ValueError("cu_seqlens cannot be combined with past or attn_mask")
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
+        cu_seqlens = _check_cu_seqlens(cu_seqlens, q).contiguous()
     mask = None if attn_mask is None else _expand_mask(attn_mask, q, P)
     g = expand_gate(gate, q)
     if isinstance(gate, Tensor):
