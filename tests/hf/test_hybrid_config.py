@@ -115,6 +115,13 @@ def test_a_gate_for_each_head(gate):
         attach(make("llama"), KAConfig(gate=gate, gate_init=(0.0, 1.0)))
 
 
+def test_fixed_gates_of_heads_serve_all_gradient_modes():
+    model, ids = attach(make("llama"), KAConfig(gate_init=(0.0, 0.3, 0.7, 1.0))), tokens()
+    with torch.inference_mode():
+        model(ids, use_cache=False)
+    model(ids, use_cache=False, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("ka", [GATED, KAConfig(layers=(1,), output_gate="ka")], ids=["all", "ka"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_output_gate_multiplies_what_attention_gives(family, ka):

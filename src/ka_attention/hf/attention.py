@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,6 +20,10 @@ from ka_attention.ops.api import attend_one, repeat_heads
 
 NAME = "ka"
 _AS_IT_IS = nullcontext()
+
+# Softmax attention in a window: the operator computes what is in sight, scaled_dot_product_attention with a mask all
+# there is, which is faster for fewer tokens than these and for windows of more than a quarter of them.
+SHORT = 256
 
 # Arguments with which some models change what attention computes. None of them has a meaning for KA-attention here.
 _UNSUPPORTED = frozenset(
@@ -114,10 +119,9 @@ def attention_forward(
         if layer.is_ka and sliding_window is not None:  # a softmax layer's own window is in its mask
             window = sliding_window if window is None else min(window, sliding_window)
         options = _Options(scale, window, softcap, dropout, cu_seq_lens_q)
-        mask = None if attention_mask is None else _as_bool(attention_mask)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
             dtype = torch.get_autocast_dtype(query.device.type) if autocast else None
-            out = _attend(module, layer, query, key, value if state is None else state, mask, options, dtype)
+            out = _attend(module, layer, query, key, value if state is None else state, attention_mask, options, dtype)
     if layer.gates_output:
         if ka_output_gate is None:
             raise RuntimeError(f"layer {layer.index} got no output gate: make the model with ka_attention.hf.attach")
@@ -151,17 +155,17 @@ def _attend(
     q: Tensor,
     k: Tensor,
     value: Any,
-    mask: Tensor | None,
+    raw_mask: Tensor | None,
     options: _Options,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Attention of any new tokens, ``[B, n, Hq, D]``; in ``dtype`` without a cache, which has one of its own."""
-    n, length, past = q.shape[2], k.shape[2], 0
+    n, length = q.shape[2], k.shape[2]
+    mask = None if raw_mask is None else _as_bool(raw_mask)
     state = value if type(value) is KAState else None
     if state is not None:
         k, values, v = state.keys, state.values, state.value
         length = k.shape[2]
-        past = length - n
         mask, window = state.layer.align(mask, options.window, length)
         options = options._replace(window=window)
     else:
@@ -174,16 +178,25 @@ def _attend(
                 "does not hold what KA-attention reads: pass past_key_values=KACache(model.config), or generate "
                 "with a model from ka_attention.hf.attach"
             )
+    if n > 1 and (layer.is_ka or options.window is not None):
+        _refuse_split_tokens()
     ends = options.ends
     if ends is not None and length != n:
         raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
+    if mask is not None and raw_mask is not None and n > 1 and (layer.is_ka or layer.cuts(length)):
+        mask = _refuse_future(mask, raw_mask, n)
     adapter = module._modules.get("ka_adapter") if layer.has_adapter else None
-    if ends is not None and not (layer.is_ka and adapter is None):  # the operator alone takes their ends
+    by_operator = n > 1 and (adapter is None if layer.is_ka else _is_narrow(length, options))
+    if ends is not None and not by_operator:  # it alone takes their ends
         mask = _band(_in_one_sequence(mask, ends, n), n, n, options.window, q.device)
     if not layer.is_ka:
+        if by_operator:
+            out = _parallel(q, k, values, v, mask, 0.0, options).transpose(1, 2).contiguous()
+        else:
+            out = _softmax(module, q, k, values, mask, options)
         if state is not None:
             state.commit()
-        return _softmax(module, q, k, values, mask, options)
+        return out
     if options.dropout:
         raise ValueError(
             f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {options.dropout}"
@@ -199,24 +212,37 @@ def _attend(
         out = _one(q, k, values, mask, options)
         read = out if adapter is None or state is None else adapter(out)
     elif adapter is None:
-        out = read = ka_attention(
-            q,
-            k[:, :, past:] if past else k,
-            v,
-            gate=gate,
-            scale=options.scale,
-            window=options.window,
-            past=(k[:, :, :past], values[:, :, :past]) if past else None,
-            attn_mask=mask if ends is None else None,  # the ends say the same
-            cu_seqlens=ends,
-            softcap=options.softcap,
-        )
+        out = read = _parallel(q, k, values, v, mask, gate, options)
     else:
         mask = _band(mask, n, length, options.window, q.device)
         out, read = _token_by_token(q, k, values, v, mask, gate, adapter, options)
     if state is not None:
         state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
     return out.transpose(1, 2).contiguous()
+
+
+def _is_narrow(length: int, options: _Options) -> bool:
+    """Whether a softmax layer's window is so much shorter than ``length`` that the operator is faster."""
+    return length >= SHORT and options.window is not None and 4 * options.window <= length and not options.dropout
+
+
+def _parallel(
+    q: Tensor, k: Tensor, values: Tensor, v: Tensor, mask: Tensor | None, gate: float | Tensor, options: _Options
+) -> Tensor:
+    """KA-attention ``[B, Hq, n, D]`` of several new tokens by the operator."""
+    past = k.shape[2] - q.shape[2]
+    return ka_attention(
+        q,
+        k[:, :, past:] if past else k,
+        v,
+        gate=gate,
+        scale=options.scale,
+        window=options.window,
+        past=(k[:, :, :past], repeat_heads(values[:, :, :past], q)) if past else None,
+        attn_mask=mask if options.ends is None else None,  # the ends say the same
+        cu_seqlens=options.ends,
+        softcap=options.softcap,
+    )
 
 
 def _check_cache(state: KAState, layer: Layer) -> None:
@@ -233,6 +259,17 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
     names = sorted(name for name in _UNSUPPORTED - {"output_attentions"} if kwargs.get(name) is not None)
     if names:
         raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
+
+
+def _refuse_split_tokens() -> None:
+    """ValueError where accelerate gives each process a part of every sequence: KA-attention would take it for all."""
+    # The class holds the state of the process; to make an instance would begin it.
+    parallelism = getattr(AcceleratorState, "_shared_state", {}).get("parallelism_config")
+    if parallelism is not None and (getattr(parallelism, "cp_size", 1) > 1 or getattr(parallelism, "sp_size", 1) > 1):
+        raise ValueError(
+            "parallelism_config: KA-attention does not work on sequences that are split over processes yet "
+            f"(cp_size {parallelism.cp_size}, sp_size {getattr(parallelism, 'sp_size', 1)}): set both to 1"
+        )
 
 
 def _learned_gate(module: nn.Module, layer: Layer, v: Tensor) -> Tensor:
@@ -253,6 +290,25 @@ def _as_bool(mask: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and bool((~hidden & (mask != 0)).any()):
         raise ValueError("attention_mask: expected booleans, or 0 and -inf to be added, got other additive values")
     return ~hidden
+
+
+def _refuse_future(mask: Tensor, raw: Any, n: int) -> Tensor:
+    """The mask, whose last columns are the ``n`` new tokens; ValueError if one of them is to see one after it.
+
+    What KA-attention reads of a token is made of those before it alone. ``raw`` is the tensor that all layers get: it
+    is looked at once, as looking waits for the device. Compiled code and CUDA graphs look on the device.
+    """
+    wrong = (
+        "attention_mask: it lets tokens attend to later ones (images, a prefix, a 4-D mask that is not causal), which "
+        "KA-attention and its windows cannot"
+    )
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return private.checked(mask, ~mask[..., -n:].triu(1).any(), wrong)
+    if getattr(raw, "_ka_seen", None) != n:
+        if bool(mask[..., -n:].triu(1).any()):
+            raise ValueError(wrong)
+        raw._ka_seen = n
+    return mask
 
 
 def _band(mask: Tensor | None, n: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -132,6 +132,10 @@ class KAConfig:
         number = sum(map(ka.enabled, range(count)))
         if isinstance(ka.window, tuple) and len(ka.window) != number:
             raise ValueError(f"window: expected one for each of {number} KA layers, got {len(ka.window)}")
+        kinds = getattr(model_config, "layer_types", None) or ()
+        for i, kind in enumerate(kinds):
+            if kind == "chunked_attention" and ka.window_of(i) is not None:
+                raise ValueError(f"window: layer {i} of the model attends in chunks and takes no window")
         heads = getattr(model_config, "num_attention_heads", None)
         if isinstance(ka.gate_init, tuple) and len(ka.gate_init) != heads:
             raise ValueError(f"gate_init: expected one for each of {heads} query heads, got {len(ka.gate_init)}")

@@ -68,6 +68,10 @@ class Layer:
                 "config.ka_config was changed after the model was made: change it with ka_attention.hf.reconfigure"
             )
 
+    def cuts(self, length: int) -> bool:
+        """Whether its window leaves some of ``length`` tokens out."""
+        return self.window is not None and self.window < length
+
     def fixed_gate(self, v: Tensor) -> float | Tensor:
         """The fixed gate: a number, or ``[Hq]`` on the device of ``v`` in float32 or better."""
         if not isinstance(self.gate, tuple):
@@ -76,8 +80,9 @@ class Layer:
         if is_dynamo_compiling():
             return torch.tensor(self.gate, dtype=dtype, device=v.device)
         key = (v.device, dtype)
-        if key not in self._gates:  # made once: a copy to the device has no place in a CUDA graph
-            self._gates[key] = torch.tensor(self.gate, dtype=dtype, device=v.device)
+        if key not in self._gates:  # made once, for all modes: a copy to the device has no place in a CUDA graph
+            with torch.inference_mode(False):
+                self._gates[key] = torch.tensor(self.gate, dtype=dtype, device=v.device)
         return self._gates[key]
 
 

@@ -66,10 +66,12 @@ class KAStaticLayer(KALayer, StaticLayer):
         if n > 1:
             seen = torch.cat([seen, positions])
         distance = positions[:, None] - seen
-        allowed = (seen >= 0) & (distance >= 0)
+        allowed = seen >= 0
+        if mask is None:  # a mask is causal by itself, or means what it lets through
+            allowed = allowed & (distance >= 0)
         if window is not None:
             allowed = allowed & (distance < window)
-        allowed = allowed[None, None]
+        allowed = allowed.expand(1, 1, n, -1)
         if mask is None:
             return allowed, None
         column = (seen - (positions[-1] + 1 - mask.shape[-1]).clamp(min=0)).clamp(min=0)
