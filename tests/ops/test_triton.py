@@ -87,7 +87,7 @@ def triton_pass(tensors, options, da):
     from ka_attention.ops.triton import backward, forward, outputs
 
     results = forward(*tensors, **options, save=True)
-    for x, like in zip(results, outputs(tensors[0], save=True), strict=True):
+    for x, like in zip(results, outputs(tensors[0], True, options["window"]), strict=True):
         assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
     grads = backward(da, *tensors, *results, **options)
     assert all(grad is None or grad.is_contiguous() for grad in grads)  # or the operator would copy them
@@ -170,24 +170,48 @@ def test_hard_rows(kind):
 @pytest.mark.parametrize("links", [1, 2])
 @pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token", "packed", "padding"])
 def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
-    from ka_attention.ops.triton import backend as launch
+    from ka_attention.ops.triton import backend, wide
 
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "longest_reach", lambda *_: 0)
-    monkeypatch.setattr(launch, "links", lambda *_: links)
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(backend, "narrow_rows", lambda *_: None)
+    monkeypatch.setattr(wide, "longest_reach", lambda *_: 0)
+    monkeypatch.setattr(wide, "links", lambda *_: links)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
+
+
+@kernels
+@pytest.mark.parametrize("segments", [2, 4])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"window": 2},
+        {"window": 9, "T": 64, "B": 2},
+        {"window": 17, "gate": "token", "Hkv": 2},
+        {"window": 5, "gate": "signed", "P": 21, "mask": "full", "softcap": 2.0},
+        {"window": 20, "gate": "token", "P": 4, "T": 100},
+        {"window": 40, "P": 70, "T": 130},
+        {"window": 7, "lengths": (33, 0, 1, 40), "gate": "token"},
+        {"window": 16, "mask": "any", "B": 2},
+    ],
+)
+def test_segments_of_a_narrow_window(given, segments, monkeypatch):
+    from ka_attention.ops.triton import backend, tiles
+
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(tiles, "segments", lambda *_: segments)
+    assert_within_budget(Problem(**SMALL | given, dtype=torch.float32))
 
 
 @kernels
 @pytest.mark.parametrize("given", [{"B": 2, "T": 64}, {"P": 20, "T": 40}, {"lengths": (33, 7)}])
 def test_heads_that_take_turns(given, monkeypatch):
     """Waves of two heads, the last of what is left, give what all heads together give."""
-    from ka_attention.ops.triton import backend as launch
+    from ka_attention.ops.triton import backend, wide
 
-    def run(wave):
-        monkeypatch.setattr(launch, "_plans", {})
-        monkeypatch.setattr(launch, "wave", lambda *_: wave)
-        monkeypatch.setattr(launch, "links", lambda *_: 1)
+    def run(heads):
+        monkeypatch.setattr(backend, "_plans", {})
+        monkeypatch.setattr(wide, "wave", lambda *_: heads)
+        monkeypatch.setattr(wide, "links", lambda *_: 1)
         return triton_pass(tensors, options, da)
 
     tensors, options = on_device(Problem(**SMALL | {"Hq": 3} | given, dtype=torch.float32))
@@ -200,7 +224,6 @@ def test_heads_that_take_turns(given, monkeypatch):
     ("heads", "size", "expected"), [(256, 2 << 20, 16), (64, 1 << 20, 64), (20, 8 << 20, 7), (32, 16 << 20, 8)]
 )
 def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monkeypatch):
-    from types import SimpleNamespace
 
     from ka_attention.ops.triton import tiles
 
@@ -212,10 +235,10 @@ def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monke
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 33, 100), (30,)])
 def test_a_band_as_long_as_the_sequence(lengths, monkeypatch):
-    from ka_attention.ops.triton import backend as launch
+    from ka_attention.ops.triton import backend, wide
 
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "longest_reach", lambda *_: 8)
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(wide, "longest_reach", lambda *_: 8)
     assert_within_budget(Problem(**SMALL | {"lengths": lengths, "gate": "token"}, dtype=torch.float32))
 
 
@@ -253,13 +276,13 @@ def test_layouts_of_models_give_the_same_bits():
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (0, 64, 0, 1, 33), (97,), (1,) * 40])
 def test_packed_schedule_covers_every_block_in_order(lengths):
-    from ka_attention.ops.triton.backend import _Plan
     from ka_attention.ops.triton.tiles import Tiles
+    from ka_attention.ops.triton.wide import Wide
 
     cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
     q = torch.zeros(1, 1, sum(lengths), 16, device=DEVICE)
     tiles = Tiles(32, 32, 4, 1)
-    plan = _Plan(None, q, q, q, None, None, None, None, cu, 1.0, None, None, True)
+    plan = Wide(None, q, q, q, None, None, None, None, cu, 1.0, None, None, True)
     schedule = plan.schedule(cu, tiles.BM).tolist()
     assert len(schedule) == plan.grid(tiles)[0]
     real = [(n, rank) for n, rank in schedule if rank * 32 < lengths[n]]
@@ -281,66 +304,6 @@ def test_what_it_cannot_do_is_refused(shape, dtype, message):
     x = torch.randn(shape, dtype=dtype, device=DEVICE)
     with pytest.raises(RuntimeError, match=message):
         ka_attention(x, x, x, backend="triton")
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """A launch of a kernel that only notes how it is called, and the notes."""
-    from ka_attention.ops.triton import backend as launch
-
-    calls: list[tuple] = []
-
-    class Compiled:
-        function, packed_metadata = "function", "metadata"
-
-        def __getitem__(self, grid):
-            return lambda *arguments: calls.append(("compiled", grid, arguments))
-
-        def run(self, x, y, z, stream, *arguments):
-            assert (stream, *arguments[:5]) == (("stream", 3), "function", "metadata", None, None, None)
-            calls.append(("run", (x, y, z), arguments[5:]))
-
-    class Kernel:
-        arg_names = ("X", "Y", "T", "scale", "D", "BM")
-
-        def __getitem__(self, grid):
-            return lambda *arguments, **constants: calls.append(("kernel", grid, arguments, constants)) or Compiled()
-
-    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: ("stream", device))
-    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
-    return launch.Launch(Kernel(), (5, 2), 70, 0.5, num_warps=4, BM=64, D=16), calls
-
-
-def test_a_known_launch_gives_the_compiled_kernel_what_it_takes(launched):
-    """Bare pointers in the order of its signature, if all are multiples of 16; absent tensors are null pointers."""
-    run, calls = launched
-    x = torch.zeros(64, dtype=torch.uint8)
-    x = x[-x.data_ptr() % 16 :]
-    for tensors in ((x[1:], None), (x, None), (x, None), (x[16:], None), (x[1:], None)):
-        run(*tensors)
-    assert [call[0] for call in calls] == ["kernel", "kernel", "run", "run", "kernel"]
-    assert all(call[1] == (5, 2, 1) for call in calls)
-    assert calls[3][2] == (x.data_ptr() + 16, 0, 70, 0.5, 16, 64)
-    assert calls[4][2][2:] == (70, 0.5)
-    assert calls[4][3] == {"num_warps": 4, "BM": 64, "D": 16}
-
-
-@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
-def test_a_known_launch_is_seen_by_hooks(launched, monkeypatch, name):
-    import triton
-
-    run, calls = launched
-    hook = triton.knobs.HookChain()
-    monkeypatch.setattr(triton.knobs.runtime, name, hook)
-    x = torch.zeros(0)
-    for change in (int, int, lambda: hook.add(print), lambda: hook.remove(print)):
-        change()
-        run(x, None)
-    monkeypatch.setattr(triton.knobs.runtime, name, print)
-    run(x, None)
-    assert [call[0] for call in calls] == ["kernel", "run", "compiled", "run", "compiled"]
-    assert calls[1][1:] == calls[2][1:] == calls[4][1:]
 
 
 @kernels

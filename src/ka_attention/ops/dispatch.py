@@ -149,7 +149,7 @@ backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_
 
 @forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend, revision):
-    return _load(backend).outputs(q, save)
+    return _load(backend).outputs(q, save, window)
 
 
 @backward.register_fake

@@ -15,25 +15,15 @@ import triton.language as tl
 
 from ka_attention.ops.triton.primitives import (
     LN2,
-    LOG2E,
     load_tile,
     locate,
     publish,
     scores,
+    slope,
     store_tile,
     visible,
     wait,
 )
-
-
-@triton.jit
-def _slope(s, softcap, SOFTCAP: tl.constexpr):
-    """d(capped score)/d(score), from the capped score in units of log 2."""
-    if SOFTCAP:
-        tanh = s / (softcap * LOG2E)
-        return 1.0 - tanh * tanh
-    else:
-        return 1.0
 
 
 @triton.jit
@@ -54,7 +44,7 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
         seen = visible((P + rows)[None, :], (j + tl.arange(0, BM))[:, None], P + n, columns, MASK, mask_strides, P,
                        window, WINDOW, HAS_MASK)  # fmt: skip
         p = tl.where(seen, p, 0.0)
-    return q, p, _slope(s, softcap, SOFTCAP)
+    return q, p, slope(s, softcap, SOFTCAP)
 
 
 @triton.jit
@@ -120,7 +110,7 @@ def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strid
               MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
     """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if wanted, dK and, on the DIAGONAL, d."""
-    q, p, slope = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
+    q, p, slopes = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
                            D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
     y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
     rows = r0 + tl.arange(0, BN)
@@ -132,7 +122,7 @@ def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strid
         dw = tl.where(column == rows[None, :], own[None, :], dw)
         d += tl.sum(tl.where(column == rows[None, :], p, 0.0), 1)
         p = tl.where(column <= rows[None, :], p, 0.0)
-    ds = p * (dw - delta[None, :]) * slope
+    ds = p * (dw - delta[None, :]) * slopes
     if WITH_DU:
         if DIAGONAL:
             p = tl.where(column < rows[None, :], p, 0.0)
@@ -268,7 +258,7 @@ def _dq_step(q, y, lse, delta, K, U, j, n, k_stride, u_stride, seen, dq, scale, 
     if MASKED:
         p = tl.where(seen, p, 0.0)
     u = load_tile(U, j, u_stride, n, BN, D, BD, GUARD)
-    ds = p * (tl.dot(y, tl.trans(u), input_precision=DOT) - delta[:, None]) * _slope(s, softcap, SOFTCAP)
+    ds = p * (tl.dot(y, tl.trans(u), input_precision=DOT) - delta[:, None]) * slope(s, softcap, SOFTCAP)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
 
 
@@ -318,7 +308,7 @@ def dq_kernel(
     p = tl.where(inside, tl.math.exp2(s - lse[:, None]), 0.0)
     dw = tl.dot(y, tl.trans(u), input_precision=DOT)
     dw = tl.where(i[:, None] == i[None, :], tl.sum(y.to(tl.float32) * v, 1)[:, None], dw)
-    ds = p * (dw - delta[:, None]) * _slope(s, softcap, SOFTCAP)
+    ds = p * (dw - delta[:, None]) * slope(s, softcap, SOFTCAP)
     dq = tl.dot(ds.to(k.dtype), k, input_precision=DOT)
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]

@@ -69,6 +69,16 @@ def scores(x, y, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
+def slope(s, softcap, SOFTCAP: tl.constexpr):
+    """d(capped score)/d(score), from the capped score in units of log 2."""
+    if SOFTCAP:
+        tanh = s / (softcap * LOG2E)
+        return 1.0 - tanh * tanh
+    else:
+        return 1.0
+
+
+@triton.jit
 def visible(i, j, rows, columns, MASK, mask_strides, P, window, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):
     """Whether position i < rows may attend position j < columns, apart from causality. i and j broadcast.
 

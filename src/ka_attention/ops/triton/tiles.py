@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = torch.device("cpu")
+SCAN_WIDTH = 32  # columns of the head dimension that a program of the scan owns
 
 
 class Tiles(NamedTuple):
@@ -71,6 +72,38 @@ def choose(q: Tensor) -> Table:
     if q.dtype == torch.float32:
         return FLOAT32[size]
     return (HOPPER if _roomy(q.device) else SMALL)[size]
+
+
+def narrow_rows(q: Tensor, window: int | None) -> int | None:
+    """Rows of a block that reaches no further than the one before it: 16, 32 or 64, so three kernels serve all narrow
+    windows. None for a wider window, for one of a single token, which reaches no other, and where a block of so many
+    rows of `q` would not fit.
+    """
+    if window is None or not 2 <= window <= 65:
+        return None
+    rows = max(16, 1 << (window - 2).bit_length())
+    if q.device == INTERPRETED:
+        return rows
+    size = 4096 if q.dtype == torch.float32 else 16384 if _roomy(q.device) else 8192
+    return rows if rows * padded(q.shape[-1]) * q.element_size() <= size else None
+
+
+def segments(device: torch.device, heads: int, blocks: int) -> int:
+    """Into how many segments a narrow window divides a head's `blocks`: enough to fill the device, none too short."""
+    return max(1, min(triton.cdiv(8 * _processors(device), heads), blocks // 4))
+
+
+def narrow_options(BM: int, q: Tensor) -> dict[str, dict]:
+    """Warps and stages of each kernel for narrow windows."""
+    size = BM * padded(q.shape[-1]) * q.element_size() // 2
+    warps, most = (4, 4) if BM == 64 else (max(1, size // 2048), max(1, size // 1024))
+    return {
+        "maps_kernel": {"num_warps": warps, "num_stages": 3 if size <= 1024 else 2},
+        "scan_kernel": {"num_warps": BM // 16, "num_stages": 4},
+        "apply_kernel": {"num_warps": warps, "num_stages": 3},
+        "adjoint_maps_kernel": {"num_warps": warps, "num_stages": 3},
+        "adjoint_apply_kernel": {"num_warps": most, "num_stages": 3 if size <= 1024 else 1},
+    }
 
 
 def longest_reach(device: torch.device, windowed: bool) -> int:

@@ -1,0 +1,106 @@
+"""The plan for narrow windows: three kernels a pass, or one where a segment is the sequence."""
+
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+from ka_attention.ops.triton import tiles
+from ka_attention.ops.triton.launcher import Launch
+from ka_attention.ops.triton.narrow_backward import adjoint_apply_kernel, adjoint_maps_kernel
+from ka_attention.ops.triton.narrow_forward import apply_kernel, maps_kernel, scan_kernel
+from ka_attention.ops.triton.plan import Plan, sum_groups
+
+
+class Narrow(Plan):
+    """Segments of `span` blocks of BM rows, BM the least that a block may have for its window."""
+
+    def __init__(self, da, q, *others):
+        super().__init__(da, q, *others)
+        rows = tiles.narrow_rows(q, self.window)
+        assert rows is not None
+        self.BM = rows
+        blocks, heads = triton.cdiv(self.T, self.BM), self.B * self.H
+        self.span = triton.cdiv(blocks, tiles.segments(self.device, heads, blocks))
+        self.segments = triton.cdiv(blocks, self.span)
+        self.width = 2 * self.BM if self.save else 0
+        self.options = tiles.narrow_options(self.BM, q)
+        scale, _, softcap, _ = others[-4:]
+        self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window, self.span, self.segments
+        self.grid = (heads * self.segments,)
+
+    @cached_property
+    def maps(self) -> Launch:
+        strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
+        return self._launch(maps_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
+
+    @cached_property
+    def apply(self) -> Launch:
+        strides = self.v, self.gate, self.u_past
+        return self._launch(apply_kernel, *strides, self.H, self.T, self.P, self.span, self.segments)
+
+    @cached_property
+    def adjoint_maps(self) -> Launch:
+        return self._launch(adjoint_maps_kernel, self.da, self.gate, self.H, self.T, self.span, self.segments)
+
+    @cached_property
+    def adjoint_apply(self) -> Launch:
+        strides = self.da, self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
+        return self._launch(adjoint_apply_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
+
+    @cached_property
+    def scan(self) -> Launch:
+        return self._scan(reverse=False)
+
+    @cached_property
+    def reverse_scan(self) -> Launch:
+        return self._scan(reverse=True)
+
+    def _scan(self, reverse: bool) -> Launch:
+        grid = self.B * self.H, triton.cdiv(self.D, tiles.SCAN_WIDTH)
+        constants = {"BD": tiles.SCAN_WIDTH, "BM": self.BM, "REVERSE": reverse}
+        return self.launch(scan_kernel, grid, self.segments, **constants, **self.options["scan_kernel"])
+
+    def _launch(self, kernel, *numbers, **constants) -> Launch:
+        options = self.options[kernel.__name__]
+        return self.launch(kernel, self.grid, *numbers, BM=self.BM, **constants, **options)
+
+    def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
+        state, maps = self._room(q)
+        if self.segments > 1 and not self.save:
+            saved = q.new_empty(*q.shape[:3], 2 * self.BM)
+        self.maps(q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, saved, state, maps)
+        if self.segments > 1:
+            self.scan(state, maps)
+            self.apply(v, gate, u_past, saved, state, a)
+
+    def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
+        state, maps = self._room(q)
+        if self.segments > 1:
+            self.adjoint_maps(da, gate, saved, state, maps)
+            self.reverse_scan(state, maps)
+        dq, dk, dv = (torch.empty_like(a) for _ in range(3))
+        dgate = None if gate is None else torch.empty_like(lse)
+        dk_past = du_past = None
+        if u_past is not None:  # a window does not reach all cached tokens
+            dk_past, du_past = (q.new_zeros(u_past.shape) for _ in range(2))
+        self.adjoint_apply(
+            da, q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, state,
+            dq, dk, dv, dgate, dk_past, du_past,
+        )  # fmt: skip
+        if dk_past is not None:
+            dk_past = sum_groups(dk_past, k_past)
+        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, dk_past, du_past
+
+    def _room(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """For the maps of the segments: c [B, H, segments, BM, D] and M [B, H, segments, BM, BM]."""
+        heads = self.B, self.H, self.segments if self.segments > 1 else 0, self.BM
+        return q.new_empty(*heads, self.D), q.new_empty(*heads, self.BM)
+
+    def _starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        """The first token of each token's sequence, int32 [T]. Packed sequences are one sequence with a mask."""
+        if cu_seqlens is None:
+            return None
+        tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)

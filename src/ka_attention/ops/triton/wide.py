@@ -1,0 +1,171 @@
+"""The plan without a window or with a wide one: a chain of blocks, or a band of them and a sweep."""
+
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
+from ka_attention.ops.triton.forward import forward_kernel
+from ka_attention.ops.triton.launcher import Launch
+from ka_attention.ops.triton.plan import Plan, sum_groups
+from ka_attention.ops.triton.sweep import sweep_kernel
+from ka_attention.ops.triton.tiles import Tiles, choose, links, longest_reach, sweep_stages, wave
+
+SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep owns
+
+
+class Wide(Plan):
+    """Row blocks of BM rows that reach one another as `mode` says."""
+
+    def __init__(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
+        super().__init__(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
+        self.sequences = len(cu_seqlens) - 1 if self.packed else self.B
+        read = 2 * (self.P + self.T) * self.D * q.element_size()  # a head's K and U
+        self.wave = wave(self.device, self.H if self.packed else self.B * self.H, read)
+        self.numbers = scale, softcap or 0.0, self.B, self.H, self.T, self.P, window or 0, self.wave
+        table = self.table = choose(q)
+        self.BM = table.columns.BM
+        self.width = self.BM if save else 0
+        self.mode, self.reach = self._mode()
+        self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
+
+    def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
+        u = a if gate is None or self.mode != "chain" else torch.empty_like(a)
+        band, flags = self.band(q), self.flags(q)
+        schedule = self.schedule(cu_seqlens, self.BM)
+        self.rows(q, k, v, gate, k_past, u_past, mask, cu_seqlens, schedule, a, u, lse, saved, band, flags)
+        if self.mode == "band":
+            self.forward_sweep(a, band, cu_seqlens)
+
+    def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
+        y, delta = torch.empty_like(a), torch.empty_like(lse)
+        u = a if gate is None else torch.empty_like(a)
+        dgate = None if gate is None else torch.empty_like(lse)
+        dk_past = du_past = None
+
+        def query_gradients() -> Tensor:
+            dq = torch.empty_like(a)
+            rows = self.schedule(cu_seqlens, self.row_tiles.BM)
+            self.queries(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
+            return dq
+
+        schedule = self.schedule(cu_seqlens, self.BM)
+        if self.mode != "chain":
+            band = self.band(q)
+            self.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, saved, y, band)
+            if self.mode == "band":
+                self.backward_sweep(y, band, cu_seqlens)
+            del band  # its memory serves for the gradients
+            dq = query_gradients()
+        dk, dv = torch.empty_like(a), torch.empty_like(a)
+        self.columns(
+            da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, saved, y, delta, dk, dv, None, dgate,
+            self.flags(q),
+        )  # fmt: skip
+        if k_past is not None:
+            dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+            self.past_columns(
+                None, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, None, y, delta, dk_past, None,
+                du_past, None, None,
+            )  # fmt: skip
+            dk_past = sum_groups(dk_past, k_past)
+        if self.mode == "chain":
+            dq = query_gradients()
+        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, dk_past, du_past
+
+    @cached_property
+    def rows(self) -> Launch:
+        tiles = self.table.forward
+        strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
+        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode, REACH=self.reach)
+
+    @cached_property
+    def prepare(self) -> Launch:
+        tiles = self.table.prepare
+        strides = self.da, self.q, self.k, self.v, self.gate, self.mask
+        return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, REACH=self.reach)
+
+    @cached_property
+    def columns(self) -> Launch:
+        tiles = self.table.columns
+        mode = "chain" if self.mode == "chain" else "solved"
+        strides = self.da, self.q, self.k, self.v, self.gate, None, self.mask
+        return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=self.reach)
+
+    @cached_property
+    def past_columns(self) -> Launch:
+        tiles = self.table.columns
+        strides = None, self.q, self.k_past, self.v, None, self.u_past, self.mask
+        constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
+        return self._launch(columns_kernel, tiles, self.grid(tiles, self.P), *strides, **constants)
+
+    @cached_property
+    def queries(self) -> Launch:
+        tiles = self.row_tiles
+        solved = self.mode != "chain"
+        strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
+        return self._launch(dq_kernel, tiles, self.grid(tiles), *strides, SOLVED=solved)
+
+    @cached_property
+    def forward_sweep(self) -> Launch:
+        return self._sweep(reverse=False)
+
+    @cached_property
+    def backward_sweep(self) -> Launch:
+        return self._sweep(reverse=True)
+
+    def _sweep(self, reverse: bool) -> Launch:
+        """The sequential part of a window, over slices of the head dimension side by side."""
+        return Launch(
+            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
+            D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach, STAGES=sweep_stages(self.device, self.reach),
+            PACKED=self.packed, RAGGED=self.ragged(self.BM), REVERSE=reverse,
+            DOT="ieee" if self.precision == "half" else self.precision,
+        )  # fmt: skip
+
+    def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:
+        constants = {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles.BM)} | constants | tiles.options
+        return self.launch(kernel, grid, *strides, *self.numbers, **constants)
+
+    def _mode(self) -> tuple[str, int]:
+        """How row blocks reach one another, see `forward_kernel`, and how many blocks back by links."""
+        reach = triton.cdiv(self.T, self.BM) - 1
+        if self.window is not None:
+            reach = min(reach, triton.cdiv(self.window - 1, self.BM))
+        if reach <= longest_reach(self.device, self.window is not None):
+            return ("band" if reach else "single"), reach
+        return "chain", links(self.device, self.wave * (self.sequences if self.packed else 1))
+
+    def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
+        """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
+        if self.packed:
+            return ((self.T // tiles.BM + self.sequences) * self.H,)
+        return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
+
+    def ragged(self, BM: int) -> bool:
+        """Whether a sequence may end within a row block."""
+        return self.packed or self.T % BM != 0
+
+    def schedule(self, cu_seqlens: Tensor | None, BM: int) -> Tensor | None:
+        """(sequence, rank) of each slot of a packed grid, int32 [slots, 2], by rank; spare slots lie beyond the length.
+
+        Sequence s owns the slots from cu[s] // BM + s, which are at least as many as its blocks.
+        """
+        if cu_seqlens is None:
+            return None
+        first = cu_seqlens // BM + torch.arange(self.sequences + 1, device=cu_seqlens.device)
+        slots = torch.arange(self.T // BM + self.sequences, device=cu_seqlens.device)
+        sequence = torch.searchsorted(first, slots, right=True) - 1
+        rank = slots - first[sequence]
+        order = rank.argsort(stable=True)
+        return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
+
+    def flags(self, q: Tensor) -> Tensor | None:
+        """For a chain the ticket, then the number of published blocks of each sequence and head."""
+        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if self.mode == "chain" else None
+
+    def band(self, q: Tensor) -> Tensor | None:
+        """Room for what joins each row block of a band to those it reaches, side by side."""
+        return q.new_empty(*q.shape[:3], self.reach * self.BM) if self.mode == "band" else None
