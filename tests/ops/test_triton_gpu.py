@@ -43,7 +43,7 @@ def random_call(seed: int):
         mask = (torch.arange(P + T) >= torch.arange(B)[:, None] * (P + T) // (2 * B))[:, None, None].cuda()
     elif mask == "full":
         mask = (torch.rand(B, 1, T, P + T) < 0.7).cuda()
-    window, softcap = r.choice([None, None, 1, 2, 16, 64, 65, 66, 200]), r.choice([None, None, 3.0])
+    window, softcap = r.choice([None, None, 1, 2, 5, 8, 16, 17, 33, 64, 65, 66, 200]), r.choice([None, None, 3.0])
     return (q, k, v, gate, k_past, u_past, mask, cu), {"scale": D**-0.5, "window": window, "softcap": softcap}
 
 
