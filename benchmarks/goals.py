@@ -32,6 +32,32 @@ def rows(
     return figure
 
 
+def fastest(section: str, passes: Collection[str], where: Callable[[Record], bool] = lambda _: True) -> Figure:
+    """KA's time over that of the fastest peer in the records of this section and these passes."""
+
+    def figure(record: Record) -> float | None:
+        if record["section"] != section or record["pass"] not in passes or not where(record):
+            return None
+        return record["ms"]["KA"] / min(time for name, time in record["ms"].items() if name != "KA")
+
+    return figure
+
+
+def between(section: str, mine: str, other: str, where: Callable[[Record], bool] = lambda _: True) -> Figure:
+    """The time of one of our own models over that of another."""
+
+    def figure(record: Record) -> float | None:
+        fits = record["section"] == section and {mine, other} <= record["ms"].keys() and where(record)
+        return record["ms"][mine] / record["ms"][other] if fits else None
+
+    return figure
+
+
+def compiled_later(record: Record) -> float | None:
+    """Kernels that calls compiled which differ from the first in T, B and the window's value alone."""
+    return record.get("compiled_later") if record["pass"] == "fresh" and "window" in record["case"] else None
+
+
 def speedup(figure: Figure) -> Figure:
     """The inverse ratio: the peer's time over KA's."""
 
@@ -98,6 +124,10 @@ def _is(*shape: int) -> Callable[[Record], bool]:
     return lambda record: record["shape"] == list(shape)
 
 
+def _window(*windows: int) -> Callable[[Record], bool]:
+    return lambda record: record["case"] in [f"window {w}" for w in windows]
+
+
 def _cudnn(record: Record) -> bool:
     return record["shape"][3] == 128 and _length(record) >= 4096
 
@@ -125,13 +155,65 @@ GOALS = [
         speedup(rows(_DELTAFORMER, ["both"], "peer", lambda r: _length(r) <= 2048)),
         at_least=True,
     ),
-    Goal("windows 64 to 1024 / FlexAttention, forward + backward", 1.3, 0.8, rows(["window"], ["both"], "Flex")),
+    *(
+        Goal(
+            f"windows 2 to 16 / the faster of FlexAttention and FlashAttention-2, {x}",
+            1.0,
+            aim,
+            fastest("narrow window", [x], _window(2, 4, 8, 16)),
+        )
+        for x, aim in (("forward", 0.6), ("backward", 0.7))
+    ),
+    *(
+        Goal(f"window 64, likewise, {x}", 1.1, 0.9, fastest("narrow window", [x], _window(64)))
+        for x in ("forward", "backward")
+    ),
+    Goal("window 256, likewise, forward + backward", 1.4, 1.1, fastest("window", ["both"], _window(256))),
+    Goal("window 1024, likewise, forward + backward", 1.5, 1.1, fastest("window", ["both"], _window(1024))),
+    Goal(
+        "window 8 / FlashAttention-2 without one, T ≤ 512, forward + backward",
+        1.1,
+        0.8,
+        fastest("short window", ["both"]),
+    ),
     Goal(
         "windows 16 and 64 / fla chunk_delta_rule, forward + backward", 1.0, 0.5, rows(["delta rule"], ["both"], "peer")
     ),
     Goal("peak memory / SDPA", 1.1, 1.0, memory),
     Goal("training step of Pythia-70M, KA / softmax", 1.1, 1.02, rows(["training"], ["step"], "softmax")),
-    Goal("first call, nothing compiled (seconds)", 10, 10, first_call),
+    Goal(
+        "training step, 47 M: KA hybrid / softmax-window hybrid",
+        1.02,
+        1.0,
+        between("models, training", "KA 3:1", "softmax window 3:1"),
+    ),
+    Goal(
+        "training step, 47 M: KA hybrid / full softmax, T = 2048",
+        1.0,
+        0.9,
+        between("models, training", "KA 3:1", "softmax", lambda r: r["shape"][1] == 2048),
+    ),
+    Goal(
+        "training step, 47 M: KA hybrid / full softmax, T = 8192",
+        0.85,
+        0.75,
+        between("models, training", "KA 3:1", "softmax", lambda r: r["shape"][1] == 8192),
+    ),
+    Goal(
+        "decoding, 47 M: windowed KA / windowed softmax",
+        1 / 0.98,
+        1.0,
+        between("models, decoding", "KA window 8", "softmax window 8"),
+    ),
+    Goal(
+        "decoding, 47 M: full softmax / KA hybrid, 65,536 tokens",
+        3,
+        4,
+        between("models, decoding", "softmax", "KA 3:1", lambda r: r["shape"][1] == 65536),
+        at_least=True,
+    ),
+    Goal("first call, nothing compiled (seconds)", 10, 5, first_call),
+    Goal("kernels compiled for another T, B or narrow window", 0, 0, compiled_later),
 ]
 
 
@@ -148,6 +230,8 @@ def section_table(records: Collection[Record]) -> str:
     if not measured:
         return "\n\n".join(notes)
     names = list(dict.fromkeys(name for record in measured for name in record["ms"] if name != "KA"))
+    if not any("KA" in record["ms"] for record in measured):
+        return "\n\n".join([_several(measured, names), *notes])
     has_rate = any("tflops" in record for record in measured)
     weighed = names[:1] if any("peak_mib" in record for record in measured) else []
     header = ["case", "shape", "pass", *(f"{name} ms" for name in names), "KA ms", *["KA TFLOP/s"] * has_rate]
@@ -163,6 +247,22 @@ def section_table(records: Collection[Record]) -> str:
         cells += [f"{peaks['KA'] / peaks[name]:.2f}" if name in peaks else "" for name in weighed]
         lines.append(cells)
     return "\n\n".join([table(header, lines), *notes])
+
+
+def _several(records: Collection[Record], names: list[str]) -> str:
+    """Rows of models that are all ours: their times, and their bytes where these were counted."""
+    sized = any("bytes" in record for record in records)
+    header = ["case", "shape", *(f"{name} ms" for name in names), *(f"{name} MiB" for name in names if sized)]
+    lines = [
+        [
+            record["case"],
+            _shape(record),
+            *(f"{record['ms'][name]:.4g}" if name in record["ms"] else "" for name in names),
+        ]
+        + [f"{record['bytes'][name] / 2**20:.4g}" if name in record["bytes"] else "" for name in names if sized]
+        for record in records
+    ]
+    return table(header, lines)
 
 
 def markdown(files: Iterable[dict[str, Any]]) -> str:

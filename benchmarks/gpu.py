@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from benchmarks import peers
 from benchmarks.decode import step
 from benchmarks.goals import Record, section_table
 from benchmarks.harness import machine
-from benchmarks.timing import inputs, passes, replayed, sdpa
+from benchmarks.timing import both_passes, inputs, passes, replayed, sdpa
 from ka_attention import ka_attention
 from ka_attention.ops import reference
 
@@ -51,8 +51,11 @@ HEADS = [
 ]
 GROUPED = (1, 32, 8, 8192, 128)
 SEQUENCES = (4096, 512, 1900, 64, 777, 3000, 1, 5034)  # packed; 16 heads of 64
+NARROW = [(1, 16, 8192, 128), (8, 16, 2048, 64), (1, 32, 32768, 64)]
+NARROW_WINDOWS = (2, 4, 8, 16, 64)
+SHORT = [(32, 8, 128, 64), (16, 8, 512, 64)]
 WINDOWED = (1, 16, 8192, 128)
-WINDOWS = (64, 256, 1024)
+WINDOWS = (256, 1024)
 DECODES = [(8, 8, 2048, 64), (1, 32, 8192, 128), (16, 32, 2048, 128)]
 VERSIONS = ("triton", "transformers", "flash-linear-attention")
 FIRST = (8, 8, 2048, 64)
@@ -103,21 +106,67 @@ def grouped_and_packed() -> Iterator[Record]:
     yield from passes(section, "packed ragged", (1, 16, T, 64), flops, {"FA2": packed, "KA": ours}, operands, grad)
 
 
+def narrow() -> Iterator[Record]:
+    """Narrow windows, beside FlexAttention and FlashAttention-2 with the same."""
+    for shape in NARROW:
+        yield from beside_windows("narrow window", shape, NARROW_WINDOWS)
+
+
 def windows() -> Iterator[Record]:
-    """Windows, beside FlexAttention with the same."""
+    """Wide windows, likewise."""
+    yield from beside_windows("window", WINDOWED, WINDOWS)
+
+
+def beside_windows(section: str, shape: tuple[int, int, int, int], windows: Sequence[int]) -> Iterator[Record]:
+    """Records of one shape. FlexAttention reads the window from a tensor, so that it is compiled once."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = torch.compile(flex_attention)
-    B, H, T, D = WINDOWED
-    for w in WINDOWS:
+    B, H, T, D = shape
+    *operands, grad = inputs(*shape)
+    window = torch.tensor(0, device=grad.device)
 
-        def in_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor, w: int = w) -> Tensor:
-            return (j <= i) & (i - j < w)
+    def in_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < window)
 
+    flex = torch.compile(flex_attention, dynamic=False)
+    for w in windows:
+        window.fill_(w)
+        mask = create_block_mask(in_window, None, None, T, T, device=grad.device)
+        attentions: dict[str, Callable[..., Any]] = {
+            "Flex": partial(flex, block_mask=mask),
+            "KA": partial(KA, window=w),
+        }
+        found = list(passes(section, f"window {w}", shape, 4 * B * H * T * w * D, attentions, operands, grad))
+        for record, took in zip(found, flash_window(shape, w), strict=True):
+            record["ms"] = {"Flex": record["ms"]["Flex"], "FA2": took, "KA": record["ms"]["KA"]}
+            yield record
+
+
+def flash_window(shape: tuple[int, int, int, int], window: int) -> list[float]:
+    """Milliseconds of forward, backward and both of FlashAttention-2's own window, in its own layout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, T, D = shape
+    *operands, grad = (x.detach() for x in inputs(1, B * T, H, D))
+    q, k, v = (x[0].requires_grad_() for x in operands)
+    cu = torch.arange(B + 1, dtype=torch.int32, device=grad.device) * T
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return varlen_attn(q, k, v, cu, cu, T, T, window_size=(window - 1, 0))
+
+    with torch.no_grad():
+        forward = replayed(partial(attend, q, k, v))
+    both = replayed(both_passes(attend, (q, k, v), grad[0]))
+    return [forward, both - forward, both]
+
+
+def short_windows() -> Iterator[Record]:
+    """A narrow window where sequences are short, beside FlashAttention-2 without one."""
+    flash = sdpa(SDPBackend.FLASH_ATTENTION)
+    for B, H, T, D in SHORT:
         *operands, grad = inputs(B, H, T, D)
-        theirs = partial(flex, block_mask=create_block_mask(in_window, None, None, T, T, device=grad.device))
-        both = {"Flex": theirs, "KA": partial(KA, window=w)}
-        yield from passes("window", f"window {w}", WINDOWED, 4 * B * H * T * w * D, both, operands, grad)
+        both = {"FA2": flash, "KA": partial(KA, window=8)}
+        yield from passes("short window", "window 8", (B, H, T, D), 4 * B * H * T * 8 * D, both, operands, grad)
 
 
 @torch.no_grad()
@@ -131,33 +180,45 @@ def decoding() -> Iterator[Record]:
 
 
 def first_call() -> Iterator[Record]:
-    """Milliseconds of the first forward and backward of a process: nothing compiled yet, then again from the cache."""
+    """Milliseconds of the first forward and backward of a process: nothing compiled yet, then again from the cache; and
+    how many kernels later calls compile that differ in T, B and the window's value alone.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for label in ("fresh", "cached"):
-            command = [sys.executable, "-c", f"from benchmarks.gpu import first; print(first({FIRST}))"]
-            environment = {**os.environ, "TRITON_CACHE_DIR": folder}
-            root = Path(__file__).parents[1]
-            out = subprocess.run(
-                command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True
-            ).stdout
-            took = {"KA": float(out.split()[-1])}
-            yield {"section": "first call", "case": "first call", "shape": list(FIRST), "pass": label, "ms": took}
+        for case, window in (("first call", None), ("first call, window 8", 8)):
+            for label in ("fresh", "cached"):
+                command = [sys.executable, "-c", f"from benchmarks.gpu import first; print(first({FIRST}, {window}))"]
+                environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/{window}"}
+                root = Path(__file__).parents[1]
+                out = subprocess.run(
+                    command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True
+                ).stdout
+                took, later = map(float, out.split()[-2:])
+                record = {"section": "first call", "case": case, "shape": list(FIRST), "pass": label}
+                yield record | {"ms": {"KA": took}, "compiled_later": int(later)}
 
 
-def first(shape: tuple[int, int, int, int]) -> float:
-    """Milliseconds of one forward and backward on inputs that are there already."""
+def first(shape: tuple[int, int, int, int], window: int | None) -> str:
+    """Milliseconds of one forward and backward on inputs that are there already, and the kernels compiled after it."""
     *operands, grad = inputs(*shape)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    torch.autograd.grad(KA(*operands), operands, grad)
+    torch.autograd.grad(KA(*operands, window=window), operands, grad)
     torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    took = 1e3 * (time.perf_counter() - start)
+    folder, (B, H, T, D) = Path(os.environ["TRITON_CACHE_DIR"]), shape
+    before = len(list(folder.iterdir()))
+    for changed, w in (((B, H, T + 64, D), window), ((B + 1, H, T, D), window), (shape, window and 5)):
+        *operands, grad = inputs(*changed)
+        torch.autograd.grad(KA(*operands, window=w), operands, grad)
+    return f"{took} {len(list(folder.iterdir())) - before}"
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {
     "causal": causal,
     "heads": heads,
     "grouped": grouped_and_packed,
+    "narrow": narrow,
+    "short": short_windows,
     "windows": windows,
     "decode": decoding,
     "loop": peers.token_loops,
