@@ -76,21 +76,21 @@ def choose(q: Tensor) -> Table:
 
 def narrow_rows(q: Tensor, window: int | None) -> int | None:
     """Rows of a block that reaches no further than the one before it: 16, 32 or 64, so three kernels serve all narrow
-    windows. None for a wider window, for one of a single token, which reaches no other, and where a block of so many
-    rows of `q` would not fit.
+    windows. None for a wider window, for one of a single token, which reaches no other, and where registers would not
+    hold a block of so many rows of `q`.
     """
     if window is None or not 2 <= window <= 65:
         return None
     rows = max(16, 1 << (window - 2).bit_length())
     if q.device == INTERPRETED:
         return rows
-    size = 4096 if q.dtype == torch.float32 else 16384 if _roomy(q.device) else 8192
-    return rows if rows * padded(q.shape[-1]) * q.element_size() <= size else None
+    size = 1024 if q.dtype == torch.float32 else 4096
+    return rows if rows * padded(q.shape[-1]) <= size else None
 
 
 def segments(device: torch.device, heads: int, blocks: int) -> int:
-    """Into how many segments a narrow window divides a head's `blocks`: enough to fill the device, none too short."""
-    return max(1, min(triton.cdiv(8 * _processors(device), heads), blocks // 4))
+    """Into how many segments a narrow window divides a head's `blocks`: as many as run at once, none too short."""
+    return max(1, min(8 * _processors(device) // heads, blocks // 4))
 
 
 def narrow_options(BM: int, q: Tensor) -> dict[str, dict]:
