@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of
 from benchmarks import decode, goals
 
 KERNELS = pytest.importorskip("triton", reason="the GPU's benchmarks need Triton")
-from benchmarks import gpu, peers, timing  # noqa: E402
+from benchmarks import gpu, models, peers, timing  # noqa: E402
 
 
 def record(section, shape, label, peer, ratio, **more):
@@ -87,7 +87,7 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(peers, "called", lambda function: 5.0)
     monkeypatch.setattr(timing, "peak_mib", lambda *_: 1.0)
     monkeypatch.setattr(gpu, "step", lambda *_: None)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="900.0\n"))
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="900.0 0\n"))
     monkeypatch.setattr(torch.nn.attention.flex_attention, "create_block_mask", lambda *_, **__: None)
     monkeypatch.setattr(peers, "_deltaformer", lambda: None)
     monkeypatch.setattr(peers, "_delta_rule", lambda: None)
@@ -97,9 +97,8 @@ def without_gpu(monkeypatch):
 def test_every_goal_has_its_figures():
     records = [record for section in gpu.SECTIONS.values() for record in section()]
     table = lines(goals.judged(records))
-    assert [name for name, row in table.items() if "not measured" in row] == [
-        "training step of Pythia-70M, KA / softmax"  # of another benchmark
-    ]
+    of_others = ("training step", "decoding, 47 M")
+    assert all(name.startswith(of_others) for name, row in table.items() if "not measured" in row)
     for section in gpu.SECTIONS.values():
         assert goals.section_table(list(section()))
     json.dumps(records)
@@ -125,6 +124,21 @@ def test_a_peer_that_is_absent_or_fails_is_skipped_with_the_reason(monkeypatch):
         assert row["ms"] == {}
         assert row["skipped"] == "ModuleNotFoundError: No module named 'fla'"
     assert "skipped" not in next(peers.deltaformers())
+
+
+def test_models_train_and_decode_with_every_attention(monkeypatch):
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    logits = []
+    monkeypatch.setattr(models, "replayed", lambda call: logits.append([call(), call()]) or 1.0)
+    records = [*models.training([(2, 32)], 0.0, **sizes), *models.decoding([(2, 40)], **sizes)]
+    assert all(torch.equal(*twice) for twice in logits)  # a call can be repeated
+    assert all(row["ms"].keys() == models.ARMS.keys() for row in records)
+    held = records[1]["bytes"]
+    assert held["KA window 8"] == held["softmax window 8"] < held["KA 3:1"] < held["softmax"]
+    assert "softmax window 8 MiB" in goals.section_table(records[1:])
 
 
 def test_the_token_loop_is_ka_attention():
