@@ -165,7 +165,7 @@ def short_windows() -> Iterator[Record]:
     flash = sdpa(SDPBackend.FLASH_ATTENTION)
     for B, H, T, D in SHORT:
         *operands, grad = inputs(B, H, T, D)
-        both = {"FA2": flash, "KA": partial(KA, window=8)}
+        both: dict[str, Callable[..., Any]] = {"FA2": flash, "KA": partial(KA, window=8)}
         yield from passes("short window", "window 8", (B, H, T, D), 4 * B * H * T * 8 * D, both, operands, grad)
 
 

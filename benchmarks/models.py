@@ -40,7 +40,8 @@ DECODED = [(1, 128), (1, 2048), (1, 8192), (1, 65536), (32, 128), (32, 2048), (3
 def build(name: str, **sizes: int) -> Any:
     """A model in float32 with random weights, the same for all arms."""
     set_seed(0)
-    config = LlamaConfig(**LLAMA | sizes)
+    settings: dict[str, Any] = {**LLAMA, **sizes}
+    config: Any = LlamaConfig(**settings)
     config._attn_implementation = "sdpa"
     model: Any = LlamaForCausalLM(config)
     arm = ARMS[name]
