@@ -148,6 +148,18 @@ def test_gate_zero_is_softmax_attention(backend):
     torch.testing.assert_close(problem.gradients(out), problem.gradients(truth))
 
 
+def test_gate_zero_in_a_window_is_softmax_attention_in_a_band():
+    """Exactly, and by the band alone, whose blocks are independent then."""
+    problem = Problem(gate="zero", T=300, window=7)
+    i = torch.arange(300)
+    seen = (i <= i[:, None]) & (i > i[:, None] - 7)
+    with mock.patch.object(full, "forward", side_effect=AssertionError):
+        out = problem.run("blocked")
+    truth = F.scaled_dot_product_attention(problem.q, problem.k, problem.v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(out, truth)
+    torch.testing.assert_close(problem.gradients(out), problem.gradients(truth))
+
+
 def test_layouts_and_gate_dtypes():
     """Transposed inputs, a broadcast gradient and a gate of another dtype change nothing."""
     problem = Problem(dtype=torch.float32, gate="token")

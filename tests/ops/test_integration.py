@@ -1,5 +1,7 @@
 """The operator inside torch.compile, autocast, checkpointing and the library operator checks."""
 
+import doctest
+
 import pytest
 import torch
 from problems import Problem
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ka_attention import ka_attention
-from ka_attention.ops import blocked, dispatch
+from ka_attention.ops import api, blocked, dispatch
 from ka_attention.ops.api import normalise
 from ka_attention.ops.blocked import full
 
@@ -158,8 +160,18 @@ def test_there_is_no_second_derivative():
     problem = Problem()
     out = problem.run("blocked")
     (grad,) = torch.autograd.grad(out.sum(), problem.q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="second derivative with backend='reference' only"):
         grad.sum().backward()
+
+
+def test_the_reference_has_a_second_derivative():
+    problem = Problem(B=1, T=4, Hq=2, Hkv=1, D=2, gate="token")
+    gate = problem.leaves.pop()
+
+    def attend(q, k, v, gate):
+        return ka_attention(q, k, v, gate=gate, backend="reference")
+
+    assert torch.autograd.gradgradcheck(attend, (*problem.leaves, gate))
 
 
 class Seen(TorchDispatchMode):
@@ -226,5 +238,13 @@ def test_derivatives_of_torch_func_need_the_reference(backend):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap():
     q, k, v = torch.randn(3, 2, 1, 2, 5, 8)
+    q.requires_grad_()
     whole = torch.stack([ka_attention(*x) for x in zip(q, k, v, strict=True)])
-    torch.testing.assert_close(torch.vmap(ka_attention)(q, k, v), whole)
+    out = torch.vmap(ka_attention)(q, k, v)
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), q) for x in (out, whole)))
+
+
+def test_the_examples_of_the_docstring():
+    assert doctest.testmod(api).attempted > 10
+    assert doctest.testmod(api).failed == 0

@@ -46,7 +46,8 @@ def ka_attention(
     Args:
         q: queries, [B, Hq, T, D]; float32, float64, bfloat16 or float16.
         k, v: keys and values, [B, Hkv, T, D] with Hq a multiple of Hkv: query head h reads key head h // (Hq // Hkv).
-        gate: g, a number, [Hq] or [B, Hq, T], any float dtype. 0 is softmax attention, 1 is KA-attention.
+        gate: g in [-1, 1], a number, [Hq] or [B, Hq, T], any float dtype. 0 is softmax attention, 1 is KA-attention.
+            Beyond 1 outputs may grow with every token: such a number is refused, such a tensor on a CPU warned of.
         scale: factor of the scores, D**-0.5 by default.
         window: token i attends to the last `window` positions only, itself included, the past counted in.
         past: cached prefix (k_past [B, Hkv, P, D], u_past [B, Hq, P, D]); `cache_values` makes the second.
@@ -69,7 +70,45 @@ def ka_attention(
         A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a shape or value that is not allowed.
+        TypeError: an argument of the wrong type or dtype. ValueError: a shape or value that is not allowed; where
+        shapes make sense as [B, T, H, D] alone, it says to transpose them. Both name the argument, before any work.
+        RuntimeError: a backend that cannot serve the call, or a derivative that it does not have.
+
+    Any strides are right; heads and tokens may change places without a copy (`x.transpose(1, 2)`). NaN and infinity
+    reach the rows that read them and no other, but for "triton", whose kernels may spread them over their sequence.
+
+    Not supported: dropout. A second derivative, forward mode and torch.func's grad, vjp and jvp are RuntimeErrors, but
+    for backend="reference", which has them all. torch.vmap works, forward and backward, one entry after another.
+    torch.compile sees one operator a pass, of any size, and autocast leaves it alone: cast the inputs.
+
+    Examples:
+        Whole sequences. With gate 0 this is PyTorch's causal attention:
+
+        >>> import torch
+        >>> from ka_attention import cache_values, ka_attention
+        >>> q, k, v = torch.randn(3, 2, 4, 10, 16).unbind()  # [B, H, T, D]
+        >>> ka_attention(q, k, v).shape
+        torch.Size([2, 4, 10, 16])
+        >>> softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> torch.allclose(ka_attention(q, k, v, gate=0.0), softmax, atol=1e-5)
+        True
+
+        A prompt of six tokens, then the rest after its cache of keys and U, where a token sees the last three:
+
+        >>> first = ka_attention(q[:, :, :6], k[:, :, :6], v[:, :, :6], window=3)
+        >>> past = k[:, :, :6], cache_values(v[:, :, :6], first)
+        >>> rest = ka_attention(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], window=3, past=past)
+        >>> torch.allclose(torch.cat([first, rest], 2), ka_attention(q, k, v, window=3), atol=1e-5)
+        True
+
+        Two packed sequences, grouped queries (four query heads, one key head) and a learned gate a head:
+
+        >>> gate = torch.full((4,), 0.5, requires_grad=True)
+        >>> ends = torch.tensor([0, 7, 10], dtype=torch.int32)
+        >>> a = ka_attention(q[:1], k[:1, :1], v[:1, :1], gate=gate, cu_seqlens=ends)
+        >>> a.sum().backward()
+        >>> gate.grad.shape
+        torch.Size([4])
     """
     if dropout != 0.0:
         raise ValueError(f"dropout must be 0.0 (KA-attention has none), got {dropout}")

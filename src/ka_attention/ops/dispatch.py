@@ -147,6 +147,13 @@ forward.register_autograd(_differentiate, setup_context=_setup)
 backward = torch.library.custom_op("ka_attention::backward", _backward, mutates_args=())
 
 
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("KA-attention has a second derivative with backend='reference' only")
+
+
+backward.register_autograd(_refuse_second_derivative)
+
+
 @forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend, revision):
     return _load(backend).outputs(q, save, window)
