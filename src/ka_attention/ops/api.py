@@ -129,7 +129,9 @@ def ka_attention(
             return reference.dense(*call.tensors, **call.options)
     if backend is None and _is_one_token_after_a_past(call):
         with torch.autocast(q.device.type, enabled=False):
-            return _one_token(*call.tensors, **call.options)
+            a = _one_token(*call.tensors, **call.options)
+        if attn_mask is None or q.device.type != "cpu" or dispatch.traced(q) or math.isfinite(a.sum().item()):
+            return a  # else a weight of 0 may have met what is not finite
     return dispatch.attend(*call, backend or ("triton" if q.device.type == "cuda" else "blocked"))
 
 
@@ -139,13 +141,11 @@ def _is_one_token_after_a_past(call: Call) -> bool:
     if x.q.shape[2] != 1 or x.k_past is None or call.options["softcap"] is not None:
         return False
     trains_gate = x.gate is not None and x.gate.requires_grad  # its gradient is 0 then, not absent
-    return not trains_gate and (x.mask is None or x.mask.shape[1] == 1)
+    return not trains_gate and (x.mask is None or not torch.is_grad_enabled())
 
 
 def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
     k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
-    if mask is not None:  # or what is not finite there would count, though its weight is 0
-        k, u = (x.masked_fill(~mask.mT, 0) for x in (k, u))
     return attend_one(q, k, u, mask, scale, window)
 
 
@@ -245,7 +245,8 @@ def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softca
     elif not -1 <= gate <= 1:
         raise ValueError(f"gate must be between -1 and 1, got {gate}")
     tensors = Tensors(q, k, v, g, k_past, u_past, mask, cu_seqlens)
-    return Call(tensors, Options(scale=scale, window=window, softcap=softcap))
+    options: Options = {"scale": scale, "window": window, "softcap": softcap}
+    return Call(tensors, options)
 
 
 def _warn_of_unstable(gate: Tensor) -> None:
