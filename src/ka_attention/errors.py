@@ -1,6 +1,5 @@
 """The error type for mistakes of a user of the command, and the machine's own faults in one line."""
 
-import errno
 import os
 
 
@@ -20,8 +19,8 @@ def machine_fault(error: BaseException) -> str | None:
     if kind == "SafetensorError" and "I/O error" in text:
         number = text.partition("os error ")[2].rstrip(") ")
         return f"writing: {os.strerror(int(number)) if number.isdigit() else text}"
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in text or "PytorchFileWriter" in text):
-        return f"writing: {os.strerror(errno.ENOSPC)} or the file may not be written (PyTorch does not say which)"
+    if "inline_container.cc" in text and "Reader" not in text:  # PyTorch writes a file, and does not say which
+        return "writing: a file could not be written to its end; is the disk full?"
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         return "there is not enough memory; take a smaller model, shorter sequences or smaller batches"
     return None

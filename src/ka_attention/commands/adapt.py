@@ -12,11 +12,23 @@ from ka_attention.harness.records import Json
 from ka_attention.hf import save_adapter, use
 
 
-def command(checkpoint: str, *, data: str, tokens: int, length: int, method: str, out: Path) -> dict[str, Json]:
+def command(
+    checkpoint: str,
+    *,
+    data: str,
+    tokens: int,
+    length: int,
+    method: str,
+    out: Path,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Json]:
     """Fit one adapter to a saved softmax model and save it in ``out``; PPL of the model, the swap and the adapter."""
     if method not in METHODS:
         raise UserError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    model, text = open_softmax(checkpoint, data, tokens, length)
+    model, text = open_softmax(
+        checkpoint, data, tokens, length, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+    )
     settings = {"checkpoint": checkpoint, "tokens": tokens, "length": length, "method": method}
 
     def ppl() -> float:

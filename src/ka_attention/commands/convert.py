@@ -13,16 +13,28 @@ from ka_attention.harness import perplexity, progress
 from ka_attention.harness.checkpoint import open_run, open_softmax
 from ka_attention.harness.data import Sequences
 from ka_attention.harness.records import Json
+from ka_attention.harness.training import save
 
 
 def command(
-    checkpoint: str, *, data: str, tokens: int, length: int, plan: Conversion, seed: int, out: Path
+    checkpoint: str,
+    *,
+    data: str,
+    tokens: int,
+    length: int,
+    plan: Conversion,
+    seed: int,
+    out: Path,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Json]]:
     """Convert a saved softmax model by ``plan`` (its steps are those of ``tokens``) and save the KA model in ``out``.
 
     Returns rows of tokens, gate and PPL from 0 to 100 % of the budget. A stopped run goes on from its last tenth.
     """
-    model, text = open_softmax(checkpoint, data, tokens, length)
+    model, text = open_softmax(
+        checkpoint, data, tokens, length, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+    )
     steps = len(text.train) // plan.batch_size
     if not steps:
         raise UserError(f"--tokens: expected at least a batch of {plan.batch_size} × {length} tokens, got {tokens}")
@@ -45,8 +57,7 @@ def command(
                 perplexity=ppl,
                 on_step=lambda: advance(1),
             )
-        model.save_pretrained(out)
-        text.tokenizer.save_pretrained(out)
+        save(model, text.tokenizer, out)
         shutil.rmtree(out / "checkpoints")
         return [{"tokens": row.pop("step") * plan.batch_size * length, **row} for row in rows]
 

@@ -11,12 +11,21 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from ka_attention.errors import UserError
-from ka_attention.harness.models import NAMES, attention, load_model, own_cache
+from ka_attention.harness import models
+from ka_attention.harness.models import NAMES, attention, load_model, own_cache, require_length
 from ka_attention.harness.progress import quiet_libraries
 
 
 def command(
-    source: str, prompt: str, *, cache: str | None, max_new_tokens: int, compare: bool, console: Console | None = None
+    source: str,
+    prompt: str,
+    *,
+    cache: str | None,
+    max_new_tokens: int,
+    compare: bool,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
 ) -> None:
     """Continue ``prompt`` greedily with the model of a folder or Hub name, and print the text as it comes.
 
@@ -28,21 +37,20 @@ def command(
         raise UserError(f"--cache: expected kv or ka, got {cache!r}")
     if compare and cache is not None:
         raise UserError("--compare shows both caches; leave --cache out")
-    model, tokenizer = load_model(source)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    model, words = load_model(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    inputs = models.prompt(words, prompt, "PROMPT").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("PROMPT: expected at least one token, got none")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length + max_new_tokens > limit:
-        raise UserError(
-            f"--max-new-tokens: the model reads at most {limit:,} tokens; PROMPT has {length:,}, got {max_new_tokens:,}"
-        )
+    got = f"PROMPT has {length:,}, got {max_new_tokens:,}"
+    require_length(model, length + max_new_tokens, "--max-new-tokens", got)
+    if compare or cache not in (None, own_cache(model)):
+        models.require_supported(model, "MODEL")
     if compare:
         both = {kind: continuation(model, inputs, kind, max_new_tokens) for kind in NAMES}
-        (console or Console()).print(side_by_side(tokenizer, both, own_cache(model)))
+        (console or Console()).print(side_by_side(words, both, own_cache(model)))
         return
-    continuation(model, inputs, cache or own_cache(model), max_new_tokens, TextStreamer(tokenizer))
+    continuation(model, inputs, cache or own_cache(model), max_new_tokens, TextStreamer(words))
 
 
 @torch.inference_mode()

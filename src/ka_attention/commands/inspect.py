@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ka_attention.errors import UserError
 from ka_attention.harness.attending import Call, attending, exact
-from ka_attention.harness.models import is_softmax, load_model, own_config
+from ka_attention.harness.models import is_softmax, load_model, own_config, prompt, require_length, require_supported
 from ka_attention.harness.progress import quiet_libraries
 from ka_attention.hf import KAConfig, use
 from ka_attention.ops import walk
@@ -21,10 +21,14 @@ from ka_attention.report.inspect import Inspection, write
 LONGEST = 128  # tokens of an inspected text: the page holds two matrices a head
 
 
-def command(source: str, text: str, out: Path) -> None:
+def command(
+    source: str, text: str, out: Path, *, tokenizer: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Write the page about the model of a folder or Hub name on ``text``; it replaces ``out``."""
     quiet_libraries()
-    page = inspect(*load_model(source), text, Path(source).name)
+    model = load_model(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    require_supported(model[0], "MODEL")
+    page = inspect(*model, text, Path(source).name)
     try:
         write(page, out)
     except OSError as error:
@@ -37,10 +41,11 @@ def inspect(model: Any, tokenizer: Any, text: str, name: str) -> Inspection:
 
     Of a softmax model R and hops are those of its weights read as KA-attention: what a KA cache would make of a layer.
     """
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = prompt(tokenizer, text, "TEXT")["input_ids"]
     count = ids.shape[1]
     if not 2 <= count <= LONGEST:
         raise UserError(f"TEXT: expected 2 to {LONGEST} tokens, got {count}")
+    require_length(model, count, "TEXT", f"it has {count}")
     ka = own_config(model)
     softmax = is_softmax(ka)
     weights: list[np.ndarray] = []

@@ -12,7 +12,7 @@ from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
 from ka_attention.harness.models import is_softmax
-from ka_attention.harness.settings import ModelSettings
+from ka_attention.harness.settings import LARGEST, ModelSettings
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules
 
@@ -105,6 +105,8 @@ def arm(name: str) -> Arm:
         allowed = ", ".join(KINDS)
         raise UserError(f"--set arms: no arm {name!r}; allowed are {allowed}, each also with a window, as in ka-w16")
     attention, window = match["attention"], int(match["window"]) if match["window"] else None
+    if window and window > LARGEST:
+        raise UserError(f"--set arms: expected a window <= {LARGEST}, got {name}")
     kind = KINDS[attention]
     if attention == "softmax":
         return Arm(name, kind, KAConfig(window=window, gate_init=0.0) if window else None)

@@ -82,12 +82,13 @@ def prepare(
     settings: TextSettings,
     vocab_size: int,
     *,
+    tokenizer: Any = None,
     fewest_validation: int | None = None,
     fewer: str = "--set {split}_samples={held}",
 ) -> Text:
     """Corpus, tokenizer and sequences of ``settings`` for a model with ``vocab_size`` embeddings.
 
-    Writes nothing; prints what of the source is left out.
+    Writes nothing; prints what of the source is left out. ``tokenizer`` is one that is loaded already.
 
     Validation takes fewer sequences than ``validation_samples`` where there are not so many, but ``fewest_validation``
     at least (None: all of them). ``fewer`` is the option with which a user takes fewer, for the error.
@@ -96,10 +97,13 @@ def prepare(
     """
     from ka_attention.harness import tokenizer as tokenizers
 
+    if tokenizer is not None:
+        tokenizers.require_end(tokenizer, "--tokenizer", settings.tokenizer)
     text = corpus(settings.data)
     if text.left_out:
         console.print(f"--data: left out {'; '.join(text.left_out)}", markup=False, soft_wrap=True)
-    tokenizer = tokenizers.load(settings.tokenizer, text.train, vocab_size)
+    if tokenizer is None:
+        tokenizer = tokenizers.load(settings.tokenizer, text.train, vocab_size)
     length = settings.sequence_length
     train = sequences("train", text.train, tokenizer, length, settings.train_samples, fewer=fewer)
     count = settings.validation_samples

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ka_attention.errors import UserError
 from ka_attention.files import shown, user_path, write_atomically
+from ka_attention.harness.environment import require_memory_of
 from ka_attention.hf import register
 
+PLAIN = {  # what the libraries say at length or not at all
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "Weights only load failed": "its pickled weights hold more than tensors; give it as safetensors (save_pretrained)",
+}
 CHECKSUM = "model.safetensors.sha256"  # as sha256sum writes and reads it
 
 
@@ -46,16 +51,19 @@ def load_model(argument: str, source: str, *, dtype: torch.dtype | None = None, 
     path = user_path(source)
     if path.is_dir():
         verify(argument, path)
+    name = str(path) if path.exists() else source
     try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        require_memory_of(config, argument)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            str(path) if path.exists() else source,
-            output_loading_info=True,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
+            name, output_loading_info=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
+    except UserError:
+        raise
     except Exception as error:  # of damaged files and impossible settings: the libraries' errors have no common type
         refuse_remote_code(argument, source, error)
-        raise UserError(f"{argument}: cannot load {source}: {first_line(error)}") from None
+        reason = next((plain for words, plain in PLAIN.items() if words in str(error)), first_line(error))
+        raise UserError(f"{argument}: cannot load {source}: {reason}") from None
     model, loaded = found
     if loaded["missing_keys"]:
         raise UserError(f"{argument}: {source} lacks the weights {', '.join(sorted(loaded['missing_keys']))}")
@@ -91,6 +99,7 @@ def verify(argument: str, folder: Path) -> None:
 def first_line(error: Exception) -> str:
     """What went wrong in one line: the type where the message does not say it alone."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text if len(text) < 200 else f"{text[:200]} …"
     return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 

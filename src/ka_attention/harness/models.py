@@ -4,33 +4,66 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ka_attention.errors import UserError
 from ka_attention.harness import hub
-from ka_attention.hf import KAConfig, reconfigure, use
+from ka_attention.harness import tokenizer as tokenizers
+from ka_attention.hf import KAConfig, is_attached, reconfigure, use
 from ka_attention.hf.cache.caches import layer_plan
 from ka_attention.hf.heads import Heads
 
 NAMES = {"kv": "KV", "ka": "KA"}
 
 
-def load_model(source: str, argument: str = "MODEL") -> tuple[Any, Any]:
+def load_model(
+    source: str,
+    argument: str = "MODEL",
+    *,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or Hub name, softmax or KA, in evaluation mode.
 
-    Raises UserError, naming the command's ``argument``, if there is none.
+    The tokenizer is the model's own, or that of the file, folder or Hub name ``tokenizer``. Raises UserError, naming
+    the command's ``argument``, if there is no model or tokenizer, or the tokenizer is larger than the model.
     """
-    model = hub.load_model(argument, source)
+    model = hub.load_model(argument, source, dtype=dtype, trust_remote_code=trust_remote_code)
+    named = (argument, source) if tokenizer is None else ("--tokenizer", tokenizer)
+    advice = "; give --tokenizer, a tokenizer.json file, a folder or a Hub name"
+    found = tokenizers.find(*named, trust_remote_code=trust_remote_code, advice=advice if tokenizer is None else "")
+    size = model.get_input_embeddings().weight.shape[0]
+    tokenizers.require_size(found, size, *named, "--tokenizer with one of at most that size")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), found
+
+
+def require_supported(model: Any, argument: str) -> None:
+    """UserError where KA-attention cannot run in ``model``."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{argument}: cannot load {source}: {str(error).splitlines()[0]}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        with nullcontext() if is_attached(model) else use(model, KAConfig(gate_init=0.0)):
+            pass
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"{argument}: {error}") from None
+
+
+def require_length(model: Any, length: int, argument: str, what: str) -> None:
+    """UserError where ``length`` tokens are more than ``model`` has positions."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"{argument}: the model reads at most {limit:,} tokens, {what}")
+
+
+def prompt(tokenizer: Any, text: str, argument: str) -> Any:
+    """``text`` as a tokenizer gives it to a model; UserError where it cannot write it."""
+    try:
+        return tokenizer(text, return_tensors="pt")
+    except Exception as error:  # bare Exception, for instance without an entry for the unknown
+        raise UserError(f"{argument}: the tokenizer cannot read it: {hub.first_line(error)}") from None
 
 
 def own_config(model: Any) -> KAConfig | None:

@@ -91,7 +91,7 @@ def report(study: Study, stored: Json, out: Path) -> None:
     results = from_json(study.results, {name: stored[name] for name in names if name in stored}, "results")
     note = [Section("Note on this run", [stored["note"]])] if "note" in stored else []
     render(study.question, [*note, *study.sections(recipe, results)], stored["environment"], out)
-    console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True)
+    console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True, markup=False)
 
 
 def read(out: Path, name: str) -> Json:

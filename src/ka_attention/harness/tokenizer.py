@@ -41,10 +41,13 @@ def find(argument: str, source: str, *, trust_remote_code: bool = False, advice:
         return _from_file(path, argument)
     name = str(path) if path.exists() else source
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged file: the libraries' errors have no common type
         hub.refuse_remote_code(argument, source, error)
         raise UserError(f"{argument}: {source} holds no tokenizer{advice} ({hub.first_line(error)})") from None
+    if not set(found.get_vocab()) - set(found.all_special_tokens):  # made of the model's type, without any file
+        raise UserError(f"{argument}: {source} holds no tokenizer{advice}")
+    return found
 
 
 def require_end(tokenizer: Any, argument: str, source: str, advice: str = "") -> None:

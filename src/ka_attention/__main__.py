@@ -1,0 +1,5 @@
+"""``python -m ka_attention`` is the command ``ka``."""
+
+from ka_attention.cli import main
+
+main()
