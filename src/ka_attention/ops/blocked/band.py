@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ka_attention.ops.blocked.heads import flat, flat_gate, softmax_alone, sum_heads, take_diagonal
+from ka_attention.ops.blocked.heads import flat, flat_gate, softmax_alone, sum_heads
+from ka_attention.ops.blocked.systems import LEAF, inverse, take_diagonal
 
-LEAF = 16  # rows of the systems inverted by powers, and of the smallest block
 NUMBERS = 1 << 19  # scores, and numbers of a tensor of the rows, held at once: few enough for a processor cache
 WIDEST = 65  # window for which this is the faster way with systems to solve; maps of the state grow with its square
 
@@ -43,8 +43,8 @@ def forward(q, k, v, gate, k_past, u_past, mask, saved, *, scale, window, softca
             x = d * v_b
             if g is not None:
                 x.baddbmm_(L, v_b - g * v_b)
-            inverse = _inverse(L if g is None else L * g.mT)
-            a_b, f = inverse @ x, inverse @ prev
+            inverted = inverse(L if g is None else L * g.mT)
+            a_b, f = inverted @ x, inverted @ prev
             states = state[n]
             if band.blocks > 1:
                 last = slice(band.R - band.p, band.R)
@@ -75,13 +75,13 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, a, lse, saved, *, scale, w
         y, v_b, a_b, g = band.at(da, n, b), band.at(v_all, n, b), band.at(a, n, b), band.gate_at(n, b)
         prev, L, d = band.parts(w)
         if band.system:
-            inverse = _inverse(L if g is None else L * g.mT)
-            y = inverse.mT @ y
+            inverted = inverse(L if g is None else L * g.mT)
+            y = inverted.mT @ y
             e = prev.mT @ y
             if band.blocks > 1:
-                M = inverse[:, last] @ prev
+                M = inverted[:, last] @ prev
                 states = _scan(e, (M if g is None else g[:, last] * M).mT, state[n], reverse=True)
-                y = y.baddbmm_(inverse[:, last].mT, states if g is None else g[:, last] * states)
+                y = y.baddbmm_(inverted[:, last].mT, states if g is None else g[:, last] * states)
             else:
                 state[n] = e
         else:
@@ -241,24 +241,3 @@ def _scan(c: Tensor, M: Tensor, state: Tensor, reverse: bool = False) -> Tensor:
         torch.baddbmm(c[i], M[i], before[i], out=after[i])
     state.copy_(after[0 if reverse else -1])
     return before.transpose(0, 1).flatten(0, 1)
-
-
-def _inverse(N: Tensor) -> Tensor:
-    """(I − N)⁻¹ of strictly lower N [n, rows, rows]."""
-    n, rows, _ = N.shape
-    power = N.unflatten(1, (-1, LEAF)).unflatten(3, (-1, LEAF)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    power = power.reshape(-1, LEAF, LEAF)
-    inverse = power.clone()
-    inverse.diagonal(dim1=1, dim2=2).add_(1)
-    for _ in range(LEAF.bit_length() - 2):  # N is nilpotent: (I − N)⁻¹ = (I + N)(I + N²)(I + N⁴)…
-        power = power @ power
-        inverse = torch.baddbmm(inverse, inverse, power)
-    size = LEAF
-    while size < rows:  # [[A, 0], [C, B]] has the inverse [[A⁻¹, 0], [B⁻¹ C A⁻¹, B⁻¹]] where I − N has −C
-        A, B = inverse.view(-1, 2, size, size).unbind(1)
-        C = N.unflatten(1, (-1, 2 * size)).unflatten(3, (-1, 2 * size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        C = C[:, :, size:, :size].reshape(-1, size, size)
-        inverse = N.new_zeros(len(A), 2 * size, 2 * size)
-        inverse[:, :size, :size], inverse[:, size:, size:], inverse[:, size:, :size] = A, B, B @ C @ A
-        size *= 2
-    return inverse.view(n, rows, rows)

@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from copy import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ka_attention.ops import private
-from ka_attention.ops.blocked.heads import flat, flat_gate, sum_heads, take_diagonal
+from ka_attention.ops.blocked.heads import flat, flat_gate, sum_heads
+from ka_attention.ops.blocked.systems import solve, take_diagonal
 
 ROWS = 128  # rows of a strip, the size of its triangle; half of it where there are few tokens
-LEAF = 16  # rows of the systems inverted on its diagonal
 SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
@@ -97,7 +96,7 @@ def _forward(blocks: "_Blocks", v, g, u_past, saved, a, lse) -> None:
             if g is not None:
                 x.baddbmm_(L, v_b - g[n, b] * v_b)
                 L = L * g[n, b].mT
-            a[n, b] = a_b = _solve(L, x)
+            a[n, b] = a_b = solve(L, x)
             if u is not a:
                 u[n, own] = a_b if g is None else v_b + g[n, b] * (a_b - v_b)
 
@@ -141,11 +140,11 @@ def _backward(blocks: "_Blocks", da, v, g, u_past, a, lse, saved, dq, dk, du, dg
             v_b, a_b, du_b, d = v[n, b], a[n, b], du[n, own], take_diagonal(L)
             # Nobody reads this block's dU again: its place becomes dV.
             if g is None:
-                y[n, b] = y_b = _solve(L.mT, da[n, b] + du_b, upper=True)
+                y[n, b] = y_b = solve(L, da[n, b] + du_b, upper=True)
                 torch.mul(d, y_b, out=du_b)
             else:
                 g_b = g[n, b]
-                y[n, b] = y_b = _solve(g_b * L.mT, da[n, b] + g_b * du_b, upper=True)
+                y[n, b] = y_b = solve(L * g_b.mT, da[n, b] + g_b * du_b, upper=True)
                 du_b += L.mT @ y_b
                 dgate[n, b] = (du_b * (a_b - v_b)).sum(-1)
                 du_b.mul_(1 - g_b).addcmul_(d, y_b)
@@ -322,23 +321,3 @@ class _Blocks:
 def _rows(T: int) -> int:
     """Rows of a strip of T tokens."""
     return min(T, ROWS if T > 2 * ROWS else ROWS // 2)
-
-
-def _solve(N: Tensor, x: Tensor, upper: bool = False) -> Tensor:
-    """(I − N)⁻¹ X for a strictly lower (or upper) N, by substitution of leaves. Changes x."""
-    rows = x.shape[1]
-    if rows % LEAF:
-        pad = LEAF - rows % LEAF
-        return _solve(F.pad(N, (0, pad, 0, pad)), F.pad(x, (0, 0, 0, pad)), upper)[:, :rows]
-    leaves = [slice(i, i + LEAF) for i in range(0, rows, LEAF)]
-    power = torch.stack([N[:, leaf, leaf] for leaf in leaves]).flatten(0, 1)
-    inverse = power.clone()
-    inverse.diagonal(dim1=1, dim2=2).add_(1)
-    for _ in range(LEAF.bit_length() - 2):  # N is nilpotent: (I − N)⁻¹ = (I + N)(I + N²)(I + N⁴)…
-        power = power @ power
-        inverse = torch.baddbmm(inverse, inverse, power)
-    inverse = inverse.unflatten(0, (len(leaves), -1))
-    for i in reversed(range(len(leaves))) if upper else range(len(leaves)):
-        leaf, solved = leaves[i], slice((i + 1) * LEAF, rows) if upper else slice(0, i * LEAF)
-        x[:, leaf] = inverse[i] @ (x[:, leaf] + N[:, leaf, solved] @ x[:, solved])
-    return x

@@ -24,11 +24,3 @@ def sum_heads(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x [B, H, L, D] from that of its copies for query heads, [B · Hq, L, D]."""
     grad = grad.reshape(*x.shape[:2], -1, *x.shape[2:])
     return (grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)).to(x.dtype)
-
-
-def take_diagonal(w: Tensor) -> Tensor:
-    """The diagonal of w [n, rows, rows] as [n, rows, 1]; zeros take its place."""
-    diagonal = w.diagonal(dim1=1, dim2=2)
-    d = diagonal.clone()[..., None]
-    diagonal.zero_()
-    return d
