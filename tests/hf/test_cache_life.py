@@ -183,3 +183,9 @@ def test_a_reconfigured_model_takes_a_new_cache():
     model, ids = attached("llama", KAConfig()), tokens()
     reconfigure(model, KAConfig(window=3))
     assert largest(run(model, ids.split([5, 1, 6], 1), KACache(model.config)) - parallel(model, ids)) < TINY
+
+
+def test_an_unknown_transformers_says_so(monkeypatch):
+    monkeypatch.setattr("ka_attention.hf.cache.layers._OF_TRANSFORMERS", ("record_past", "something_new"))
+    with pytest.raises(RuntimeError, match=r"^transformers 5\..* have no something_new"):
+        KACache(attached("llama", KAConfig(window=3)).config)

@@ -148,12 +148,13 @@ def test_an_interrupted_generation_leaves_the_model_usable():
     check(model, ids, expected(model, ids))
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_decoding_compiles_as_one_graph_that_is_not_made_again(window):
-    model, ids = attach(make("llama", num_hidden_layers=1), KAConfig(window=window)), tokens()
+@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=4, gate="head", output_gate=True)], ids=["full", "window"])
+def test_decoding_compiles_as_one_graph_that_is_not_made_again(ka):
+    """With a window, beyond the length of its cache too."""
+    model, ids = attach(make("llama", num_hidden_layers=1), ka).double(), tokens()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    cache = KAStaticCache(model.config, 12)
+    cache = KAStaticCache(model.config, 12 if ka.window is None else 8)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
         outs = [model(ids[:, :4], past_key_values=cache).logits, compiled(ids[:, 4:5], past_key_values=cache).logits]

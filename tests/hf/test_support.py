@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zoo import make, tokens
 
-from ka_attention.hf import KACache, KAConfig, attach, check_supported, detach, is_attached, save_adapter
+from ka_attention.hf import (
+    KACache,
+    KAConfig,
+    attach,
+    attention_modules,
+    check_supported,
+    detach,
+    is_attached,
+    save_adapter,
+)
 
 SMALL = {
     "hidden_size": 32,
@@ -47,6 +57,13 @@ def test_refused_with_the_reason(family):
     with pytest.raises(ValueError, match=reason):
         attach(model)
     assert not is_attached(model)
+
+
+def test_attention_sinks_are_refused_by_whatever_model_has_them():
+    model = make("llama")
+    attention_modules(model)[1].sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="attention sinks"):
+        attach(model)
 
 
 @pytest.mark.parametrize("family", WITHOUT_ATTENTION)

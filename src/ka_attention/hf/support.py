@@ -13,7 +13,6 @@ from ka_attention.hf.cache.caches import layer_plan
 _UNSUPPORTED = {
     "diffllama": "it subtracts two attention maps",
     "doge": "its attention mask carries learned values",
-    "gpt_oss": "it uses attention sinks",
     "gptj": "its attention comes by way of transformers' interface in the newest versions only",
     "jetmoe": "its heads are mixtures of experts that repeat the cached values",
 }
@@ -63,6 +62,8 @@ def check_supported(model: Any) -> None:
         reason = "its keys and values are compressed (multi-head latent attention)"
     elif getattr(text, "num_kv_shared_layers", None):
         reason = "its layers share keys and values"
+    elif any("sink" in name for m in modules for name, _ in m.named_parameters()):
+        reason = "it uses attention sinks"
     elif not modules:
         reason = "none of its layers has self-attention"
     elif not all(getattr(m, "is_causal", True) for m in modules):

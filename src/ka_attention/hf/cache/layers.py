@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ka_attention.hf.cache.room import Room
 from ka_attention.hf.cache.state import KALayer, KAState
+
+# What transformers' own layer with a window keeps and this one reads.
+_OF_TRANSFORMERS = ("cumulative_length", "record_past", "sliding_window")
 
 
 def _is_writable(x: Tensor) -> bool:
@@ -110,6 +114,11 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
 
     def __init__(self, groups: int, sliding_window: int) -> None:
         super().__init__(groups, sliding_window=sliding_window)
+        if missing := [name for name in _OF_TRANSFORMERS if not hasattr(self, name)]:
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: its window layers have no {', '.join(missing)}; "
+                "they are unknown to this ka_attention"
+            )
         self.kept = sliding_window - 1
         self.room = Room(sliding_window)
 
@@ -136,7 +145,9 @@ class KAWindowLayer(KADynamicLayer, DynamicSlidingWindowLayer):
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, KAState]:
         n, keys = key_states.shape[2], self._keys
         if self.cumulative_length and not self.record_past and keys is not None and self.is_step(key_states, keys):
-            room, value = self.room, value_states.to(key_states.dtype)
+            room, value = self.room, value_states
+            if value.dtype is not key_states.dtype:
+                value = value.to(key_states.dtype)
             if not (self._in_ring and room.holds(keys, self._values)):
                 self._leave_ring()
                 room.start(last(self._keys, self.kept), last(self.values, self.kept))
