@@ -14,6 +14,7 @@ SETTINGS = {
     "train_samples": 64,
     "validation_samples": 16,
     "cache_samples": 4,
+    "chain_samples": 0,
     "batch_size": 8,
     "epochs": 2,
     "patience": 1,

@@ -17,7 +17,7 @@ def test_report_follows_from_results(path, tmp_path):
     study.report(catalogue.study(results["study"]), results, tmp_path)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert page == path.with_name("report.md").read_text(encoding="utf-8")
-    assert ("note" in results) == page.split("\n## ")[1].startswith("Note on this run\n")
+    assert ("note" in results) == (page.split("\n## ")[2].partition("\n")[0] == "Note on this run")
     drawn = {figure.name for figure in (tmp_path / "figures").glob("*")}
     assert drawn == {figure.name for figure in (path.parent / "figures").glob("*")}
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ka_attention.report.document import Figure, Section, Table
+from ka_attention.report.document import Figure, Section, Table, plain
 from ka_attention.report.render import render
 
 HOSTILE = 'a|b <script>alert("1")</script> ![x](http://example.org/x.png) _c_ & `d`'
@@ -116,9 +116,32 @@ def test_text_from_outside_stays_text(tmp_path):
     assert len(re.findall(r"(?<!\\)\|", row)) == 2, "one cell stays one cell"
 
 
-def test_javascript_links_are_not_links(tmp_path):
-    _, html = pages(tmp_path, section(paragraphs=["[x](javascript:alert(1))"]))
-    assert not any(attributes.get("href", "").startswith("javascript") for _, attributes in Page(html).tags)
+@pytest.mark.parametrize("address", ["javascript:alert(1)", "JavaScript:alert(1)", "data:text/html,x", " vbscript:x"])
+def test_only_links_to_pages_are_links(tmp_path, address):
+    paragraphs = [f"[x]({address}) [y](https://example.org) [z](figures/curve.svg)", f"from {plain(f'a]({address})')}"]
+    markdown, html = pages(tmp_path, section(paragraphs=paragraphs))
+    links = [attributes["href"] for tag, attributes in Page(html).tags if tag == "a"]
+    assert [link for link in links if link[0] != "#"] == ["https://example.org", "figures/curve.svg"]
+    assert re.findall(r"(?<!\\)\]\(([^)]*)\)", markdown)[:2] == ["https://example.org", "figures/curve.svg"]
+
+
+def test_plain_text_shows_as_it_is(tmp_path):
+    name = "a_b*c`d`[e](http://x.org)<f>.txt"
+    _, html = pages(tmp_path, section(paragraphs=[f"from {plain(name)}"]))
+    page = Page(html)
+    assert f"from {name}" in "".join(page.words)
+
+
+def test_the_first_figure_stands_in_the_summary_and_folded_tables_are_closed(tmp_path):
+    folded = Table("Epochs", ["epoch", "PPL"], [["1", "9.0"]])
+    markdown, html = pages(tmp_path, section(folded=[folded]), section(title="More", figures=[]))
+    assert html.index('class="verdict"') < html.index('class="lead"') < html.index("PPL by arm") < html.index("<nav")
+    assert html.index("<nav") < html.index(">More</h2>")
+    assert re.search(r"<details>\s*<summary>Epochs</summary>", html)
+    assert "<details>\n<summary>Epochs</summary>\n\n| epoch | PPL |\n| ---: | ---: |\n| 1 | 9.0 |" in markdown
+    assert (
+        markdown.index("figures/curve.svg") < markdown.index("PPL by arm") < markdown.index("figures/other-curve.svg")
+    )
 
 
 def test_rendering_again_gives_the_same_bytes_and_leaves_no_rest(tmp_path):

@@ -16,7 +16,8 @@ from ka_attention.harness import arms, data, trained
 from ka_attention.harness.records import from_json
 from ka_attention.harness.statistics import mean
 from ka_attention.harness.study import open_store, publish, read
-from ka_attention.harness.training import mean_loss
+from ka_attention.harness.tasks import Exam, Group, Learned, Score
+from ka_attention.harness.training import Epoch, Training, mean_loss
 from ka_attention.hf import register
 from ka_attention.studies.compare import report
 from ka_attention.studies.compare.report import Results
@@ -34,13 +35,13 @@ def run(recipe, out, seeds=1, work=COMPARISON.run):
     store = open_store(COMPARISON, recipe, out)
     publish(COMPARISON, recipe, store, seeds, work(recipe, store, seeds))
     stored = read(out, "results.json")
-    return from_json(Results, {"data": stored["data"], "arms": stored["arms"]})
+    return from_json(Results, {field.name: stored[field.name] for field in fields(Results)})
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     """All four arms of the default, two seeds."""
-    recipe = tiny.recipe(data=str(corpus), arms=("softmax", "ka", "softmax-w4", "ka-w4"), epochs=1)
+    recipe = tiny.recipe(data=str(corpus), arms=("softmax", "ka", "softmax-w4", "ka-w4"), epochs=1, chain_samples=64)
     out = tmp_path_factory.mktemp("run")
     return recipe, out, run(recipe, out, seeds=2)
 
@@ -108,13 +109,16 @@ def test_the_figures_agree_with_one_another(finished):
 
 
 def test_the_report_says_the_main_numbers(finished):
-    _, out, results = finished
+    recipe, out, results = finished
     page = (out / "report.md").read_text()
-    assert page.index("In short") < page.index("Training") < page.index("Reversal")
+    places = [page.index(text) for text in ("In short", "figures/chains.svg", "Training", "Reversal")]
+    assert places == sorted(places)
+    assert set(results.steps) == set(recipe.arms)
+    assert "| step |" in page
     for arm in results.arms.values():
         assert f"{mean(arm.each(lambda seed: seed.training.best_val_ppl)):,.1f}" in page
         assert arm.label in page
-    assert "With the same small cache" in page
+    assert "against softmax, window 4" in page
     assert "2 seeds" in page
 
 
@@ -164,3 +168,48 @@ def test_a_killed_process_is_continued_to_the_numbers_of_an_unbroken_run(corpus,
     continued = run(recipe, out, work=COMPARISON.train)
     assert first.stat().st_mtime_ns == finished_at
     assert numbers(continued) == numbers(unbroken)
+
+
+def learned(name, layers, accuracies):
+    groups = tuple(Group(depth, right, 100) for depth, right in enumerate(accuracies))
+    exam = Exam(10, 1.0, (Score(32, sum(accuracies) / len(accuracies), groups),))
+    return Learned("chains", arms.arm(name), layers, (exam,))
+
+
+def test_the_verdict_follows_the_numbers(finished):
+    recipe, _, results = finished
+    chains = {"a": learned("ka", 1, (1.0, 1.0, 1.0, 1.0)), "b": learned("softmax", 1, (1.0, 1.0, 0.2, 0.2))}
+    summary, explained, *_ = report.sections(recipe, replace(results, chains=chains))
+    verdict = summary.paragraphs[0]
+    assert "one layer of KA-attention answers **100 %** of the questions right (chains of every length)" in verdict
+    assert "softmax attention answers 60 % with one layer (up to 1 reference)." in verdict
+    assert summary.figures[0].name == "chains"
+    assert explained.tables[0].rows[1] == ["softmax, 1 layer", "60.0", "up to 1 reference", "10"]
+    failed = report.sections(recipe, replace(results, chains={**chains, "a": learned("ka", 1, (0.5, 0.5))}))
+    assert "answers **50 %** of the questions right (up to 0 references)" in failed[0].paragraphs[0]
+    assert "over 2 seeds" in verdict
+
+
+@pytest.mark.parametrize(
+    ("ka", "said"),
+    [
+        ((110.0, 111.0, 112.0), "KA is **worse** than softmax"),
+        ((90.0, 91.0, 92.0), "KA is **better** than softmax"),
+        ((90.0, 111.0, 99.0), "KA is neither better nor worse than softmax"),
+        ((90.0,), "whether the one is better than the other **one seed cannot say**"),
+    ],
+)
+def test_what_the_seeds_can_say_of_the_text(finished, ka, said):
+    recipe, _, results = finished
+
+    def ending(name, ppl):
+        epochs = (Epoch(1, 1.0, ppl, 1.0, True),)
+        return report.Answers(Training(epochs, 1, ppl, 1.0, 10))
+
+    found = {
+        name: arms.ArmResults(arms.arm(name), tuple(ending(name, ppl) for ppl in ppls))
+        for name, ppls in (("softmax", (100.0, 101.0, 102.0)[: len(ka)]), ("ka", ka))
+    }
+    summary, *_ = report.sections(recipe, Results(results.data, found))
+    assert said in summary.paragraphs[0]
+    assert summary.figures[0].name == "training"

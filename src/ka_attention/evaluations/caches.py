@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.drawing import COLOURS, digits
 from ka_attention.harness.models import NAMES, attention, cache_size, own_cache, own_config
 from ka_attention.harness.perplexity import token_losses
 from ka_attention.harness.statistics import (
@@ -212,9 +213,10 @@ def _bars(arms: Sequence[ArmResults[Caches]], key: str, unit: str, ax: Any) -> N
             height,
             xerr=spread if any(spread) else None,
             ecolor="C7",
+            color=COLOURS["softmax" if kind == "kv" else "KA"],
             label=f"{NAMES[kind]} cache",
         )
-        ax.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
+        ax.bar_label(bars, labels=[digits(mean(numbers)) for _, numbers in shown], padding=3, fontsize=9)
     ax.set_yticks(range(len(arms)), [arm.label.replace(", ", ",\n") for arm in arms])
     ax.invert_yaxis()
     ax.set_xlabel(unit)

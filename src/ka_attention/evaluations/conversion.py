@@ -16,7 +16,7 @@ from ka_attention.conversion.raising import Conversion, convert
 from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.data import Sequences
-from ka_attention.harness.drawing import COLOURS, line
+from ka_attention.harness.drawing import COLOURS, line, name_lines
 from ka_attention.harness.statistics import cell, changes, mean, mean_sd, percent, percent_cell, seeds_of, verdict
 from ka_attention.harness.trained import BATCH, Trained, steps_for
 from ka_attention.hf import KAConfig, attention_modules, use
@@ -197,7 +197,7 @@ def _by_tokens(arm: ArmResults[Conversions], seeds: str) -> Section:
         line(ax, [0, end], [base, ppl[CONTROL]], color=COLOURS["softmax"], marker="o", label=labels[CONTROL])
         ax.set_xlabel("conversion tokens (% of the training tokens)")
         ax.set_ylabel("validation PPL")
-        ax.legend()
+        name_lines(ax)
 
     figure = Figure("ppl_by_conversion", f"PPL against conversion tokens, lower is better ({seeds})", draw)
     return Section("Conversion", words, [table], [figure])
@@ -252,7 +252,7 @@ def _by_window(arm: ArmResults[Conversions], seeds: str) -> Section:
         ax.set_xticks(range(len(windows) + 1), [*map(str, windows), "all"])
         ax.set_xlabel("window (tokens)")
         ax.set_ylabel("validation PPL")
-        ax.legend()
+        name_lines(ax)
 
     figure = Figure("ppl_by_conversion_window", f"PPL of converted models by window, lower is better ({seeds})", draw)
     return Section("Conversion to a window", words, [table], [figure])

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import COLOURS, powers_of_two
+from ka_attention.harness.drawing import COLOURS, name_lines, powers_of_two
 from ka_attention.harness.statistics import mean
 from ka_attention.harness.timing import in_turns
 from ka_attention.harness.trained import Trained
@@ -199,6 +199,6 @@ def _figure(models: dict[str, tuple[Row, ...]], batch: int) -> Figure:
         ax.set_ylim(bottom=0)
         ax.set_xlabel("context (tokens)")
         ax.set_ylabel("tokens/s")
-        ax.legend()
+        name_lines(ax)
 
     return Figure(f"speed_by_context_{batch}", f"Decoding speed against context, batch {batch}, higher is better", draw)

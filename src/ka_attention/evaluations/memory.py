@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import powers_of_two
+from ka_attention.harness.drawing import look, powers_between, powers_of_two
 from ka_attention.harness.models import NAMES, cache_size, is_softmax
 from ka_attention.harness.trained import Trained
 from ka_attention.hf import KAConfig
 from ka_attention.report.document import Figure, Section, Table
 
-_MIB, _KIB = 2**20, 2**10
+_KIB = 1024
 LENGTHS = tuple(16 * 2**power for power in range(11))
 
 
@@ -116,15 +116,17 @@ def sections(arms: Sequence[ArmResults[Memory]]) -> list[Section]:
     curves: dict[tuple[int, ...], list[str]] = {}
     for label, memory in found:
         curves.setdefault(memory.of_own.by_length, []).append(label)
+    looks = {arm.seeds[0].of_own.by_length: look(arm.arm) for arm in reversed(arms)}
 
     def draw(ax: Any) -> None:
         for sizes, labels in curves.items():
-            ax.plot(first.lengths, [size / _MIB for size in sizes], label=" and ".join(labels))
+            kib = [size / _KIB for size in sizes]
+            ax.plot(first.lengths, kib, label=" and ".join(labels), **looks[sizes])
         powers_of_two(ax.xaxis, first.lengths[::2])
-        ax.set_yscale("log", base=2)
-        ax.yaxis.set_major_formatter("{x:,g}")
+        ends = [size / _KIB for sizes in curves for size in (sizes[0], sizes[-1])]
+        powers_of_two(ax.yaxis, powers_between(min(ends), max(ends)))
         ax.set_xlabel("tokens in the sequence")
-        ax.set_ylabel("cache (MiB a sequence)")
+        ax.set_ylabel("cache (KiB a sequence)")
         ax.figure.legend(loc="outside upper center")
 
     figure = Figure(

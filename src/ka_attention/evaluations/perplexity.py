@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import line, look
+from ka_attention.harness.drawing import line, look, name_lines
 from ka_attention.harness.perplexity import BUCKET, Perplexity, evaluate
 from ka_attention.harness.statistics import cell, mean, seeds_of, signed
 from ka_attention.harness.trained import BATCH, Trained
@@ -42,7 +42,7 @@ def sections(arms: Sequence[ArmResults[Perplexity]]) -> list[Section]:
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         ax.set_xlabel("position in the sequence (tokens)")
         ax.set_ylabel("validation PPL")
-        ax.legend()
+        name_lines(ax)
 
     figure = Figure("ppl_by_position", f"Validation PPL by position, lower is better ({seeds_of(arms)})", draw)
     return [Section("Perplexity by position", paragraphs, [table], [figure])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
@@ -40,3 +41,34 @@ def powers_of_two(axis: Any, values: Sequence[float]) -> None:
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=2)
     axis.set_ticks(list(values), [f"{value:,g}" for value in values])
     axis.set_ticks([], minor=True)
+
+
+def powers_between(low: float, high: float, most: int = 6) -> list[float]:
+    """At most so many powers of two from ``low`` or below to ``high`` or above."""
+    exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    return [2.0**power for power in exponents[:: -(-len(exponents) // most)]]
+
+
+def digits(number: float) -> str:
+    """Three digits, as far as they matter: 60.3, 108, 11,200."""
+    if number < 100:
+        return f"{number:.3g}" if number < 1 else f"{number:.1f}"
+    return f"{round(number, 2 - math.floor(math.log10(number))):,.0f}"
+
+
+def name_lines(ax: Any, most: int = 6) -> None:
+    """Write each line's name at its right end, in its colour; above the axes where there are too many for that."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > most:
+        ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
+        return
+    ax.autoscale_view()
+    lines = [handle if hasattr(handle, "get_xdata") else handle[0] for handle in handles]  # of error bars, the line
+    points = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    heights = [ax.transData.transform(point)[1] for point in points]
+    gap, lowest = 12 * ax.figure.dpi / 72, -math.inf
+    for height, point, label, drawn in sorted(zip(heights, points, labels, lines, strict=True), key=lambda end: end[0]):
+        lowest = max(height, lowest + gap)  # the next name stands above this one
+        place = (6, (lowest - height) * 72 / ax.figure.dpi)
+        style = {"color": drawn.get_color(), "fontsize": 8, "va": "center"}
+        ax.annotate(label, point, place, textcoords="offset points", **style)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 LARGEST = 2**31 - 1
-MAY_BE_ZERO = ("warmup_steps", "weight_decay", "locality")
+MAY_BE_ZERO = ("warmup_steps", "weight_decay", "locality", "chain_samples")
 
 
 @dataclass(frozen=True, kw_only=True)

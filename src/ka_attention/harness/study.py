@@ -85,12 +85,13 @@ def publish(study: Study, recipe: Any, store: Store, seeds: int, results: Any) -
 
 
 def report(study: Study, stored: Json, out: Path) -> None:
-    """Render what ``results.json`` holds into ``out``; a ``note`` that someone added comes first."""
+    """Render what ``results.json`` holds into ``out``; a ``note`` that someone added follows the summary."""
     recipe = restore(type(next(iter(study.recipes.values()))), stored["recipe"])
     names = [field.name for field in fields(study.results)]
     results = from_json(study.results, {name: stored[name] for name in names if name in stored}, "results")
     note = [Section("Note on this run", [stored["note"]])] if "note" in stored else []
-    render(study.question, [*note, *study.sections(recipe, results)], stored["environment"], out)
+    summary, *rest = study.sections(recipe, results)
+    render(study.question, [summary, *note, *rest], stored["environment"], out)
     console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True, markup=False)
 
 

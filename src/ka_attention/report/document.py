@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -41,9 +42,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs of prose (Markdown emphasis, code and links allowed), then tables, then figures."""
+    """A heading, paragraphs of prose (Markdown emphasis, code and links allowed), then tables, then figures.
+
+    Text from outside, as a file's name, goes through ``plain``. In a report's first section, the summary, the first
+    paragraph is the verdict and the first figure stands beside it. ``folded`` tables are shown when asked for.
+    """
 
     title: str
     paragraphs: Sequence[str] = field(default_factory=tuple)
     tables: Sequence[Table] = field(default_factory=tuple)
     figures: Sequence[Figure] = field(default_factory=tuple)
+    folded: Sequence[Table] = field(default_factory=tuple)
+
+
+def plain(text: str) -> str:
+    """Text from outside as Markdown that shows exactly this text, in a paragraph or inside a table."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from ka_attention.files import write_atomically
-from ka_attention.report.document import Figure, Section, Table
+from ka_attention.report.document import Figure, Section, Table, plain
 
 # Stands for "the colour of the text around the figure" while matplotlib draws; becomes CSS's currentColor.
 _INK = "#010203"
@@ -118,9 +118,9 @@ def _numeric(table: Table) -> list[bool]:
     return [all(re.match(r"[+\-−–\d]|$", row[i]) for row in table.rows) for i in range(len(table.columns))]
 
 
-def _markdown(text: str) -> str:
-    """Plain text as Markdown that shows exactly this text, also inside a table."""
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
+def _linked(prose: str) -> str:
+    """Markdown whose links lead to pages, files beside it and places in it, and nowhere else."""
+    return re.sub(r"\](?=\((?!https?://|#|[\w./-]+\)))", r"\\]", prose)
 
 
 templates = Environment(
@@ -131,7 +131,7 @@ templates = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-templates.filters["prose"] = lambda text: Markup(_inline.renderInline(text))
+templates.filters["prose"] = lambda text: Markup(_inline.renderInline(_linked(text)))
 templates.filters["numeric"] = _numeric
-templates.filters["markdown"] = _markdown
-templates.filters["without_html"] = lambda text: re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+templates.filters["markdown"] = plain
+templates.filters["harmless"] = lambda text: _linked(re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text))

@@ -1,4 +1,4 @@
-"""All studies by name. Adding one is adding a file and a line here."""
+"""All studies by name. Adding one is adding a folder and a line here (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from ka_attention.errors import UserError
 from ka_attention.harness.settings import PYTHIA_70M, LanguageModelSettings
+from ka_attention.harness.tasks import Dereference, TaskSettings
+
+CHAIN_BATCH = 32
+CHAIN_MODELS = (("ka", 1), ("softmax", 1), ("softmax", 2), ("softmax", 3))  # arms and numbers of layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +18,15 @@ class CompareRecipe(LanguageModelSettings):
 
     arms:          names of attention configurations (``arms.arm``); the first is what the others are compared with.
     cache_samples: validation sequences that are read token by token through each cache.
+    chain_samples: training sequences of the made-up task, chains of references, that softmax layers and one KA layer
+                   learn beside the text; 0 leaves it out.
     """
 
     name: str
     summary: str
     arms: tuple[str, ...] = ("softmax", "ka", "ka-head", "softmax-w16", "ka-w16")
     cache_samples: int
+    chain_samples: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,6 +40,21 @@ class CompareRecipe(LanguageModelSettings):
             )
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise UserError(f"--set arms: expected different names, got {','.join(self.arms) or 'none'}")
+        if 0 < self.chain_samples < CHAIN_BATCH:
+            raise UserError(f"--set chain_samples: expected 0 or {CHAIN_BATCH} and more, got {self.chain_samples}")
+
+    @property
+    def chains(self) -> tuple[Dereference, TaskSettings]:
+        """The task, and how models are trained on it."""
+        settings = TaskSettings(
+            length=32,
+            test_lengths=(32,),
+            train_samples=self.chain_samples,
+            test_samples=256,
+            batch_size=CHAIN_BATCH,
+            least_seeds=1,
+        )
+        return Dereference(settings.length, literals=16, chains=8), settings
 
 
 COMPARE = {
@@ -60,6 +82,7 @@ COMPARE = {
             epochs=9,
             patience=3,
             cache_samples=64,
+            chain_samples=32 * 275,
         ),
         CompareRecipe(
             name="pythia-70m-training",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ka_attention.evaluations import (
@@ -27,20 +27,24 @@ from ka_attention.evaluations.memory import Memory
 from ka_attention.evaluations.reversal import Reversal
 from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import line, look, powers_of_two
+from ka_attention.harness.drawing import digits, line, look, name_lines, powers_between, powers_of_two
 from ka_attention.harness.perplexity import Perplexity
 from ka_attention.harness.statistics import (
     caution,
     cell,
     changes,
+    deviation,
+    mean,
     percent_cell,
     seeds_of,
     verdict,
 )
+from ka_attention.harness.tasks import SOLVED, Learned, draw_groups, reach
 from ka_attention.harness.training import Training
-from ka_attention.report.document import Figure, Section, Table
+from ka_attention.report.document import Figure, Section, Table, plain
 from ka_attention.studies.compare.recipes import CompareRecipe
 
+KIB = 1024
 # The questions to every trained model, in the order of the report. Each is a field of Answers.
 EVALUATIONS: dict[str, Evaluation] = {
     "caches": caches,
@@ -78,15 +82,20 @@ class Results:
 
     data: Description
     arms: dict[str, ArmResults[Answers]]
+    chains: dict[str, Learned] = field(default_factory=dict)  # of the made-up task, if it was asked for
+    steps: dict[str, float] = field(default_factory=dict)  # seconds of a training step, which arms took in turns
 
 
 def sections(recipe: CompareRecipe, results: Results) -> list[Section]:
-    """The answer in short, the training, quality against cache bytes, then a section for each evaluation."""
+    """The answer in short with the first figure, the training, then a section for each evaluation."""
     arms = list(results.arms.values())
-    found = [_summary(recipe, results), _training(recipe, arms), *_against_cache(recipe, arms)]
+    figures = [*_chains_figure(recipe, results), *_bytes_figure(arms), _training_figure(arms)]
+    found = [_summary(recipe, results, figures[0]), *_chains(recipe, results), *_bytes(recipe, figures[1:])]
+    found.append(_training(recipe, arms, figures[1:]))
     for name, evaluation in EVALUATIONS.items():
         answered = _answered(arms, name)
         found += evaluation.sections(answered) if answered else []
+        found += _side_by_side(arms) if name == "conversion" else []
     return found
 
 
@@ -106,34 +115,123 @@ def _judged(change: list[float]) -> str:
     return percent_cell(change) + (f" ({verdict(change)})" if len(change) > 1 else "")
 
 
-def _summary(recipe: CompareRecipe, results: Results) -> Section:
+def _summary(recipe: CompareRecipe, results: Results, figure: Figure) -> Section:
     data, arms = results.data, list(results.arms.values())
     base, seeds = arms[0], len(arms[0].seeds)
-    sentences = [f"**{base.label}** reaches a validation PPL of {cell(_ppl(base))}."]
-    rows = []
-    for arm in arms:
-        change = changes(_ppl(arm), _ppl(base))
-        if arm is not base:
-            sentences.append(f"**{arm.label}** reaches {cell(_ppl(arm))}, {_judged(change)} against {base.label}.")
-        rows.append(
-            [
-                arm.label,
-                cell(_ppl(arm)),
-                "–" if arm is base else percent_cell(change),
-                f"{arm.seeds[0].training.parameters:,}",
-                ", ".join(str(seed.training.best_epoch) for seed in arm.seeds),
-            ]
-        )
     setting = (
-        f"Recipe `{recipe.name}` on {data.source}: {recipe.train_samples:,} training and "
+        f"Recipe `{recipe.name}` on {plain(data.source)}: {recipe.train_samples:,} training and "
         f"{recipe.validation_samples:,} validation sequences of {recipe.sequence_length} tokens from different "
         f"documents, {data.tokenizer_size:,} tokens in the vocabulary, {seeds} seed{'s' if seeds > 1 else ''}. "
         "All arms start from the same weights and see the same batches."
     )
-    columns = ["arm", "best val PPL", f"against {base.label}", "parameters", "best epoch"]
-    table = Table(f"Best validation PPL of each arm ({seeds_of(arms)})", columns, rows)
-    words = [" ".join(sentences), *_joined(_swaps(arms)), *_joined(_at_equal_cache(arms)), caution(arms)]
-    return Section("In short", [setting, *words], [table])
+    columns, caption = ["arm", "PPL", f"against {base.label}"], f"Validation PPL, lower is better ({seeds_of(arms)})"
+    rows = []
+    for arm in arms:
+        change = changes(_ppl(arm), _ppl(base))
+        rows.append([arm.label, cell(_ppl(arm)), "–" if arm is base else percent_cell(change)])
+    if sizes := _sizes(arms):
+        columns, caption = [*columns, "cache (KiB)"], f"{caption}; the arm's own cache of one sequence"
+        rows = [[*row, f"{size:,.1f}"] for row, (_, size) in zip(rows, sizes, strict=True)]
+    if times := results.steps:
+        columns, caption = [*columns, "step"], f"{caption}; a training step's time, × {base.label}, taken in turns"
+        ratios = [times[arm.arm.name] / times[base.arm.name] for arm in arms]
+        rows = [[*row, f"{ratio:.2f}"] for row, ratio in zip(rows, ratios, strict=True)]
+    words = [
+        f"{_verdict(results)} {_on_text(arms)}",
+        *_joined(_text(arms)),
+        *_joined(_swaps(arms)),
+        caution(arms),
+        setting,
+    ]
+    return Section("In short", words, [Table(caption, columns, rows)], [figure])
+
+
+def _verdict(results: Results) -> str:
+    """What KA-attention is, and what came of it where it should win, for somebody who has never heard of it."""
+    what = (
+        "In softmax attention a token reads the *values* of earlier tokens. In **KA-attention** it reads their "
+        "*outputs*, in which they have already gathered what they were looking for, so that one layer can follow a "
+        "chain of references."
+    )
+    learned = list(results.chains.values())
+    ka, softmax = ([each for each in learned if each.arm.is_ka == is_ka] for is_ka in (True, False))
+    if not ka or not softmax:
+        return what
+    told = [f"{mean(each.percents(0)):.0f} % with {_layers(each)} ({_far(each)})" for each in softmax]
+    return (
+        f"{what} On such chains {_layers(ka[0])} of KA-attention answers **{mean(ka[0].percents(0)):.0f} %** of the "
+        f"questions right ({_far(ka[0])}); softmax attention answers {', '.join(told)}."
+    )
+
+
+def _on_text(arms: list[Answered]) -> str:
+    """Whether KA-attention is better or worse than softmax attention on the text, as far as the seeds can say."""
+    base, ka = arms[0], next((arm for arm in arms if arm.arm.is_ka), None)
+    if ka is None or base.arm.is_ka:
+        return ""
+    change = changes(_ppl(ka), _ppl(base))
+    ends = f"{cell(_ppl(ka))} against {cell(_ppl(base))}"
+    if len(change) == 1:
+        return (
+            f"On ordinary text {ka.label} and {base.label} end at a perplexity of {ends}; lower is better, and whether "
+            "the one is better than the other **one seed cannot say**."
+        )
+    how = {"higher": "**worse**", "lower": "**better**"}.get(verdict(change), "neither better nor worse")
+    return (
+        f"On ordinary text {ka.label} is {how} than {base.label}: a perplexity of {ends}, {percent_cell(change)} over "
+        f"{len(change)} seeds; lower is better."
+    )
+
+
+def _layers(entry: Learned) -> str:
+    return "one layer" if entry.layers == 1 else f"{entry.layers} layers"
+
+
+def _far(entry: Learned) -> str:
+    """How deep it follows."""
+    depths = entry.by_group(0)
+    far = reach(depths)
+    return "chains of every length" if far == max(depths) else f"up to {max(far, 0)} reference{'s' if far != 1 else ''}"
+
+
+def _chains(recipe: CompareRecipe, results: Results) -> list[Section]:
+    learned = list(results.chains.values())
+    if not learned:
+        return []
+    task, settings = recipe.chains
+    seeds = len(learned[0].seeds)
+    words = (
+        f"Sequences of {settings.length} assignments, `a = 7`, `b = a`, …: at each the model names the value. A guess "
+        f"is right 1 time in {task.chains}; a depth counts as followed where {100 * SOLVED:.0f} % are right. A "
+        "KA layer's output at a definition already is the resolved value; softmax layers can at best double the depth "
+        f"that they resolve with every layer. Trained on {settings.train_samples:,} sequences, each seen once, by "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; `ka study dereference` asks more closely."
+    )
+    rows = [[each.label, cell(each.percents(0)), _far(each), f"{each.seeds[0].parameters:,}"] for each in learned]
+    columns = ["arm", "right (%)", "follows", "parameters"]
+    return [Section("Chains of references", [words], [Table("Right answers", columns, rows)])]
+
+
+def _chains_figure(recipe: CompareRecipe, results: Results) -> list[Figure]:
+    learned = list(results.chains.values())
+
+    def draw(ax: Any) -> None:
+        draw_groups(learned, 0, ax)
+        ax.axhline(100 / recipe.chains[0].chains, color="gray", linewidth=1, linestyle="-")
+        ax.set_xlabel("references to follow")
+        name_lines(ax)
+
+    caption = "Right answers by the length of the chain: `a = 7`, `b = a`, … (grey: a guess)".replace("`", "")
+    return [Figure("chains", caption, draw)] if learned else []
+
+
+def _text(arms: list[Answered]) -> Iterator[str]:
+    """On ordinary text: each KA arm against softmax attention with as much in sight."""
+    yield f"Validation perplexity (PPL) on the text: {arms[0].label} {cell(_ppl(arms[0]))}."
+    for arm in arms[1:]:
+        base = next((other for other in arms if arm.arm.softened(other.arm)), arms[0])
+        change = changes(_ppl(arm), _ppl(base))
+        yield f"**{arm.label}** {cell(_ppl(arm))}, {_judged(change)} against {base.label}."
 
 
 def _joined(sentences: Iterator[str]) -> list[str]:
@@ -150,22 +248,12 @@ def _swaps(arms: list[Answered]) -> Iterator[str]:
             before, after = ([each.kinds[kind].ppl for each in found] for kind in (own, other))
             yield (
                 f"Decoding the {arm.label}-trained model with a **{other.upper()} cache**, without any further "
-                f"training, takes its PPL from {cell(before)} to {cell(after)}: {_judged(changes(after, before))}."
+                f"training, takes its PPL on a sample from {cell(before)} to {cell(after)}: "
+                f"{_judged(changes(after, before))}."
             )
 
 
-def _at_equal_cache(arms: list[Answered]) -> Iterator[str]:
-    """KA against softmax with the same window, where both were trained."""
-    for arm in arms:
-        for other in arms:
-            if arm.arm.window and arm.arm.softened(other.arm):
-                yield (
-                    f"With the same small cache, the PPL of **{arm.label}** stands at "
-                    f"{_judged(changes(_ppl(arm), _ppl(other)))} against that of {other.label}."
-                )
-
-
-def _training(recipe: CompareRecipe, arms: list[Answered]) -> Section:
+def _training_figure(arms: list[Answered]) -> Figure:
     def draw(ax: Any) -> None:
         for arm in arms:
             for number, seed in enumerate(arm.seeds):
@@ -178,16 +266,30 @@ def _training(recipe: CompareRecipe, arms: list[Answered]) -> Section:
         ax.set_yscale("log")
         for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             which("{x:,g}")
-        ax.legend()
+        name_lines(ax)
 
+    return Figure("training", "Validation PPL by epoch, one line a seed, lower is better", draw)
+
+
+def _training(recipe: CompareRecipe, arms: list[Answered], figures: list[Figure]) -> Section:
     words = (
         "Train PPL is exp of the mean training loss over the epoch, Val PPL that of the whole validation set after it; "
         "Time is that of the training steps alone, which arms take one after the other, so that times of two arms do "
         f"not compare; * marks an improvement. Training stops after {recipe.patience} epochs without one, and the best "
         "weights count."
     )
-    figure = Figure("training", "Validation PPL by epoch, one line a seed, lower is better", draw)
-    return Section("Training", [words], [_epochs(arm) for arm in arms], [figure])
+    columns = ["arm", "best epoch", "parameters"]
+    rows = [
+        [
+            arm.label,
+            ", ".join(str(seed.training.best_epoch) for seed in arm.seeds),
+            f"{arm.seeds[0].training.parameters:,}",
+        ]
+        for arm in arms
+    ]
+    table = Table("The epoch whose weights were kept, a number a seed", columns, rows)
+    drawn = [figure for figure in figures if figure.name == "training"]
+    return Section("Training", [words], [table], drawn, [_epochs(arm) for arm in arms])
 
 
 def _epochs(arm: Answered) -> Table:
@@ -197,28 +299,67 @@ def _epochs(arm: Answered) -> Table:
     for row in training.epochs:
         note = "* best" if row.epoch == training.best_epoch else "*" if row.best else ""
         rows.append([str(row.epoch), f"{row.train_ppl:,.1f}", f"{row.val_ppl:,.1f}", f"{row.seconds:.1f}s", note])
-    return Table(f"{arm.label}, seed 0", ["Epoch", "Train PPL", "Val PPL", "Time", "Note"], rows)
+    return Table(f"Epochs of {arm.label}, seed 0", ["Epoch", "Train PPL", "Val PPL", "Time", "Note"], rows)
 
 
-def _against_cache(recipe: CompareRecipe, arms: list[Answered]) -> list[Section]:
+def _sizes(arms: list[Answered]) -> list[tuple[Answered, float]]:
+    """KiB of each arm's own cache of one sequence, where they were asked for."""
     weights = [(arm, arm.seeds[0].memory) for arm in arms]
-    sizes = [(arm, memory.of_own.bytes_per_sequence / 1024) for arm, memory in weights if memory]
-    if not sizes:
-        return []
+    return [(arm, memory.of_own.bytes_per_sequence / KIB) for arm, memory in weights if memory]
+
+
+def _bytes_figure(arms: list[Answered]) -> list[Figure]:
+    sizes = _sizes(arms)
 
     def draw(ax: Any) -> None:
         for arm, size in sizes:
             line(ax, [size], [_ppl(arm)], label=arm.label, **look(arm.arm) | {"linestyle": ""})
-        powers_of_two(ax.xaxis, sorted({2.0 ** round(math.log2(size)) for _, size in sizes}))
+        powers_of_two(ax.xaxis, powers_between(min(size for _, size in sizes), max(size for _, size in sizes)))
         ax.set_xlabel("cache (KiB a sequence)")
         ax.set_ylabel("validation PPL")
-        ax.legend()
+        name_lines(ax)
 
+    caption = f"Validation PPL against cache bytes a sequence, down and left is better ({seeds_of(arms)})"
+    return [Figure("ppl_by_cache_bytes", caption, draw)] if sizes else []
+
+
+def _bytes(recipe: CompareRecipe, figures: list[Figure]) -> list[Section]:
     words = (
         f"The best validation PPL of each arm against the bytes of its own cache after {recipe.sequence_length} "
-        "tokens; down and left is better. A layer with a window keeps window − 1 tokens however long the sequence is. "
-        "Windowed KA-attention still draws on the whole past, because each output that it keeps has gathered what came "
-        "before it."
+        "tokens. A layer with a window keeps window − 1 tokens however long the sequence is. Windowed KA-attention "
+        "still draws on the whole past, because each output that it keeps has gathered what came before it."
     )
-    caption = f"Validation PPL against cache bytes a sequence ({seeds_of(arms)})"
-    return [Section("PPL against cache bytes", [words], [], [Figure("ppl_by_cache_bytes", caption, draw)])]
+    drawn = [figure for figure in figures if figure.name == "ppl_by_cache_bytes"]
+    return [Section("PPL against cache bytes", [words], [], drawn)] if drawn else []
+
+
+def _side_by_side(arms: list[Answered]) -> list[Section]:
+    """Every way to decode a softmax-trained model with a KA cache, in one figure."""
+    for arm in arms:
+        fitted = [seed.adapters for seed in arm.seeds if seed.adapters]
+        converted = [seed.conversion for seed in arm.seeds if seed.conversion]
+        if fitted and converted:
+            ppl = {"softmax": [each.base for each in fitted], "swap": [each.swap for each in fitted]}
+            for name, method in fitted[0].methods.items():
+                ppl[method.label] = [each.methods[name].ppl for each in fitted]
+            share = converted[0].shares[-1]
+            last = [each.runs[f"{share:g}"].ppl for each in converted]
+            ppl[f"conversion, {100 * share:.0f} % of the tokens"] = last
+            caption = f"PPL of the softmax-trained model by method, lower is better ({seeds_of([arm])})"
+            words = f"{len(ppl) - 2} repairs beside the model itself and the plain swap."
+            return [
+                Section("Repairs side by side", [words], [], [Figure("ppl_by_method", caption, partial(_bars, ppl))])
+            ]
+    return []
+
+
+def _bars(named: dict[str, list[float]], ax: Any) -> None:
+    spread = [deviation(numbers) for numbers in named.values()]
+    means = [mean(numbers) for numbers in named.values()]
+    bars = ax.barh(list(named), means, xerr=spread if any(spread) else None, ecolor="C7", color="C1")
+    bars[0].set_color("C0")
+    ax.bar_label(bars, labels=list(map(digits, means)), padding=3, fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set_xlabel("validation PPL")
+    ax.grid(axis="y", visible=False)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from ka_attention.harness.arms import Arm, ArmResults, arm
+import torch
+from torch import Tensor
+
+from ka_attention.harness.arms import Arm, ArmResults, arm, build
 from ka_attention.harness.data import Text, prepare
 from ka_attention.harness.progress import console
 from ka_attention.harness.store import Store
+from ka_attention.harness.tasks import Learned, Plan, learn
+from ka_attention.harness.timing import in_turns
 from ka_attention.harness.trained import Trained, train_arm
 from ka_attention.report.document import Section
 from ka_attention.studies.compare import report
-from ka_attention.studies.compare.recipes import COMPARE, CompareRecipe
+from ka_attention.studies.compare.recipes import CHAIN_MODELS, COMPARE, CompareRecipe
 from ka_attention.studies.compare.report import EVALUATIONS, Answers, Results
+
+ROUNDS = 8  # turns of a training step, of which the median counts
 
 
 class Comparison:
@@ -55,7 +64,10 @@ class Comparison:
                 trained = _train(each, recipe, text, store, seed)
                 found = _evaluate(trained, store) if evaluate else {}
                 answers[each.name].append(Answers(trained.training, **found))
-        return Results(text.description, {each.name: ArmResults(each, tuple(answers[each.name])) for each in arms})
+        steps = store.part("steps", _steps, recipe, text, arms) if evaluate else {}
+        found = {each.name: ArmResults(each, tuple(answers[each.name])) for each in arms}
+        chains = _chains(recipe, store, seeds) if evaluate and recipe.chain_samples else {}
+        return Results(text.description, found, chains, steps)
 
 
 def _part(kind: str, name: str, seed: int) -> str:
@@ -74,6 +86,31 @@ def _evaluate(trained: Trained, store: Store) -> dict[str, Any]:
         with console.status(f"{trained.arm.label}: {name}"):
             answers[name] = store.part(_part(name, trained.arm.name, trained.seed), evaluation.run, trained)
     return answers
+
+
+def _steps(recipe: CompareRecipe, text: Text, arms: list[Arm]) -> dict[str, float]:
+    """Seconds of a training step, forward and backward, of each arm: the median of turns that all arms take."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = text.train[: recipe.batch_size].to(device)
+    ways = {each.name: partial(_step, build(each, recipe, 0).to(device), ids) for each in arms}  # type: ignore[arg-type]
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name, taken, _ in in_turns(ways, device, 1 + ROUNDS):
+        seconds[name].append(taken)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first round warms up
+
+
+def _step(model: Any, ids: Tensor) -> None:
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    model.zero_grad()
+
+
+def _chains(recipe: CompareRecipe, store: Store, seeds: int) -> dict[str, Learned]:
+    """What a KA layer is good for: softmax layers and one KA layer on chains of references."""
+    task, settings = recipe.chains
+    plans = {f"chains/{name}/{layers}": Plan("chains", task, arm(name), layers) for name, layers in CHAIN_MODELS}
+    return learn(plans, settings, store, seeds)
 
 
 def _announcement(recipe: CompareRecipe, text: Text) -> str:

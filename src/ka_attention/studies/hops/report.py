@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import powers_of_two
+from ka_attention.harness.drawing import name_lines, powers_of_two
 from ka_attention.harness.statistics import changes, mean, mean_sd, percent
 from ka_attention.harness.training import Training
 from ka_attention.report.document import Figure, Section, Table
@@ -121,7 +121,7 @@ def _cut(recipe: HopsRecipe, found: Sequence[Cuts]) -> Section:
             draw(ax)
             powers_of_two(ax.xaxis, recipe.hops)
             ax.set_xlabel("hops n")
-            ax.legend()
+            name_lines(ax)
 
         return both
 

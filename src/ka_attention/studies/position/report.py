@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ka_attention.harness.data import Description
+from ka_attention.harness.drawing import name_lines
 from ka_attention.harness.lengths import AtLength, draw_octaves, octaves
 from ka_attention.harness.statistics import changes, mean_sd, percent, verdict
 from ka_attention.report.document import Figure, Section, Table
@@ -74,7 +75,7 @@ def _at(run: AtLength) -> Section:
 
     def draw(ax: Any) -> None:
         draw_octaves(arms, ax)
-        ax.legend()
+        name_lines(ax)
 
     caption = f"Validation PPL by position at {run.length:,} tokens, lower is better (mean over seeds; bars: ± 1 sd)"
     figure = Figure(f"position_{run.length}", caption, draw)

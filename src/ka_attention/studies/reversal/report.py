@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ka_attention.harness.arms import Arm
+from ka_attention.harness.drawing import look
 from ka_attention.harness.models import NAMES
 from ka_attention.harness.statistics import deviation, mean, mean_sd
 from ka_attention.harness.training import Training
-from ka_attention.report.document import Figure, Section, Table
+from ka_attention.report.document import Figure, Section, Table, plain
 from ka_attention.studies.reversal.facts import CONTEXT, REVERSE, SAME
 
 LEARNED = 0.5  # accuracy in the trained order from which facts count as learned
@@ -107,8 +108,8 @@ def _answer(results: Results) -> Section:
     data, entries = results.data, list(results.arms.values())
     people = " + ".join(str(count) for count in data.people.values())
     paragraphs = [
-        f"{people} people ({data.source}) have a name and a description each. The first group is trained as name → "
-        f"description only, the second as description → name only, the third in both orders: {data.sentences:,} "
+        f"{people} people ({plain(data.source)}) have a name and a description each. The first group is trained as "
+        f"name → description only, the second as description → name only, the third in both orders: {data.sentences:,} "
         "sentences, from random weights. Then each is asked for, in new words, in the trained and in the **reversed** "
         "order. An answer counts when the greedy continuation begins with it.",
         "**Expected:** the Reversal Curse for every arm, with reversed answers no more likely than wrong ones. Which "
@@ -137,7 +138,11 @@ def _answer(results: Results) -> Section:
                 spread = [deviation(numbers) for numbers in found]
                 places = [x + (i + 0.5) * width - 0.4 for x in range(len(groups))]
                 heights = [mean(numbers) for numbers in found]
-                ax.bar(places, heights, width, yerr=spread if any(spread) else None, capsize=2, label=entry.label)
+                error = {"yerr": spread, "capsize": 2} if any(spread) else {}
+                bars = ax.bar(places, heights, width, color=look(entry.arm)["color"], label=entry.label, **error)
+                if entry.cache != entry.arm.own_cache:
+                    for bar in bars:
+                        bar.set_alpha(0.5)
             ax.set_xticks(range(len(groups)), [name.replace(", ", ",\n") for name in groups])
             ax.set_ylabel(unit)
             ax.grid(axis="x", visible=False)

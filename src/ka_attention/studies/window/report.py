@@ -9,7 +9,7 @@ from typing import Any
 
 from ka_attention.harness.arms import ATTENTION, ArmResults
 from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import look, powers_of_two
+from ka_attention.harness.drawing import look, name_lines, powers_between, powers_of_two
 from ka_attention.harness.lengths import AtLength, Read, draw_octaves, octaves
 from ka_attention.harness.statistics import changes, mean, mean_sd, percent
 from ka_attention.harness.tasks import SOLVED, Learned, draw_groups
@@ -139,21 +139,15 @@ def _draw_text(arms: list[Sized], ax: Any) -> None:
     for kind, found in kinds.items():
         style = look(found[-1].of.arm) | {"linestyle": "-", "marker": "o"}
         ax.plot([arm.bytes / KIB for arm in found], [mean(arm.ppl) for arm in found], label=kind, **style)
-    powers_of_two(ax.xaxis, _powers(min(arm.bytes for arm in arms) / KIB, max(arm.bytes for arm in arms) / KIB))
+    powers_of_two(ax.xaxis, powers_between(min(arm.bytes for arm in arms) / KIB, max(arm.bytes for arm in arms) / KIB))
     ax.set_xlabel("cache (KiB a sequence)")
     ax.set_ylabel("validation PPL")
-    ax.legend()
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of two from below ``low`` to above ``high``, at most six."""
-    exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    return [2.0**power for power in exponents[:: -(-len(exponents) // 6)]]
+    name_lines(ax)
 
 
 def _draw_position(arms: list[ArmResults[Read]], ax: Any) -> None:
     draw_octaves(arms, ax)
-    ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
+    name_lines(ax)
 
 
 def _tasks(recipe: WindowRecipe, learned: list[Learned]) -> Section:
@@ -198,4 +192,4 @@ def _draw_groups(found: list[Learned], task: str, unit: str, ax: Any) -> None:
     if task != "dereference":
         powers_of_two(ax.xaxis, list(found[0].by_group(0)))
     ax.set_xlabel(unit)
-    ax.figure.legend(loc="outside upper center", ncols=2, fontsize=7)
+    name_lines(ax)
