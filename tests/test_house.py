@@ -11,6 +11,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 PACKAGE = "ka_attention"
 # From the top down: a file imports from its own room and from rooms further down.
 FLOORS = (
+    {"__main__"},
     {"cli"},
     {"studies", "commands"},
     {"evaluations"},
