@@ -24,17 +24,23 @@ HALVES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 
 pytest.importorskip("triton")
 
+
+def in_the_interpreter(file: str) -> None:
+    """Run the tests of a file that need the kernels."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 if not KERNELS:
 
     def test_kernels_in_the_interpreter():
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
+        in_the_interpreter(__file__)
 
     def test_cpu_tensors_are_refused():
         from ka_attention import ka_attention
@@ -177,29 +183,6 @@ def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
     monkeypatch.setattr(wide, "longest_reach", lambda *_: 0)
     monkeypatch.setattr(wide, "links", lambda *_: links)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
-
-
-@kernels
-@pytest.mark.parametrize("segments", [2, 4])
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"window": 2},
-        {"window": 9, "T": 64, "B": 2},
-        {"window": 17, "gate": "token", "Hkv": 2},
-        {"window": 5, "gate": "signed", "P": 21, "mask": "full", "softcap": 2.0},
-        {"window": 20, "gate": "token", "P": 4, "T": 100},
-        {"window": 40, "P": 70, "T": 130},
-        {"window": 7, "lengths": (33, 0, 1, 40), "gate": "token"},
-        {"window": 16, "mask": "any", "B": 2},
-    ],
-)
-def test_segments_of_a_narrow_window(given, segments, monkeypatch):
-    from ka_attention.ops.triton import backend, tiles
-
-    monkeypatch.setattr(backend, "_plans", {})
-    monkeypatch.setattr(tiles, "segments", lambda *_: segments)
-    assert_within_budget(Problem(**SMALL | given, dtype=torch.float32))
 
 
 @kernels

@@ -72,21 +72,23 @@ class Narrow(Plan):
             saved = q.new_empty(*q.shape[:3], 2 * self.BM)
         self.maps(q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, saved, state, maps)
         if self.segments > 1:
-            self.scan(state, maps)
-            self.apply(v, gate, u_past, saved, state, a)
+            into = torch.empty_like(state)
+            self.scan(state, maps, into)
+            self.apply(v, gate, u_past, saved, into, a)
 
     def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
         state, maps = self._room(q)
+        into = torch.empty_like(state)
         if self.segments > 1:
             self.adjoint_maps(da, gate, saved, state, maps)
-            self.reverse_scan(state, maps)
+            self.reverse_scan(state, maps, into)
         dq, dk, dv = (torch.empty_like(a) for _ in range(3))
         dgate = None if gate is None else torch.empty_like(lse)
         dk_past = du_past = None
         if u_past is not None:  # a window does not reach all cached tokens
             dk_past, du_past = (q.new_zeros(u_past.shape) for _ in range(2))
         self.adjoint_apply(
-            da, q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, state,
+            da, q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, into,
             dq, dk, dv, dgate, dk_past, du_past,
         )  # fmt: skip
         if dk_past is not None:

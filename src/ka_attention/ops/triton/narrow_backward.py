@@ -160,8 +160,8 @@ def adjoint_apply_kernel(
         p, slopes = _weights(next_q, k, next_lse, rows + BM, rows, T, P, window, STARTS, MASK, mask_strides, scale,
                              softcap, PACKED, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         du = tl.dot(tl.trans(p.to(y.dtype)), y, input_precision=DOT)
-        ds = p * (tl.dot(y, tl.trans(u), input_precision=DOT) - delta[:, None]) * slopes
-        ds = ds.to(q.dtype)
+        dw = tl.dot(y, tl.trans(u), input_precision=DOT)
+        ds = tl.where(p == 0.0, 0.0, p * (dw - delta[:, None]) * slopes).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision=DOT)
         # Of this segment's rows only: block `last` belongs to the next.
         put(DQ + head * T * D, dq * scale, r0 + BM, D, 0, tl.minimum(last * BM, T), BM, D, BD)
@@ -183,7 +183,7 @@ def adjoint_apply_kernel(
         delta = tl.sum(y.to(tl.float32) * a, 1)
         own = tl.sum(y.to(tl.float32) * v, 1)
         dw = tl.where(diagonal, own[:, None], tl.dot(y, tl.trans(u), input_precision=DOT))
-        ds = (p * (dw - delta[:, None]) * slopes).to(q.dtype)
+        ds = tl.where(p == 0.0, 0.0, p * (dw - delta[:, None]) * slopes).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=DOT) * scale
         dq = tl.dot(ds, k, input_precision=DOT)
         dv = d[:, None] * y

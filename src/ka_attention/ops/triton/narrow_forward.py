@@ -76,6 +76,34 @@ def small(x, PRECISION: tl.constexpr):
     return x.to(tl.float16) if PRECISION == "half" else x
 
 
+@triton.jit
+def _finite(x):
+    """0 for what is no finite number."""
+    return tl.where(x * 0.0 == 0.0, x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _spread(W, x):
+    """W with NaN for every weight, other than 0, of a row of x that is not finite."""
+    lost = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
+    return tl.where(lost[None, :] & (W != 0.0), float("nan"), W)
+
+
+@triton.jit
+def _read(R, v, F, u, V, r0, V_ROW: tl.constexpr, n, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+          DOT: tl.constexpr):  # fmt: skip
+    """R v + F u, v being the rows r0 … of V. What is not finite in v and u reaches those who give it weight: 0 · NaN
+    is 0 here.
+    """
+    a = tl.dot(R.to(v.dtype), v, input_precision=DOT)
+    a = tl.dot(F.to(v.dtype), u, a, input_precision=DOT)
+    if tl.sum(a * 0.0) != 0.0:
+        v = block(V, r0, V_ROW, n, BM, D, BD)  # again, so that it need not stay in registers
+        a = tl.dot(_spread(R, v).to(v.dtype), _finite(v), input_precision=DOT)
+        a = tl.dot(_spread(F, u).to(v.dtype), _finite(u), a, input_precision=DOT)
+    return a
+
+
 @triton.jit(do_not_specialize=["gate_strides", "mask_strides", "H", "T", "P", "window", "span", "segments"])
 def maps_kernel(
     Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, A, LSE, RF, STATE, MAP,
@@ -130,9 +158,10 @@ def maps_kernel(
         pp = tl.math.exp2(sp - shift[:, None])
         total = tl.sum(p + pp, 1)
         tl.store(LSE + head * T + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < T)
-        r = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        p *= r
-        pp *= r
+        known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
+        r = tl.where(total == 0.0, 0.0, 1.0 / total)
+        p = tl.where(known[:, None], p * r[:, None], 0.0)
+        pp = tl.where(known[:, None], pp * r[:, None], 0.0)
         L = tl.where(diagonal, 0.0, p)
         if HAS_GATE:
             g = gates(GATE, rows, gate_strides[2], T)
@@ -144,8 +173,10 @@ def maps_kernel(
             d = tl.sum(tl.where(diagonal, p, 0.0), 0)
             R = tl.where(diagonal, 1.0, S) * d[None, :]
         F = tl.dot(small(S, PRECISION), small(pp, PRECISION), pp, input_precision=DOT)
-        a = tl.dot(R.to(v.dtype), v, input_precision=DOT)
-        a = tl.dot(F.to(v.dtype), u, a, input_precision=DOT)
+        if tl.sum(total * 0.0) != 0.0:  # rows without weights, and those that read them
+            lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
+            R = tl.where(tl.sum(lost, 1)[:, None] > 0.0, float("nan"), R)
+        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, DOT)
         if HAS_GATE:
             u = (v + g[:, None] * (a - v)).to(v.dtype)
         else:
@@ -163,29 +194,44 @@ def maps_kernel(
         put(MAP + head * segments * BM * BM, M, segment * BM, BM, 0, segments * BM, BM, BM, BM)
 
 
+@triton.jit
+def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr,
+          SPREAD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """The loop of `scan_kernel`; 0 · u of all u together."""
+    i = tl.arange(0, BM)[:, None]
+    u = tl.zeros([BM, BD], STATE.dtype.element_ty)
+    zero = tl.zeros([BM, BD], tl.float32)
+    for step in tl.range(0, segments, num_stages=1 if SPREAD else 4):
+        segment = segments - 1 - step if REVERSE else step
+        state = (segment * BM + i) * D + d
+        c = tl.load(STATE + state, mask=d < D, other=0.0)
+        M = tl.load(MAP + (segment * BM + i) * BM + tl.arange(0, BM)[None, :])
+        tl.store(INTO + state, u, mask=d < D)
+        zero += u.to(tl.float32) * 0.0
+        if SPREAD:
+            M = _spread(M.to(tl.float32), u).to(M.dtype)
+            u = _finite(u)
+        u = tl.dot(M, u, c.to(tl.float32), input_precision=DOT).to(u.dtype)
+    return zero
+
+
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
-    STATE, MAP, segments,
+    STATE, MAP, INTO, segments,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u ← c + M u over the segments of one head, for BD columns of the head dimension. STATE holds every c; each gives
-    way to the u that meets it.
+    """u ← c + M u over the segments of one head, for BD columns of the head dimension. STATE holds every c, INTO gets
+    the u that each segment meets.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    head = tl.cast(tl.program_id(0), tl.int64)
+    head = tl.cast(tl.program_id(0), tl.int64) * segments * BM
     d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i = tl.arange(0, BM)[:, None]
-    STATE += head * segments * BM * D
-    MAP += head * segments * BM * BM
-    u = tl.zeros([BM, BD], STATE.dtype.element_ty)
-    # Loads run ahead of the recurrence: no step loads what another stores.
-    for step in tl.range(0, segments, num_stages=4):
-        segment = segments - 1 - step if REVERSE else step
-        state = STATE + (segment * BM + i) * D + d
-        c = tl.load(state, mask=d < D, other=0.0)
-        M = tl.load(MAP + (segment * BM + i) * BM + tl.arange(0, BM)[None, :])
-        tl.store(state, u, mask=d < D)
-        u = tl.dot(M, u, c.to(tl.float32), input_precision=DOT).to(u.dtype)
+    STATE += head * D
+    MAP += head * BM
+    INTO += head * D
+    zero = _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, False, DOT)
+    if tl.sum(zero) != 0.0:
+        _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, True, DOT)
 
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
@@ -218,7 +264,7 @@ def apply_kernel(
         v = block(V, r0, V_ROW, T, BM, D, BD)
         R = block(RF, r0, 2 * BM, T, BM, BM, BM)
         F = block(RF + BM, r0, 2 * BM, T, BM, BM, BM)
-        a = tl.dot(F, u, tl.dot(R, v, input_precision=DOT), input_precision=DOT)
+        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, DOT)
         put(A, a, r0, D, 0, T, BM, D, BD)
         if HAS_GATE:
             g = gates(GATE, r0 + i, gate_strides[2], T)

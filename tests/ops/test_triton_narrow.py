@@ -1,0 +1,93 @@
+"""Narrow windows in the Triton kernels: segments and their maps, and numbers that are not finite.
+
+Runs as tests/ops/test_triton.py does: on the GPU, or in a process of its own in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from problems import Problem
+from test_triton import (
+    KERNELS,
+    SMALL,
+    assert_within_budget,
+    in_the_interpreter,
+    kernels,
+    on_device,
+)
+
+from ka_attention.ops.blocked import finite
+
+if not KERNELS:
+
+    def test_narrow_windows_in_the_interpreter():
+        in_the_interpreter(__file__)
+
+
+@pytest.fixture
+def divide(monkeypatch):
+    """Divides every head into so many segments."""
+    pytest.importorskip("triton")
+    from ka_attention.ops.triton import backend, tiles
+
+    monkeypatch.setattr(backend, "_plans", {})
+    return lambda segments: monkeypatch.setattr(tiles, "segments", lambda *_: segments)
+
+
+def outputs(tensors, options):
+    from ka_attention.ops.triton import forward
+
+    return forward(*tensors, **options, save=False)[0].clone()
+
+
+@kernels
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"window": 2},
+        {"window": 17, "gate": "token", "Hkv": 2},
+        {"window": 5, "gate": "signed", "P": 21, "mask": "full", "softcap": 2.0},
+        {"window": 20, "gate": "token", "P": 4},
+        {"window": 40, "P": 70, "T": 130},
+        {"window": 7, "lengths": (33, 0, 1, 40), "gate": "token"},
+    ],
+)
+def test_segments(given, divide):
+    divide(3)
+    assert_within_budget(Problem(**SMALL | given, dtype=torch.float32))
+
+
+@kernels
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "row", "given"),
+    [("q", 30, {}), ("k", 30, {"mask": "full"}), ("v", 30, {"gate": "token"}), ("v", 33, {"mask": "full"})],
+)
+def test_what_is_not_finite_stays_where_the_token_loop_has_it(name, row, given, segments, divide):
+    divide(segments)
+    tensors, options = on_device(Problem(**SMALL | given | {"T": 50}, window=3, dtype=torch.float32))
+    if given.get("mask"):
+        tensors[6][..., 40:, :40] = False  # the last tokens do not look back beyond them
+    if given.get("gate"):
+        tensors[3][:, :, 34:37] = 0  # and here outputs are not read
+    clean = outputs(tensors, options)
+    tensors["qkv".index(name)][0, 0, row, 5] = float("nan")
+    found = outputs(tensors, options)
+    lost = finite.reached(tensors[:6], tensors[6], options["window"])
+    assert lost.any()
+    assert not lost[:, :, 45:].any() or not given
+    assert torch.equal(lost, ~found.isfinite().all(-1))
+    assert torch.equal(found[~lost], clean[~lost])
+
+
+@kernels
+@pytest.mark.parametrize("segments", [1, 3])
+def test_packed_sequences_stay_apart(segments, divide):
+    divide(segments)
+    tensors, options = on_device(Problem(**SMALL | {"lengths": (21, 30, 19)}, window=9, dtype=torch.float32))
+    clean = outputs(tensors, options)
+    for x in tensors[:3]:
+        x[:, :, 25] = float("nan")
+    found = outputs(tensors, options)
+    assert found[:, :, 25:51].isnan().all()
+    assert torch.equal(found[:, :, :25], clean[:, :, :25])
+    assert torch.equal(found[:, :, 51:], clean[:, :, 51:])
