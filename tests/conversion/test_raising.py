@@ -6,8 +6,10 @@ import pytest
 import torch
 import zoo
 from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM
 
 from ka_attention.conversion.raising import Conversion, convert, layer_outputs
+from ka_attention.errors import UserError
 from ka_attention.hf import KAConfig, attention_modules, use
 
 
@@ -164,3 +166,66 @@ def test_nothing_is_kept_where_nothing_is_asked_for(model, data, tmp_path):
 def test_wrong_settings_name_what_is_allowed(wrong, message):
     with pytest.raises(ValueError, match=message):
         Conversion(**{"steps": 1, **wrong})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints_train_in_float32(model, data, tmp_path, dtype):
+    """At a rate at which bfloat16 weights would stay where they are, nearly all move, and none becomes NaN."""
+    before = {name: p.detach().float().clone() for name, p in model.to(dtype).named_parameters()}
+    convert(model, data, Conversion(steps=2, learning_rate=1e-5, stage_one=0.0), tmp_path, evaluations=0)
+    moved = [(p != before[name]).double().mean() for name, p in model.named_parameters()]
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert torch.stack(moved).mean() > 0.9
+
+
+def test_the_control_follows_its_teacher_in_no_way_but_its_loss(model, data, tmp_path):
+    """target="softmax" is the control: its gates stay 0 and its teacher is the model from before, not itself."""
+    from ka_attention.conversion.raising import _Trainer
+
+    seen = []
+
+    def on_step():
+        pass
+
+    teacher = copy.deepcopy(model)
+    original = _Trainer.compute_loss
+
+    def spy(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        ids = args[1]["input_ids"]
+        seen.append((loss.item(), follow(model, teacher, ids).item(), model(input_ids=ids, labels=ids).loss.item()))
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Trainer, "compute_loss", spy)
+        plan = Conversion(steps=6, target="softmax", stage_one=0.5, learning_rate=1e-2)
+        convert(model, data, plan, tmp_path, evaluations=0, on_step=on_step)
+    for step, (found, following, language) in enumerate(seen):
+        assert found == pytest.approx(following if step < 3 else language, rel=1e-4, abs=1e-6)
+    assert seen[2][0] > 1e-6  # it has left its teacher, so following itself would be another loss
+    assert KAConfig.of(model.config).gate_init == 0
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_it_and_the_last_good_weights_stay(model, data, tmp_path, monkeypatch, where):
+    from ka_attention.conversion import raising as module
+
+    original, weights = module._Trainer._loss, []
+
+    def spoilt(self, *args):
+        loss = original(self, *args)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if len(weights) < 3:
+            return loss
+        # sqrt at 0: the loss is finite and its gradient is not
+        return loss * torch.nan if where == "loss" else loss + (loss - loss.detach()).sqrt()
+
+    monkeypatch.setattr(module._Trainer, "_loss", spoilt)
+    with pytest.raises(
+        UserError, match=rf"^convert: the {where} is not finite.* in step 3, .*last-good; try a learning"
+    ):
+        convert(model, data, Conversion(steps=6, stage_one=0.0), tmp_path)
+    assert len(weights) == 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "last-good")
+    for found in (model, again):
+        assert all(p.equal(weights[-1][name]) for name, p in found.named_parameters())

@@ -36,7 +36,7 @@ def test_lm_eval_measures_a_ka_model(folder):
     harness = models.HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
     assert is_attached(harness.model)
     request = instance.Instance("loglikelihood", {}, ("a b c d e f", " g"), 0)
-    (found, _), = harness.loglikelihood([request], disable_tqdm=True)
+    ((found, _),) = harness.loglikelihood([request], disable_tqdm=True)
     ids = torch.tensor([[4, 5, 6, 7, 8, 9]])
     with torch.no_grad():
         want = ka_model()(ids).logits[0, -1].log_softmax(-1)[10]

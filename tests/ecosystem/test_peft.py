@@ -40,7 +40,7 @@ def test_an_adapter_of_an_attached_model_does_not_load_onto_the_softmax_model(tm
     base = type(softmax_model()).from_pretrained(tmp_path / "base").eval()
     model = adapted(attach(base, KAConfig()))
     model.save_pretrained(tmp_path / "lora")
-    with pytest.raises(OSError, match="attach it, then PeftModel.from_pretrained"):
+    with pytest.raises(OSError, match=r"attach it, then PeftModel\.from_pretrained"):
         peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
     base = attach(type(softmax_model()).from_pretrained(tmp_path / "base").eval(), KAConfig())
     assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()), logits(model))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from ka_attention.conversion.finite import NotFiniteError, require_finite
+from ka_attention.errors import UserError
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.attach import use
 from ka_attention.hf.heads import Heads
@@ -120,6 +122,8 @@ def fit_ridge(
     adapters = new_adapters(model, "linear")
     for layer, problem in problems.items():
         weight, bias = problem.solve(strength)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise UserError(f"adapt: layer {layer} has no finite solution, its states are not finite")
         adapters[layer].load_state_dict({"weight": weight, "bias": bias})
     return adapters
 
@@ -139,6 +143,8 @@ def fit_gradient(
 
     loss: "value" and "output" as in `fit_ridge`, relative to ‖V‖² and ‖A‖², summed over layers, on the model's states.
           "lm" is the language-model loss with the adapters inside the token loop, end to end: exact and slow.
+
+    UserError where a loss or a gradient is not finite; ``adapters`` are then those of the step before.
     """
     parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -169,7 +175,15 @@ def fit_gradient(
                     model(input_ids=batch, use_cache=False)
                 total = torch.stack(errors).sum()
             optimizer.zero_grad()
-            total.backward()
+            try:
+                require_finite(loss=total)
+                total.backward()
+                require_finite(gradient=[p.grad for p in parameters if p.grad is not None])
+            except NotFiniteError as error:
+                raise UserError(
+                    f"adapt: {error} in step {len(history) + 1}, the adapters are those of the step before; "
+                    f"try a learning rate below {learning_rate:g}"
+                ) from None
             optimizer.step()
             schedule.step()
             history.append(total.item())

@@ -23,6 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ka_attention.conversion.finite import NotFiniteError, require_finite
+from ka_attention.errors import UserError
 from ka_attention.hf.attach import attach, detach
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules
@@ -117,14 +119,28 @@ def convert(
                 With ``evaluations=0`` nothing is kept and no rows are returned.
     perplexity: called with the model at each of these moments; the rows returned hold ``step``, ``gate`` (the mean),
                 and what it gave as ``ppl``.
+
+    Half-precision weights become float32: in bfloat16 most steps are too small to change a weight, in float16 they
+    overflow. UserError where a loss or a gradient is not finite: ``model`` then holds the weights of the step before,
+    which are saved as ``folder / "last-good"`` too.
     """
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model.float()
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     scheduled = conversion.target == "ka"
     attach(model, KAConfig(window=conversion.window, gate="head", gate_init=0.0) if scheduled else conversion.result())
     for module in attention_modules(model) if scheduled else []:
         module.ka_gate.bias.requires_grad_(False)
     trainer = _Trainer(model, teacher, train_set, conversion, folder, seed, evaluations, perplexity, on_step)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    except NotFiniteError as error:
+        kept = "nothing is kept"
+        if evaluations:
+            model.save_pretrained(folder / "last-good", is_main_process=trainer.args.should_save)
+            kept = f"the weights of the step before are in {folder / 'last-good'}"
+        rate = f"try a learning rate below {conversion.learning_rate:g}"
+        raise UserError(f"convert: {error} in step {trainer.state.global_step + 1}, {kept}; {rate}") from None
     if scheduled:
         detach(model)
         attach(model, conversion.result())
@@ -194,6 +210,11 @@ class _Trainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        loss = self._loss(model, inputs)
+        require_finite(loss=loss)
+        return loss
+
+    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         step = self.state.global_step
         if self.conversion.target == "ka":
             set_gates(self.network, self.conversion.gate(step + 1))
@@ -229,6 +250,9 @@ class _Trainer(Trainer):
 class _OnStep(TrainerCallback):
     def __init__(self, on_step: Callable[[], Any]) -> None:
         self.on_step = on_step
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        require_finite(gradient=[p.grad for p in model.parameters() if p.grad is not None])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.on_step()
