@@ -45,16 +45,18 @@ def test_lm_eval_measures_a_ka_model(folder):
 
 UNREGISTERED = """
 import json, sys
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 folder, lora, out = sys.argv[1:]
+data = Dataset.from_dict({"text": ["a b"]})
 tried = {
     "lm_eval": lambda: HFLM(pretrained=folder, device="cpu"),
     "peft": lambda: AutoPeftModelForCausalLM.from_pretrained(lora),
-    "trl": lambda: SFTTrainer(model=folder, args=SFTConfig(out, use_cpu=True), train_dataset=[{"text": "a b"}]),
+    "trl": lambda: SFTTrainer(model=folder, args=SFTConfig(out, use_cpu=True), train_dataset=data),
     "lm_eval with remote code": lambda: HFLM(pretrained=folder, device="cpu", trust_remote_code=True).model,
 }
 for name, load in tried.items():

@@ -21,7 +21,7 @@ from ka_attention.harness.perplexity import evaluate
 from ka_attention.harness.records import from_json, to_json
 from ka_attention.harness.tokenizer import train as train_tokenizer
 from ka_attention.harness.trained import Trained
-from ka_attention.hf import load_adapter, use
+from ka_attention.hf import attach, load_adapter, use
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,24 @@ def test_the_curve_runs_from_softmax_to_the_swap(model):
     assert found.curve[0].ppl == pytest.approx(softmax, rel=1e-6)
     assert found.curve[-1].ppl == pytest.approx(swap, rel=1e-6)
     assert torch.tensor(found.cost).shape == (2, 2)
+
+
+def test_the_control_and_free_gates_learn_from_the_text_alone(model, monkeypatch):
+    """In stage one they would follow the softmax model, which the control is: it would learn nothing."""
+    plans = []
+
+    def record(converted, data, plan, folder, **settings):
+        plans.append(plan)
+        attach(converted, plan.result())
+
+    monkeypatch.setattr(conversion, "convert", record)
+    conversion.evaluate(model, text(32), text(8), original_tokens=10**4, learning_rate=1e-3, batch_size=8)
+    control = next(plan for plan in plans if plan.target == "softmax" and plan.window is None)
+    free = next(plan for plan in plans if plan.target == "learned")
+    assert not any(plan.follows(step) for plan in (control, free) for step in range(plan.steps))
+    largest = max(plan.steps for plan in plans)
+    assert control.steps == largest
+    assert all(plan.follows(0) for plan in plans if plan.target == "ka")
 
 
 def test_everything_is_reported(model):

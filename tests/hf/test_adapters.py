@@ -58,6 +58,18 @@ def test_a_fresh_adapter_is_the_swap(model, kind):
         torch.testing.assert_close(logits(model, ids), swap, rtol=0, atol=1e-10)
 
 
+def test_every_token_has_its_own_gate(model):
+    """An adapter that changes nothing leaves the token loop with what the operator computes from the same gates."""
+    ids, found = zoo.tokens(), []
+    for adapter in (None, lambda layer: torch.nn.Identity()):
+        with use(model, gate="token", gate_init=0.5, adapter=adapter), torch.no_grad():
+            for module in attention_modules(model):
+                torch.manual_seed(module.layer_idx)
+                module.ka_gate.weight.normal_()
+            found.append(logits(model, ids))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
 def test_an_adapter_that_knows_the_value_is_softmax(model):
     """With a window of 1 each output is its token's value, so the identity repairs everything, and ridge finds it."""
     found = {}
