@@ -160,7 +160,7 @@ def fit_gradient(
             errors.append(error.square().sum() / of.square().sum())
 
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    history = []
+    history: list[float] = []
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)

@@ -251,8 +251,8 @@ class _OnStep(TrainerCallback):
     def __init__(self, on_step: Callable[[], Any]) -> None:
         self.on_step = on_step
 
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        require_finite(gradient=[p.grad for p in model.parameters() if p.grad is not None])
+    def on_pre_optimizer_step(self, *_: Any, **settings: Any) -> None:
+        require_finite(gradient=[p.grad for p in settings["model"].parameters() if p.grad is not None])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.on_step()
