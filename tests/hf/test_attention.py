@@ -213,6 +213,18 @@ def test_an_adapter_stands_in_the_recurrence():
         assert largest(torch.cat(chunks, 1) - outputs) < 1e-11
 
 
+def test_an_adapter_has_each_token_s_own_gate():
+    model, ids = make("llama"), tokens()
+    outs = []
+    for adapter in (None, lambda i: nn.Identity()):
+        with use(model, gate="token", gate_init=0.5, adapter=adapter):
+            torch.manual_seed(0)
+            for module in attention_modules(model):
+                module.ka_gate.double().weight.data.normal_()
+            outs.append(parallel(model, ids))
+    assert largest(outs[0] - outs[1]) < 1e-11
+
+
 def test_stock_trainer_with_checkpointing_and_mixed_precision(tmp_path):
     """The stock Trainer runs; gradient checkpointing gives the same losses; bfloat16 autocast stays close."""
     data = [{"input_ids": row, "labels": row} for row in tokens(16, 24)]

@@ -116,6 +116,8 @@ def test_a_gate_for_each_head(gate):
 
 
 def test_fixed_gates_of_heads_serve_all_gradient_modes():
+    with use(make("llama"), gate=(0, 0.3, 0.7, 1)) as model:
+        assert KAConfig.of(model.config) == KAConfig(gate_init=(0.0, 0.3, 0.7, 1.0))
     model, ids = attach(make("llama"), KAConfig(gate_init=(0.0, 0.3, 0.7, 1.0))), tokens()
     with torch.inference_mode():
         model(ids, use_cache=False)

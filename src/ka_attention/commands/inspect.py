@@ -81,4 +81,5 @@ def _described(ka: KAConfig | None, layer: int) -> str:
     words = "KA" if ka.caches_outputs(layer) else "softmax"
     if words == "KA" and ka.gate != "fixed":
         words += f", gate per {ka.gate}"
-    return words + (f", window {ka.window}" if ka.window else "")
+    window = ka.window_of(layer)
+    return words + (f", window {window}" if window else "")

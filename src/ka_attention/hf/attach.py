@@ -89,12 +89,12 @@ def is_attached(model: nn.Module) -> bool:
 def use(model: M, ka: KAConfig | None = None, *, adapter: Adapters | None = None, **settings: Any) -> Iterator[M]:
     """``with use(model, layers=…, gate=…, window=…):`` is `attach` now and `detach` at the end.
 
-    Give a KAConfig or its fields as keywords. ``gate`` may also be a number: the fixed gate of that value.
+    Give a KAConfig or its fields as keywords. ``gate`` may also be a number, or one a head: fixed gates.
     """
     if ka is not None and settings:
         raise ValueError(f"ka: give a KAConfig or its fields, not both, got {sorted(settings)} besides")
-    if isinstance(settings.get("gate"), int | float):
-        settings["gate_init"] = float(settings.pop("gate"))
+    if isinstance(settings.get("gate"), int | float | tuple | list):
+        settings["gate_init"] = settings.pop("gate")
     attach(model, ka or KAConfig(**settings), adapter)
     try:
         yield model
