@@ -71,6 +71,9 @@ def test_four_dimensional_masks():
     causal = everything.tril()
     with use(model, window=3):
         assert largest(parallel(model, ids, attention_mask=causal) - parallel(model, ids)) < TINY
+        causal[0, 0, 2, 3] = True  # the tensor that was right before
+        with pytest.raises(ValueError, match=FUTURE):
+            parallel(model, ids, attention_mask=causal)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -15,4 +15,4 @@ def test_a_random_script_gives_the_logits_of_a_pass_without_a_cache(seed):
 def test_scripts_see_a_ring_that_is_out_of_order(monkeypatch):
     """A test of the tests."""
     monkeypatch.setattr(Room, "oldest", lambda self: 0)
-    assert max(run_script(seed)[0] for seed in range(8)) > 1e-3
+    assert any(run_script(seed)[0] > 1e-3 for seed in range(8))

@@ -304,10 +304,11 @@ def _refuse_future(mask: Tensor, raw: Any, n: int) -> Tensor:
     )
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return private.checked(mask, ~mask[..., -n:].triu(1).any(), wrong)
-    if getattr(raw, "_ka_seen", None) != n:
+    seen = n, private.version(raw)
+    if getattr(raw, "_ka_seen", None) != seen:
         if bool(mask[..., -n:].triu(1).any()):
             raise ValueError(wrong)
-        raw._ka_seen = n
+        raw._ka_seen = seen
     return mask
 
 
