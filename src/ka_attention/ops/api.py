@@ -141,7 +141,7 @@ def _is_one_token_after_a_past(call: Call) -> bool:
     if x.q.shape[2] != 1 or x.k_past is None or call.options["softcap"] is not None:
         return False
     trains_gate = x.gate is not None and x.gate.requires_grad  # its gradient is 0 then, not absent
-    return not trains_gate and (x.mask is None or not torch.is_grad_enabled())
+    return not trains_gate and (x.mask is None or not x.may_train)
 
 
 def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:

@@ -175,7 +175,7 @@ def attend(tensors: Tensors, options: Options, backend: str) -> Tensor:
             "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
             "derivative of torch.autograd and run under torch.vmap"
         )
-    save = torch.is_grad_enabled() and (library or any(x is not None and x.requires_grad for x in leaves))
+    save = tensors.may_train or (library and torch.is_grad_enabled())
     run: Callable = forward if library else _apply if save else _forward
     return run(*tensors, options["scale"], options["window"], options["softcap"], save, backend, REVISION)[0]
 
