@@ -53,6 +53,7 @@ def test_layouts(layout, options):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:gate goes from")
 @pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_reaches_no_earlier_row(window, value):
