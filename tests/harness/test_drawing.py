@@ -48,8 +48,8 @@ def test_names_stand_at_the_ends_and_apart():
     line(ax, [0, 1], [[0.0], [1.002]], label="to 1.002")
     name_lines(ax)
     assert {text.get_text() for text in ax.texts} == {"to 1.0", "to 1.001", "to 1.002", "to 5.0"}
-    places = sorted(ax.transData.transform(text.xy)[1] + text.xyann[1] * figure.dpi / 72 for text in ax.texts)
-    assert min(b - a for a, b in pairwise(places)) >= 11.9 * figure.dpi / 72
+    places = sorted(ax.transData.transform(text.xy)[1] * 72 / figure.dpi + text.xyann[1] for text in ax.texts)
+    assert min(b - a for a, b in pairwise(places)) >= 10.9
 
 
 def test_many_names_stand_above():

@@ -132,7 +132,7 @@ def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
     assert text.tables[0].columns[-1] == "PPL of 32–63"  # the last octave, a geometric mean
     assert text.tables[0].rows[0][-1].startswith(f"{((12 + 32) * (12 + 48)) ** 0.5:.1f}")
     axes = Figure().subplots()
-    text.figures[1].draw(axes)
+    text.figures[0].draw(axes)
     drawn = {each.get_label(): each[0].get_ydata().tolist() for each in axes.containers}
     assert drawn["GLA"] == pytest.approx([12.1, 28.1, (44.1 * 60.1) ** 0.5])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0–15", "16–31", "32–63"]

@@ -219,6 +219,7 @@ def _bars(arms: Sequence[ArmResults[Caches]], key: str, unit: str, ax: Any) -> N
         ax.bar_label(bars, labels=[digits(mean(numbers)) for _, numbers in shown], padding=3, fontsize=9)
     ax.set_yticks(range(len(arms)), [arm.label.replace(", ", ",\n") for arm in arms])
     ax.invert_yaxis()
+    ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel(unit)
     ax.margins(x=0.14)
     ax.grid(axis="y", visible=False)

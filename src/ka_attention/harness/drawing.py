@@ -18,13 +18,16 @@ COLOURS = {  # of kinds of arms
     "KA, signed gate per token": "C4",
     "softmax, every other layer KA": "C5",
     "softmax, every other layer with a window": "C6",
+    "GLA": "C3",
+    "DeltaNet": "C4",
+    "Mamba-2": "C7",
 }
 MARKERS = {None: "o", 4: "P", 8: "s", 16: "^", 32: "D", 64: "v", 256: "X"}  # of windows
 
 
 def look(arm: Arm) -> dict[str, Any]:
     """The colour of an arm's kind, the marker of its window, and a dashed line where it has one."""
-    colour = COLOURS.get(arm.kind) or f"C{crc32(arm.kind.encode()) % 8}"
+    colour = COLOURS.get(arm.kind) or f"C{3 + crc32(arm.kind.encode()) % 5}"  # not those of softmax and KA
     style = "-" if arm.window is None else "--"
     return {"color": colour, "marker": MARKERS.get(arm.window, "*"), "linestyle": style}
 
@@ -64,11 +67,12 @@ def name_lines(ax: Any, most: int = 6) -> None:
         return
     ax.autoscale_view()
     lines = [handle if hasattr(handle, "get_xdata") else handle[0] for handle in handles]  # of error bars, the line
-    points = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
-    heights = [ax.transData.transform(point)[1] for point in points]
-    gap, lowest = 12 * ax.figure.dpi / 72, -math.inf
-    for height, point, label, drawn in sorted(zip(heights, points, labels, lines, strict=True), key=lambda end: end[0]):
-        lowest = max(height, lowest + gap)  # the next name stands above this one
-        place = (6, (lowest - height) * 72 / ax.figure.dpi)
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    points = [ax.transData.transform(end) * 72 / ax.figure.dpi for end in ends]
+    placed: list[tuple[float, float]] = []
+    for (x, y), end, label, drawn in sorted(zip(points, ends, labels, lines, strict=True), key=lambda each: each[0][1]):
+        near = [height for beside, height in placed if abs(beside - x) < 72]
+        height = max([y, *(height + 11 for height in near)])  # names that end close by stand above one another
+        placed.append((x, height))
         style = {"color": drawn.get_color(), "fontsize": 8, "va": "center"}
-        ax.annotate(label, point, place, textcoords="offset points", **style)
+        ax.annotate(label, end, (6, height - y), textcoords="offset points", **style)

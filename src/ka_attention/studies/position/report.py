@@ -8,7 +8,7 @@ from typing import Any
 from ka_attention.harness.data import Description
 from ka_attention.harness.drawing import name_lines
 from ka_attention.harness.lengths import AtLength, draw_octaves, octaves
-from ka_attention.harness.statistics import changes, mean_sd, percent, verdict
+from ka_attention.harness.statistics import changes, mean_sd, percent, seeds_of, verdict
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.position.recipes import PositionRecipe
 
@@ -23,7 +23,8 @@ class Results:
 
 def sections(recipe: PositionRecipe, results: Results) -> list[Section]:
     """What was expected and what came, then a table and a figure for each length."""
-    return [_summary(recipe, results), *(_at(run) for run in results.lengths)]
+    *shorter, longest = results.lengths
+    return [_summary(recipe, results), *(_at(run, [_figure(run)]) for run in shorter), _at(longest, [])]
 
 
 def _summary(recipe: PositionRecipe, results: Results) -> Section:
@@ -40,7 +41,8 @@ def _summary(recipe: PositionRecipe, results: Results) -> Section:
         [f"{run.length:,}", *(mean_sd(arm.each(lambda read: read.ppl)) for arm in run.arms.values())]
         for run in results.lengths
     ]
-    return Section("By length", paragraphs, [Table("Validation PPL over all positions", ["tokens", *labels], rows)])
+    table = Table("Validation PPL over all positions", ["tokens", *labels], rows)
+    return Section("By length", paragraphs, [table], [_figure(results.lengths[-1])])
 
 
 def _came(run: AtLength) -> list[str]:
@@ -59,7 +61,7 @@ def _came(run: AtLength) -> list[str]:
     return sentences
 
 
-def _at(run: AtLength) -> Section:
+def _at(run: AtLength, figures: list[Figure]) -> Section:
     arms = list(run.arms.values())
     base, *others = arms
     rows = [
@@ -73,11 +75,16 @@ def _at(run: AtLength) -> Section:
         *(f"{arm.label} against {base.label}" for arm in others),
     ]
 
+    table = Table(f"Validation PPL by position at {run.length:,} tokens", columns, rows)
+    return Section(f"{run.length:,} tokens", (), [table], figures)
+
+
+def _figure(run: AtLength) -> Figure:
     def draw(ax: Any) -> None:
-        draw_octaves(arms, ax)
+        draw_octaves(list(run.arms.values()), ax)
         name_lines(ax)
 
-    caption = f"Validation PPL by position at {run.length:,} tokens, lower is better (mean over seeds; bars: ± 1 sd)"
-    figure = Figure(f"position_{run.length}", caption, draw)
-    table = Table(f"Validation PPL by position at {run.length:,} tokens", columns, rows)
-    return Section(f"{run.length:,} tokens", (), [table], [figure])
+    caption = (
+        f"Validation PPL by position at {run.length:,} tokens, lower is better ({seeds_of(list(run.arms.values()))})"
+    )
+    return Figure(f"position_{run.length}", caption, draw)

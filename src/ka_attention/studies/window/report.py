@@ -68,9 +68,13 @@ def sections(recipe: WindowRecipe, results: Results) -> list[Section]:
         "its window. At the same cache bytes KA should beat windowed softmax, and come near full softmax at a "
         "fraction of its cache. What must fit through a few vectors, as recall of many pairs, should break it."
     )
-    came = "**Came:** " + " ".join(_came(length, arms) for length, arms in runs)
-    summary = Section("Windows", [setting, expected, came])
-    return [summary, *(_text(length, arms) for length, arms in runs), _tasks(recipe, list(results.tasks.values()))]
+    came = [f"**Came:** {_came(length, arms)}" for length, arms in runs]
+    summary = Section("Windows", [setting, expected, *came], (), [_against_bytes(*runs[-1])])
+    return [
+        summary,
+        *(_text(length, arms, length != runs[-1][0]) for length, arms in runs),
+        _tasks(recipe, list(results.tasks.values())),
+    ]
 
 
 def _sized(run: AtLength, sizes: dict[str, int]) -> list[Sized]:
@@ -107,7 +111,7 @@ def _beside_peers(arms: list[Sized]) -> str:
     return f"Recurrent peers beside the KA cache nearest in size: {'; '.join(said)}. " if said else ""
 
 
-def _text(length: int, arms: list[Sized]) -> Section:
+def _text(length: int, arms: list[Sized], against_bytes: bool) -> Section:
     base = arms[0]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.bytes):
@@ -117,11 +121,7 @@ def _text(length: int, arms: list[Sized]) -> Section:
     columns = ["arm", "cache (KiB)", "validation PPL", f"against {base.label}", f"PPL of {positions}"]
     table = Table(f"{length:,} tokens: cache of one sequence, computed, and validation PPL", columns, rows)
     figures = [
-        Figure(
-            f"window_{length}",
-            f"Validation PPL against the cache of one sequence of {length:,} tokens; best is low and left",
-            partial(_draw_text, arms),
-        ),
+        *([_against_bytes(length, arms)] if against_bytes else []),
         Figure(
             f"window_{length}_position",
             f"Validation PPL by position, {length:,} tokens (mean over seeds)",
@@ -130,6 +130,11 @@ def _text(length: int, arms: list[Sized]) -> Section:
         ),
     ]
     return Section(f"Text of {length:,} tokens", (), [table], figures)
+
+
+def _against_bytes(length: int, arms: list[Sized]) -> Figure:
+    caption = f"Validation PPL against the cache of one sequence of {length:,} tokens; best is low and left"
+    return Figure(f"window_{length}", caption, partial(_draw_text, arms))
 
 
 def _draw_text(arms: list[Sized], ax: Any) -> None:
