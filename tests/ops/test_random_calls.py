@@ -15,15 +15,15 @@ FIRST = {"blocked": 0, None: 100_000, "reference": 200_000}
 @pytest.mark.parametrize("backend", FIRST)
 @pytest.mark.parametrize("part", range(3))
 def test_random_calls(backend, part):
-    for seed in range(FIRST[backend] + 12 * part, FIRST[backend] + 12 * part + 12):
+    for seed in range(FIRST[backend] + 8 * part, FIRST[backend] + 8 * part + 8):
         Call(seed).check(backend)
 
 
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 
     def test_random_calls_of_the_kernels():
-        """With the interpreter on a CPU; without NaN and without sizes of 0, which reach no kernel."""
-        for seed in range(int(os.environ.get("CALLS", "4"))):
+        """Few, as each takes the interpreter seconds: one after a past, one of packed sequences in a window."""
+        for seed in (1, 4):
             Call(seed, SMALL, SMALL_DTYPES).check("triton")
 
 else:
