@@ -167,7 +167,8 @@ def _attend(
         k, values, v = state.keys, state.values, state.value
         length = k.shape[2]
         mask, window = state.layer.align(mask, options.window, length)
-        options = options._replace(window=window)
+        if window != options.window:
+            options = options._replace(window=window)
     else:
         if dtype is not None:  # rotary embeddings leave queries and keys in float32
             q, k, value = q.to(dtype), k.to(dtype), value.to(dtype)

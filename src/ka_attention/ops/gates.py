@@ -10,6 +10,8 @@ def clamp_gate(gate: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     There, a gradient passes only where a step of descent leads back inside: the bounds are never a trap, and nothing is
     pushed further beyond them, for ever and without effect.
     """
+    if not torch.is_grad_enabled():  # a step of decoding, in which an autograd function takes longest of all
+        return gate.clamp(low, high)
     return _Clamp.apply(gate, low, high)
 
 
