@@ -5,6 +5,7 @@ from ka_attention.hf.cache.caches import KACache, KAStaticCache, bytes_per_token
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.layer import reconfigure
+from ka_attention.hf.ranks import sequence_parallel, share
 from ka_attention.hf.saving import load_adapter, save_adapter
 from ka_attention.hf.support import attention_modules, check_supported
 from ka_attention.hf.types import ka_classes, register
@@ -26,5 +27,7 @@ __all__ = [
     "reconfigure",
     "register",
     "save_adapter",
+    "sequence_parallel",
+    "share",
     "use",
 ]

@@ -121,7 +121,8 @@ def attention_forward(
         options = _Options(scale, window, softcap, dropout, cu_seq_lens_q)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
             dtype = torch.get_autocast_dtype(query.device.type) if autocast else None
-            out = _attend(module, layer, query, key, value if state is None else state, attention_mask, options, dtype)
+            attend = _attend if layer.group is None else _attend_over_ranks
+            out = attend(module, layer, query, key, value if state is None else state, attention_mask, options, dtype)
     if layer.gates_output:
         if ka_output_gate is None:
             raise RuntimeError(f"layer {layer.index} got no output gate: make the model with ka_attention.hf.attach")
@@ -246,6 +247,33 @@ def _parallel(
     )
 
 
+def _attend_over_ranks(
+    module: nn.Module,
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Any,
+    mask: Tensor | None,
+    options: _Options,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Attention of this process's share of the text, ``[B, n, Hq, D]``; softmax attention is the gate 0."""
+    if type(v) is KAState:
+        raise RuntimeError("a text that is split over processes is not cached: call the model with use_cache=False")
+    if mask is not None:
+        raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    gate: float | Tensor = 0.0
+    if layer.is_ka:
+        gate = layer.fixed_gate(v) if layer.gate is not None else _learned_gate(module, layer, v)
+    scale, window, softcap, _, ends = options
+    out = ka_attention(
+        q, k, v, gate=gate, scale=scale, window=window, cu_seqlens=ends, softcap=softcap, group=layer.group
+    )
+    return out.transpose(1, 2).contiguous()
+
+
 def _check_cache(state: KAState, layer: Layer) -> None:
     if state.layer.ka != layer.ka:
         raise RuntimeError(
@@ -268,8 +296,8 @@ def _refuse_split_tokens() -> None:
     parallelism = getattr(AcceleratorState, "_shared_state", {}).get("parallelism_config")
     if parallelism is not None and (getattr(parallelism, "cp_size", 1) > 1 or getattr(parallelism, "sp_size", 1) > 1):
         raise ValueError(
-            "parallelism_config: KA-attention does not work on sequences that are split over processes yet "
-            f"(cp_size {parallelism.cp_size}, sp_size {getattr(parallelism, 'sp_size', 1)}): set both to 1"
+            f"parallelism_config: cp_size {parallelism.cp_size} and sp_size {getattr(parallelism, 'sp_size', 1)} split "
+            "sequences in ways that KA-attention does not know: use ka_attention.hf.sequence_parallel and share"
         )
 
 

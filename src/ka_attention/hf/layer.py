@@ -25,6 +25,7 @@ class Layer:
     gate:         the fixed gate, None for a learned one.
     gates_output: the output is multiplied by silu(W_g x).
     is_plain:     softmax attention, or KA-attention of gate 1 without an adapter: what steps of decoding compute most.
+    group:        the processes over which a text is split (``sequence_parallel``), None for one process.
     """
 
     ka: KAConfig
@@ -37,6 +38,7 @@ class Layer:
     gates_output: bool
     has_adapter: bool
     is_plain: bool
+    group: Any = None
     _gates: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod

@@ -1,0 +1,120 @@
+"""A model whose texts are split over processes trains as in one process, and refuses what it cannot do."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from ka_attention.hf import KAConfig, attach, sequence_parallel, share
+
+STEPS, LENGTH = 20, 24
+HYBRID = KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.5)
+
+
+def make_model(ka=HYBRID, **changes):
+    """In float64 throughout, which a Llama is not: its norms are in float32."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=17,
+        hidden_size=24,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        **changes,
+    )
+    return attach(GPTNeoXForCausalLM(config), ka).double()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        ids = torch.randint(17, (2, LENGTH), generator=generator)
+        yield {"input_ids": ids, "labels": ids.where(torch.rand(ids.shape, generator=generator) < 0.8, -100)}
+
+
+def shifted(batch):
+    """The whole batch as ``share`` gives it to a group of one process."""
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return batch | {"shift_labels": labels, "num_items_in_batch": (labels != -100).sum()}
+
+
+def loss_of(model, batch, items):
+    """The loss of transformers, which computes it in float32, in float64; ``items`` tokens make a mean."""
+    out = model(**batch)
+    logits, labels = out.logits.flatten(0, 1), batch["shift_labels"].flatten()
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / items
+    assert torch.isclose(out.loss.double(), loss, rtol=1e-5)
+    return loss
+
+
+def losses(model, part=shifted, size=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    found = []
+    for batch in batches():
+        items = shifted(batch)["num_items_in_batch"].item() / size
+        loss = loss_of(model, part(batch), items)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+def work(rank, size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    group = dist.group.WORLD
+    expected = losses(make_model())
+    model = sequence_parallel(make_model(), group)
+    found = losses(DistributedDataParallel(model), lambda batch: share(batch, group), size)
+    dist.all_reduce(found)
+    assert (found / size - expected).abs().max() < 1e-10
+    assert (expected[0] - expected[-1]).abs() > 1e-3
+
+    batch = next(batches())
+    hidden = torch.zeros(2, LENGTH // size, dtype=torch.long)
+    for wrong, words in (({"use_cache": True}, "use_cache=False"), ({"attention_mask": hidden}, "pack")):
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            model(**share(batch, group) | wrong)
+    with pytest.raises(ValueError, match="no padding"):
+        share(batch | {"attention_mask": batch["labels"] > 0}, group)
+    with pytest.raises(ValueError, match="25 tokens cannot be shared out"):
+        share({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, group)
+    whole = sequence_parallel(copy.deepcopy(make_model()), None)
+    assert whole(**batch).logits.shape == (2, LENGTH, 17)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [3])
+def test_a_hybrid_trains_as_in_one_process(size, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    mp.spawn(work, (size, str(tmp_path)), nprocs=size)
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """A group that says it has two processes; nothing is sent."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_refusals_change_nothing(two_processes, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+    model = make_model()
+    with pytest.raises(ValueError, match="6 query and 6 key heads, which must be multiples of the 4"):
+        sequence_parallel(model, two_processes)
+    assert all(layer.attention.ka_layer.group is None for layer in model.gpt_neox.layers)
+    with pytest.raises(ValueError, match="dropout"):
+        sequence_parallel(make_model(KAConfig(gate_init=0.0), attention_dropout=0.1), two_processes)
+    config = GPTNeoXConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=8)
+    with pytest.raises(ValueError, match="no KA model"):
+        sequence_parallel(GPTNeoXForCausalLM(config), two_processes)
+    sequence_parallel(make_model(KAConfig(window=3)), two_processes)  # windows ask nothing of the heads
