@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from ka_attention.hf import KAConfig, attach, sequence_parallel, share
+from ka_attention.hf import KACache, KAConfig, attach, sequence_parallel, share
 
 STEPS, LENGTH = 20, 24
 HYBRID = KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.5)
@@ -77,8 +77,9 @@ def work(rank, size, folder):
     assert (expected[0] - expected[-1]).abs() > 1e-3
 
     batch = next(batches())
+    cache = {"past_key_values": KACache(model.config), "use_cache": True}
     hidden = torch.zeros(2, LENGTH // size, dtype=torch.long)
-    for wrong, words in (({"use_cache": True}, "use_cache=False"), ({"attention_mask": hidden}, "pack")):
+    for wrong, words in ((cache, "use_cache=False"), ({"attention_mask": hidden}, "pack")):
         with pytest.raises((RuntimeError, ValueError), match=words):
             model(**share(batch, group) | wrong)
     with pytest.raises(ValueError, match="no padding"):

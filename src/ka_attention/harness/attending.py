@@ -47,7 +47,7 @@ def attending(compute: Callable[[Call], Tensor]) -> Iterator[None]:
         layer = Layer.of(module)
         gate: float | Tensor = 0.0
         if layer.is_ka:
-            gate = layer.fixed_gate(value) if layer.gate is not None else module.ka_gate(value)
+            gate = layer.gate_of(module, value)
         window = layer.ka.window_of(layer.index, sliding_window)
         options = {"gate": gate, "scale": scaling, "window": window, "softcap": softcap}
         out = compute(Call(layer.index, query, key, value, options)).transpose(1, 2).contiguous()

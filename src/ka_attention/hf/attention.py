@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ka_attention.hf.cache.state import KAState
-from ka_attention.hf.layer import Layer
+from ka_attention.hf.layer import Layer, Options
+from ka_attention.hf.ranks import attend_share
 from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
 
@@ -118,26 +119,16 @@ def attention_forward(
         window = layer.window
         if layer.is_ka and sliding_window is not None:  # a softmax layer's own window is in its mask
             window = sliding_window if window is None else min(window, sliding_window)
-        options = _Options(scale, window, softcap, dropout, cu_seq_lens_q)
+        options = Options(scale, window, softcap, dropout, cu_seq_lens_q)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
             dtype = torch.get_autocast_dtype(query.device.type) if autocast else None
-            attend = _attend if layer.group is None else _attend_over_ranks
+            attend = _attend if layer.group is None else attend_share
             out = attend(module, layer, query, key, value if state is None else state, attention_mask, options, dtype)
     if layer.gates_output:
         if ka_output_gate is None:
             raise RuntimeError(f"layer {layer.index} got no output gate: make the model with ka_attention.hf.attach")
         out = out * ka_output_gate.view_as(out)
     return out, None
-
-
-class _Options(NamedTuple):
-    """How the scores are made, and of which tokens; ``ends`` are those of packed sequences, 0, …, n."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    dropout: float
-    ends: Tensor | None
 
 
 def _decode_step(module: nn.Module, layer: Layer, q: Tensor, state: KAState, scale: float) -> Tensor:
@@ -157,7 +148,7 @@ def _attend(
     k: Tensor,
     value: Any,
     raw_mask: Tensor | None,
-    options: _Options,
+    options: Options,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Attention of any new tokens, ``[B, n, Hq, D]``; in ``dtype`` without a cache, which has one of its own."""
@@ -208,7 +199,7 @@ def _attend(
             f"ka_config has an adapter for layer {layer.index}, which has none: make the model with "
             "ka_attention.hf.attach"
         )
-    gate = layer.fixed_gate(v) if layer.gate is not None else _learned_gate(module, layer, v)
+    gate = layer.gate_of(module, v)
     if n == 1:
         values = values if length > 1 else repeat_heads(values, q)  # a cache repeats what it keeps
         out = _one(q, k, values, mask, options)
@@ -223,13 +214,13 @@ def _attend(
     return out.transpose(1, 2).contiguous()
 
 
-def _is_narrow(length: int, options: _Options) -> bool:
+def _is_narrow(length: int, options: Options) -> bool:
     """Whether a softmax layer's window is so much shorter than ``length`` that the operator is faster."""
     return length >= SHORT and options.window is not None and 4 * options.window <= length and not options.dropout
 
 
 def _parallel(
-    q: Tensor, k: Tensor, values: Tensor, v: Tensor, mask: Tensor | None, gate: float | Tensor, options: _Options
+    q: Tensor, k: Tensor, values: Tensor, v: Tensor, mask: Tensor | None, gate: float | Tensor, options: Options
 ) -> Tensor:
     """KA-attention ``[B, Hq, n, D]`` of several new tokens by the operator."""
     past = k.shape[2] - q.shape[2]
@@ -245,33 +236,6 @@ def _parallel(
         cu_seqlens=options.ends,
         softcap=options.softcap,
     )
-
-
-def _attend_over_ranks(
-    module: nn.Module,
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Any,
-    mask: Tensor | None,
-    options: _Options,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Attention of this process's share of the text, ``[B, n, Hq, D]``; softmax attention is the gate 0."""
-    if type(v) is KAState:
-        raise RuntimeError("a text that is split over processes is not cached: call the model with use_cache=False")
-    if mask is not None:
-        raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    gate: float | Tensor = 0.0
-    if layer.is_ka:
-        gate = layer.fixed_gate(v) if layer.gate is not None else _learned_gate(module, layer, v)
-    scale, window, softcap, _, ends = options
-    out = ka_attention(
-        q, k, v, gate=gate, scale=scale, window=window, cu_seqlens=ends, softcap=softcap, group=layer.group
-    )
-    return out.transpose(1, 2).contiguous()
 
 
 def _check_cache(state: KAState, layer: Layer) -> None:
@@ -299,16 +263,6 @@ def _refuse_split_tokens() -> None:
             f"parallelism_config: cp_size {parallelism.cp_size} and sp_size {getattr(parallelism, 'sp_size', 1)} split "
             "sequences in ways that KA-attention does not know: use ka_attention.hf.sequence_parallel and share"
         )
-
-
-def _learned_gate(module: nn.Module, layer: Layer, v: Tensor) -> Tensor:
-    gate = getattr(module, "ka_gate", None)
-    if gate is None:
-        raise RuntimeError(
-            f"ka_config asks for a learned gate ({layer.ka.gate!r}) and layer {layer.index} has none: "
-            "make the model with ka_attention.hf.attach"
-        )
-    return gate(v)
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -355,7 +309,7 @@ def _in_one_sequence(mask: Tensor | None, ends: Tensor, n: int) -> Tensor:
     return same if mask is None else mask & same
 
 
-def _softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
+def _softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """Standard attention, ``[B, n, Hq, D]``, on PyTorch's kernels unless the scores are capped."""
     n, length, (scale, window, softcap, dropout, _) = q.shape[2], k.shape[2], options
     if mask is None and 1 < n < length:  # the prefill of a static cache of transformers: causal from its first slot
@@ -379,7 +333,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
     return scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
 
 
-def _one(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
+def _one(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """KA-attention ``[B, Hq, 1, D]`` of one new token; the values ``[B, Hq, S, D]`` are U of the past and its own V."""
     scale, window, softcap = options[:3]
     if softcap is None:
@@ -398,7 +352,7 @@ def _token_by_token(
     mask: Tensor,
     gate: float | Tensor,
     adapter: nn.Module,
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """(A, adapter(A)) of the new tokens, one after another, as each reads what the adapter made of those before."""
     n = q.shape[2]

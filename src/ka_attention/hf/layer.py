@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,16 @@ from torch.compiler import is_dynamo_compiling
 
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules, text_config
+
+
+class Options(NamedTuple):
+    """How the scores are made, and of which tokens; ``ends`` are those of packed sequences, 0, …, n."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+    ends: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +84,18 @@ class Layer:
         """Whether its window leaves some of ``length`` tokens out."""
         return self.window is not None and self.window < length
 
-    def fixed_gate(self, v: Tensor) -> float | Tensor:
-        """The fixed gate: a number, or ``[Hq]`` on the device of ``v`` in float32 or better."""
+    def gate_of(self, module: nn.Module, v: Tensor) -> float | Tensor:
+        """The gate for values ``v``: a number, ``[Hq]`` or ``[B, Hq, n]`` in float32 or better."""
+        if self.gate is None:
+            gate = getattr(module, "ka_gate", None)
+            if gate is None:
+                raise RuntimeError(
+                    f"ka_config asks for a learned gate ({self.ka.gate!r}) and layer {self.index} has none: "
+                    "make the model with ka_attention.hf.attach"
+                )
+            return gate(v)
         if not isinstance(self.gate, tuple):
-            return self.gate  # type: ignore[return-value]
+            return self.gate
         dtype = torch.promote_types(v.dtype, torch.float32)
         if is_dynamo_compiling():
             return torch.tensor(self.gate, dtype=dtype, device=v.device)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ka_attention.hf.layer import Layer
+from ka_attention.hf.layer import Layer, Options
 from ka_attention.hf.support import attention_modules, text_config
+from ka_attention.ops import ka_attention
 
 IGNORED = -100  # a label that is not asked for
 
@@ -80,3 +81,28 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
     if "shift_labels" in batch:
         cut["num_items_in_batch"] = (batch["shift_labels"] != IGNORED).sum() / size
     return {**cut, "use_cache": False}
+
+
+def attend_share(
+    module: nn.Module,
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Any,
+    mask: Tensor | None,
+    options: Options,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Attention of this process's share of the text, ``[B, n, Hq, D]``; softmax attention is the gate 0."""
+    if not isinstance(v, Tensor) or v.shape[2] != q.shape[2]:
+        raise RuntimeError("a text that is split over processes is not cached: call the model with use_cache=False")
+    if mask is not None:
+        raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    gate = layer.gate_of(module, v) if layer.is_ka else 0.0
+    scale, window, softcap, _, ends = options
+    out = ka_attention(
+        q, k, v, gate=gate, scale=scale, window=window, cu_seqlens=ends, softcap=softcap, group=layer.group
+    )
+    return out.transpose(1, 2).contiguous()
