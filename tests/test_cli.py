@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,7 +45,10 @@ def test_train_evaluate_and_report_are_the_parts_of_compare(corpus, tmp_path):
     half = json.loads((out / "results.json").read_text())
     answers = half["arms"]["ka"]["seeds"][0]
     assert [name for name, answer in answers.items() if answer] == ["training"]
-    assert ka("evaluate", out).exit_code == 0
+    said = ka("evaluate", out)
+    assert said.exit_code == 0
+    summary = said.output[: said.output.index("\nReport: ")]
+    assert re.search(r"─{20}\n(.*\n)* +KA\b.*\d", summary)
     whole = json.loads((out / "results.json").read_text())
     answers = whole["arms"]["ka"]["seeds"][0]
     assert {"training", "caches", "perplexity", "memory", "reversal"} <= {name for name in answers if answers[name]}

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import pytest
@@ -19,7 +20,7 @@ from ka_attention.harness.study import open_store, publish, read
 from ka_attention.harness.tasks import Exam, Group, Learned, Score
 from ka_attention.harness.training import Epoch, Training, mean_loss
 from ka_attention.hf import register
-from ka_attention.studies.compare import report
+from ka_attention.studies.compare import report, study
 from ka_attention.studies.compare.report import Results
 from ka_attention.studies.compare.study import COMPARISON
 
@@ -213,3 +214,20 @@ def test_what_the_seeds_can_say_of_the_text(finished, ka, said):
     summary, *_ = report.sections(recipe, Results(results.data, found))
     assert said in summary.paragraphs[0]
     assert summary.figures[0].name == "training"
+
+
+def test_the_bar_of_a_run_counts_its_parts(finished, monkeypatch):
+    recipe, out, _ = finished
+    counted = []
+
+    @contextmanager
+    def bar(_, total):
+        counted.append(total)
+        yield lambda steps: counted.append(-steps)
+
+    monkeypatch.setattr(study, "bar", bar)
+    for work in (COMPARISON.run, COMPARISON.train):
+        counted.clear()
+        work(recipe, open_store(COMPARISON, recipe, out), 2)
+        assert len(counted) > 8
+        assert sum(counted) == 0

@@ -6,10 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Grid
+from rich.text import Text
 
 from ka_attention.harness.store import main_process
+from ka_attention.report.document import Table
 
 console = Console(quiet=not main_process(), highlight=False)
 
@@ -25,10 +29,35 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+_open: list[Progress] = []  # the bar of the whole run, under which those of its parts stand
+
+
 @contextmanager
 def bar(label: str, total: int, *, console: Console = console) -> Iterator[Callable[[int], None]]:
-    """A progress bar of ``total`` steps: call what it yields with steps done. On a terminal only, gone at the end."""
+    """A progress bar of ``total`` steps: call what it yields with steps done. On a terminal only, gone at the end.
+
+    A bar that is opened within another one stands below it.
+    """
+    if _open:
+        task = _open[0].add_task(label, total=total)
+        yield lambda steps: _open[0].advance(task, steps)
+        _open[0].remove_task(task)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
-        yield lambda steps: progress.advance(task, steps)
+        _open.append(progress)
+        try:
+            yield lambda steps: progress.advance(task, steps)
+        finally:
+            _open.clear()
+
+
+def show(table: Table, *, console: Console = console) -> None:
+    """Print a table of a report."""
+    grid = Grid(*table.columns, title=Text(table.caption), box=box.SIMPLE_HEAD, title_justify="left")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for row in table.rows:
+        grid.add_row(*map(Text, row))
+    console.print(grid)

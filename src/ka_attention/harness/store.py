@@ -48,6 +48,7 @@ class Store:
     def __init__(self, out: Path, identity: dict[str, Json]) -> None:
         self.out = Path(out)
         self.identity: dict[str, Json] = {}
+        self.on_part: Callable[[int], None] = lambda _: None  # called with 1 after each part
         for folder in (self.out, *self.out.parents):
             if folder.exists():
                 if not folder.is_dir():
@@ -104,6 +105,7 @@ class Store:
             whole = False
         if not whole:
             raise UserError(f"--out: {path} is damaged: delete it, and the same command makes it again")
+        self.on_part(1)
         return found
 
     def done(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ka_attention.errors import UserError
 from ka_attention.files import read_object, write_atomically
 from ka_attention.harness import environment
-from ka_attention.harness.progress import console, quiet_libraries
+from ka_attention.harness.progress import console, quiet_libraries, show
 from ka_attention.harness.records import Json, from_json, to_json
 from ka_attention.harness.settings import override, restore
 from ka_attention.harness.store import Store, main_process
@@ -85,13 +85,18 @@ def publish(study: Study, recipe: Any, store: Store, seeds: int, results: Any) -
 
 
 def report(study: Study, stored: Json, out: Path) -> None:
-    """Render what ``results.json`` holds into ``out``; a ``note`` that someone added follows the summary."""
+    """Render what ``results.json`` holds into ``out`` and print the first table.
+
+    A ``note`` that someone added follows the summary.
+    """
     recipe = restore(type(next(iter(study.recipes.values()))), stored["recipe"])
     names = [field.name for field in fields(study.results)]
     results = from_json(study.results, {name: stored[name] for name in names if name in stored}, "results")
     note = [Section("Note on this run", [stored["note"]])] if "note" in stored else []
     summary, *rest = study.sections(recipe, results)
     render(study.question, [summary, *note, *rest], stored["environment"], out)
+    for table in [table for section in (summary, *rest) for table in section.tables][:1]:
+        show(table)
     console.print(f"\nReport: {out / 'report.html'} (and report.md, results.json)", soft_wrap=True, markup=False)
 
 

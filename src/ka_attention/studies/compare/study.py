@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from ka_attention.harness.arms import Arm, ArmResults, arm, build
 from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.progress import console
+from ka_attention.harness.progress import bar, console
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import Learned, Plan, learn
 from ka_attention.harness.timing import in_turns
@@ -59,15 +60,25 @@ class Comparison:
         store.identify(data=text.description)
         console.print(_announcement(recipe, text), soft_wrap=True)
         answers: dict[str, list[Answers]] = {each.name: [] for each in arms}
-        for seed in range(seeds):
-            for each in arms:
-                trained = _train(each, recipe, text, store, seed)
-                found = _evaluate(trained, store) if evaluate else {}
-                answers[each.name].append(Answers(trained.training, **found))
-        steps = store.part("steps", _steps, recipe, text, arms) if evaluate else {}
+        with bar(f"{recipe.name}: all parts", _count(recipe, seeds, evaluate)) as store.on_part:
+            for seed in range(seeds):
+                for each in arms:
+                    trained = _train(each, recipe, text, store, seed)
+                    found = _evaluate(trained, store) if evaluate else {}
+                    answers[each.name].append(Answers(trained.training, **found))
+            steps = store.part("steps", _steps, recipe, text, arms) if evaluate else {}
+            chains = _chains(recipe, store, seeds) if evaluate and recipe.chain_samples else {}
         found = {each.name: ArmResults(each, tuple(answers[each.name])) for each in arms}
-        chains = _chains(recipe, store, seeds) if evaluate and recipe.chain_samples else {}
         return Results(text.description, found, chains, steps)
+
+
+def _count(recipe: CompareRecipe, seeds: int, evaluate: bool) -> int:
+    """How many parts a run has."""
+    trained = seeds * len(recipe.arms)
+    if not evaluate:
+        return trained
+    chains = len(CHAIN_MODELS) * max(seeds, recipe.chains[1].least_seeds) if recipe.chain_samples else 0
+    return trained * (1 + len(EVALUATIONS)) + 1 + chains
 
 
 def _part(kind: str, name: str, seed: int) -> str:
@@ -116,8 +127,8 @@ def _chains(recipe: CompareRecipe, store: Store, seeds: int) -> dict[str, Learne
 def _announcement(recipe: CompareRecipe, text: Text) -> str:
     about = text.description
     return (
-        f"[bold]{recipe.name}[/bold]: {about.source}, {recipe.train_samples:,} + {recipe.validation_samples:,} "
-        f"sequences of {recipe.sequence_length} tokens from {about.train_documents:,} + "
+        f"[bold]{recipe.name}[/bold]: {escape(about.source)}, {recipe.train_samples:,} + "
+        f"{recipe.validation_samples:,} sequences of {recipe.sequence_length} tokens from {about.train_documents:,} + "
         f"{about.validation_documents:,} documents, vocabulary {about.tokenizer_size:,}"
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from ka_attention.harness import tokenizer as tokenizers
@@ -69,8 +70,8 @@ class Reversal:
         )
         store.identify(data=data)
         console.print(
-            f"[bold]{recipe.name}[/bold]: {facts.source}, {sum(data.people.values())} people, {len(sentences):,} "
-            f"training sentences, {data.questions:,} questions"
+            f"[bold]{recipe.name}[/bold]: {escape(facts.source)}, {sum(data.people.values())} people, "
+            f"{len(sentences):,} training sentences, {data.questions:,} questions"
         )
         quiz = Quiz(tokenizer, training_set, known, questions)
         entries: dict[str, Entry] = {}
