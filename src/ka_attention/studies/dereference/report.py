@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ka_attention.harness.drawing import name_lines
 from ka_attention.harness.statistics import mean, mean_sd
 from ka_attention.harness.tasks import SOLVED, Learned, draw_groups, reach
 from ka_attention.report.document import Figure, Section, Table
@@ -98,4 +99,4 @@ def _draw(recipe: DereferenceRecipe, arms: list[Learned], test: int, ax: Any) ->
     draw_groups(arms, test, ax)
     ax.axhline(100 / recipe.chains, color="gray", linewidth=1)
     ax.set_xlabel("depth (references to follow)")
-    ax.legend(fontsize=7)
+    name_lines(ax)

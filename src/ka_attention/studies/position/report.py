@@ -80,11 +80,11 @@ def _at(run: AtLength, figures: list[Figure]) -> Section:
 
 
 def _figure(run: AtLength) -> Figure:
+    arms = list(run.arms.values())
+
     def draw(ax: Any) -> None:
-        draw_octaves(list(run.arms.values()), ax)
+        draw_octaves(arms, ax)
         name_lines(ax)
 
-    caption = (
-        f"Validation PPL by position at {run.length:,} tokens, lower is better ({seeds_of(list(run.arms.values()))})"
-    )
+    caption = f"Validation PPL by position at {run.length:,} tokens, lower is better ({seeds_of(arms)})"
     return Figure(f"position_{run.length}", caption, draw)

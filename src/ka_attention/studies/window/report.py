@@ -70,11 +70,8 @@ def sections(recipe: WindowRecipe, results: Results) -> list[Section]:
     )
     came = [f"**Came:** {_came(length, arms)}" for length, arms in runs]
     summary = Section("Windows", [setting, expected, *came], (), [_against_bytes(*runs[-1])])
-    return [
-        summary,
-        *(_text(length, arms, length != runs[-1][0]) for length, arms in runs),
-        _tasks(recipe, list(results.tasks.values())),
-    ]
+    texts = [_text(length, arms, against_bytes=length != runs[-1][0]) for length, arms in runs]
+    return [summary, *texts, _tasks(recipe, list(results.tasks.values()))]
 
 
 def _sized(run: AtLength, sizes: dict[str, int]) -> list[Sized]:
@@ -111,7 +108,7 @@ def _beside_peers(arms: list[Sized]) -> str:
     return f"Recurrent peers beside the KA cache nearest in size: {'; '.join(said)}. " if said else ""
 
 
-def _text(length: int, arms: list[Sized], against_bytes: bool) -> Section:
+def _text(length: int, arms: list[Sized], *, against_bytes: bool) -> Section:
     base = arms[0]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.bytes):
