@@ -240,7 +240,7 @@ def check() -> None:
 
 
 def run(sections: list[str] | None = None, path: Path | None = None) -> Iterator[str]:
-    """The tables, each as soon as it is there; ``path`` gets all figures so far with each of them."""
+    """The tables, each as soon as it is there; ``path`` gets every figure at once."""
     if not torch.cuda.is_available():
         yield "needs a CUDA device"
         return
@@ -248,10 +248,12 @@ def run(sections: list[str] | None = None, path: Path | None = None) -> Iterator
     records: list[Record] = []
     for name in sections or SECTIONS:
         began = time.perf_counter()
-        found = list(SECTIONS[name]())
+        found: list[Record] = []
+        for record in SECTIONS[name]():
+            found.append(record)
+            if path:
+                path.write_text(json.dumps({"machine": machine(*VERSIONS), "records": records + found}, indent=1))
         records += found
-        if path:
-            path.write_text(json.dumps({"machine": machine(*VERSIONS), "records": records}, indent=1))
         yield f"{section_table(found)}\n\n({name}: {time.perf_counter() - began:.0f} s)"
 
 

@@ -173,6 +173,18 @@ def test_hard_rows(kind):
 
 
 @kernels
+@pytest.mark.parametrize(
+    "name", ["window over blocks, past", "short window, gate, past", "everything", "packed, short window"]
+)
+def test_windows_of_one_block_and_more_as_a_band(name, monkeypatch):
+    from ka_attention.ops.triton import backend
+
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(backend, "narrow_rows", lambda *_: None)
+    assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
+
+
+@kernels
 @pytest.mark.parametrize("links", [1, 2])
 @pytest.mark.parametrize("name", ["window over blocks", "short window", "gate per token", "packed", "padding"])
 def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):

@@ -26,6 +26,7 @@ class Narrow(Plan):
         self.segments = triton.cdiv(blocks, self.span)
         self.width = 2 * self.BM if self.save else 0
         self.options = tiles.narrow_options(self.BM, q)
+        self.constants["APART"] = self.packed or self.constants["HAS_MASK"]
         scale, _, softcap, _ = others[-4:]
         self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window, self.span, self.segments
         self.grid = (heads * self.segments,)

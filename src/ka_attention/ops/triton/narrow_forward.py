@@ -6,7 +6,8 @@ A block of BM ≥ window − 1 rows reads, of all that lies before it, the block
 
 `maps_kernel` forms R and F, and walks the blocks of a segment with U = 0 before it. That gives what the segment makes
 of any U before it, U ↦ c + M U: a map of BM rows. `scan_kernel` goes through the maps of a head, and `apply_kernel`
-walks again: R, F and U are there already. Cached tokens are the block before the first.
+walks again: R, F and U are there already. Cached tokens are the block before the first, packed sequences are one with
+a mask. Where a mask keeps tokens apart (APART) it keeps apart also what is not finite; the check costs 6 to 8 %.
 """
 
 import triton
@@ -91,13 +92,13 @@ def _spread(W, x):
 
 @triton.jit
 def _read(R, v, F, u, V, r0, V_ROW: tl.constexpr, n, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-          DOT: tl.constexpr):  # fmt: skip
-    """R v + F u, v being the rows r0 … of V. What is not finite in v and u reaches those who give it weight: 0 · NaN
-    is 0 here.
+          APART: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """R v + F u, v being the rows r0 … of V. With APART what is not finite in v and u reaches those who give it weight
+    and nobody else: 0 · NaN is 0 there.
     """
     a = tl.dot(R.to(v.dtype), v, input_precision=DOT)
     a = tl.dot(F.to(v.dtype), u, a, input_precision=DOT)
-    if tl.sum(a * 0.0) != 0.0:
+    if APART and tl.sum(a * 0.0) != 0.0:
         v = block(V, r0, V_ROW, n, BM, D, BD)  # again, so that it need not stay in registers
         a = tl.dot(_spread(R, v).to(v.dtype), _finite(v), input_precision=DOT)
         a = tl.dot(_spread(F, u).to(v.dtype), _finite(u), a, input_precision=DOT)
@@ -112,7 +113,7 @@ def maps_kernel(
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, WHOLE: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The blocks of one segment of one head: log-sum-exp, R and F side by side in RF [T, 2 BM], and the segment's map.
     WHOLE: the segment is the sequence, so A itself.
@@ -158,10 +159,13 @@ def maps_kernel(
         pp = tl.math.exp2(sp - shift[:, None])
         total = tl.sum(p + pp, 1)
         tl.store(LSE + head * T + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < T)
-        known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
-        r = tl.where(total == 0.0, 0.0, 1.0 / total)
-        p = tl.where(known[:, None], p * r[:, None], 0.0)
-        pp = tl.where(known[:, None], pp * r[:, None], 0.0)
+        r = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+        p *= r
+        pp *= r
+        if APART:
+            known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
+            p = tl.where(known[:, None], p, 0.0)
+            pp = tl.where(known[:, None], pp, 0.0)
         L = tl.where(diagonal, 0.0, p)
         if HAS_GATE:
             g = gates(GATE, rows, gate_strides[2], T)
@@ -173,10 +177,10 @@ def maps_kernel(
             d = tl.sum(tl.where(diagonal, p, 0.0), 0)
             R = tl.where(diagonal, 1.0, S) * d[None, :]
         F = tl.dot(small(S, PRECISION), small(pp, PRECISION), pp, input_precision=DOT)
-        if tl.sum(total * 0.0) != 0.0:  # rows without weights, and those that read them
+        if APART and tl.sum(total * 0.0) != 0.0:  # rows without weights, and those that read them
             lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
             R = tl.where(tl.sum(lost, 1)[:, None] > 0.0, float("nan"), R)
-        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, DOT)
+        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, APART, DOT)
         if HAS_GATE:
             u = (v + g[:, None] * (a - v)).to(v.dtype)
         else:
@@ -218,7 +222,8 @@ def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BM: 
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     STATE, MAP, INTO, segments,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u ← c + M u over the segments of one head, for BD columns of the head dimension. STATE holds every c, INTO gets
     the u that each segment meets.
@@ -230,7 +235,7 @@ def scan_kernel(
     MAP += head * BM
     INTO += head * D
     zero = _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, False, DOT)
-    if tl.sum(zero) != 0.0:
+    if APART and tl.sum(zero) != 0.0:
         _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, True, DOT)
 
 
@@ -239,7 +244,7 @@ def apply_kernel(
     V, GATE, U_PAST, RF, STATE, A,
     v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
     V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A of one segment of one head, from the U before it and the R and F of its blocks."""
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
@@ -264,7 +269,7 @@ def apply_kernel(
         v = block(V, r0, V_ROW, T, BM, D, BD)
         R = block(RF, r0, 2 * BM, T, BM, BM, BM)
         F = block(RF + BM, r0, 2 * BM, T, BM, BM, BM)
-        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, DOT)
+        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, APART, DOT)
         put(A, a, r0, D, 0, T, BM, D, BD)
         if HAS_GATE:
             g = gates(GATE, r0 + i, gate_strides[2], T)
