@@ -89,6 +89,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     assert refused(
         ka("convert", out, "--tokens", "99", "--learning-rate", "nan"), "--learning-rate: expected a positive"
     )
+    assert refused(ka("convert", out, "--tokens", "99", "--learning-rate", "1e300"), "--learning-rate: expected a")
     assert not out.exists()
 
 

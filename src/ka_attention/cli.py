@@ -254,7 +254,7 @@ def convert(
     from ka_attention.commands.convert import command
     from ka_attention.conversion.raising import Conversion
 
-    if not 0 < learning_rate < float("inf"):
+    if not 0 < learning_rate < 1e38:  # what float32 holds
         raise UserError(f"--learning-rate: expected a positive number, got {learning_rate}")
     plan = Conversion(
         steps=1,
