@@ -215,7 +215,7 @@ def test_the_first_difference():
         (("generate", "{}", "x", "--cache", "kq"), "--cache: expected kv or ka, got 'kq'"),
         (("generate", "{}", "x", "--cache", "ka", "--compare"), "--compare shows both caches"),
         (("generate", "{}", ""), "PROMPT: expected at least one token"),
-        (("generate", "{}", "x", "--max-new-tokens", 2048), "at most 2,048 tokens; PROMPT has 1, got 2,048"),
+        (("generate", "{}", "x", "--max-new-tokens", 2048), "at most 2,048 tokens, PROMPT has 1, got 2,048"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint, arguments, message):
