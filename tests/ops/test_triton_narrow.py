@@ -3,6 +3,8 @@
 Runs as tests/ops/test_triton.py does: on the GPU, or in a process of its own in Triton's interpreter.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from problems import Problem
@@ -90,3 +92,26 @@ def test_packed_sequences_stay_apart(segments, divide):
     assert found[:, :, 25:51].isnan().all()
     assert torch.equal(found[:, :, :25], clean[:, :, :25])
     assert torch.equal(found[:, :, 51:], clean[:, :, 51:])
+
+
+@pytest.mark.parametrize(
+    ("window", "D", "dtype", "apart", "rows"),
+    [
+        (1, 64, torch.float16, False, None),
+        (2, 64, torch.float16, False, 16),
+        (17, 256, torch.bfloat16, True, 16),
+        (18, 128, torch.bfloat16, False, 32),
+        (18, 128, torch.bfloat16, True, None),
+        (65, 64, torch.bfloat16, True, 64),
+        (65, 128, torch.bfloat16, False, None),
+        (66, 64, torch.bfloat16, False, None),
+        (17, 64, torch.float32, False, 16),
+        (18, 64, torch.float32, False, None),
+    ],
+)
+def test_which_windows_are_narrow(window, D, dtype, apart, rows):
+    pytest.importorskip("triton")
+    from ka_attention.ops.triton import tiles
+
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 8, D))
+    assert tiles.narrow_rows(q, window, apart) == rows

@@ -13,12 +13,12 @@ MAX_HEAD_DIM = 256
 MAX_PLANS = 1024
 
 
-def outputs(q: Tensor, save: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(q: Tensor, save: bool, window: int | None, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
     each block what the backward would have to solve again: the rows of S, where I + S = (I − L G)⁻¹, or, for a narrow
-    window, those of R and F.
+    window, those of R and F. `apart`: there is a mask, or sequences are packed.
     """
-    rows = narrow_rows(q, window)
+    rows = narrow_rows(q, window, apart)
     width = choose(q).columns.BM if rows is None else 2 * rows
     return _outputs(q, width if save else 0)
 
@@ -63,7 +63,11 @@ def _plan(*arguments) -> Narrow | Wide:
         _check(q)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        plan = Wide(*arguments) if narrow_rows(q, window) is None else Narrow(*arguments)
+        plan = (
+            Wide(*arguments)
+            if narrow_rows(q, window, any(x is not None for x in tensors[-2:])) is None
+            else Narrow(*arguments)
+        )
         _plans[key] = plan
     return plan
 

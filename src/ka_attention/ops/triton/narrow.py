@@ -18,7 +18,8 @@ class Narrow(Plan):
 
     def __init__(self, da, q, *others):
         super().__init__(da, q, *others)
-        rows = tiles.narrow_rows(q, self.window)
+        apart = self.packed or self.constants["HAS_MASK"]
+        rows = tiles.narrow_rows(q, self.window, apart)
         assert rows is not None
         self.BM = rows
         blocks, heads = triton.cdiv(self.T, self.BM), self.B * self.H
@@ -26,7 +27,7 @@ class Narrow(Plan):
         self.segments = triton.cdiv(blocks, self.span)
         self.width = 2 * self.BM if self.save else 0
         self.options = tiles.narrow_options(self.BM, q)
-        self.constants["APART"] = self.packed or self.constants["HAS_MASK"]
+        self.constants["APART"] = apart
         scale, _, softcap, _ = others[-4:]
         self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window, self.span, self.segments
         self.grid = (heads * self.segments,)

@@ -74,10 +74,10 @@ def choose(q: Tensor) -> Table:
     return (HOPPER if _roomy(q.device) else SMALL)[size]
 
 
-def narrow_rows(q: Tensor, window: int | None) -> int | None:
+def narrow_rows(q: Tensor, window: int | None, apart: bool) -> int | None:
     """Rows of a block that reaches no further than the one before it: 16, 32 or 64, so three kernels serve all narrow
     windows. None for a wider window, for one of a single token, which reaches no other, and where registers would not
-    hold a block of so many rows of `q`.
+    hold a block of so many rows of `q`; `apart`, for a mask or packed sequences, takes more of them.
     """
     if window is None or not 2 <= window <= 65:
         return None
@@ -85,6 +85,8 @@ def narrow_rows(q: Tensor, window: int | None) -> int | None:
     if q.device == INTERPRETED:
         return rows
     size = 1024 if q.dtype == torch.float32 else 4096
+    if apart and rows == 32:
+        size //= 2
     return rows if rows * padded(q.shape[-1]) <= size else None
 
 
