@@ -5,6 +5,7 @@ import torch
 import zoo
 
 from ka_attention.conversion.fitting import LeastSquares, fit_gradient, fit_ridge, new_adapters, states
+from ka_attention.errors import UserError
 from ka_attention.hf import KAConfig, attention_modules, load_adapter, save_adapter, use
 from ka_attention.hf.adapters import LinearAdapter, MLPAdapter
 
@@ -166,3 +167,16 @@ def test_an_adapter_keeps_shape_and_dtype_and_treats_tokens_alone(adapter):
     a = torch.randn(1, 2, 5, 4)
     assert adapter(a.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(adapter(a)[:, :, 3:4], adapter(a[:, :, 3:4]))
+
+
+def test_a_fit_that_is_not_finite_stops_with_the_adapters_of_the_step_before(model):
+    adapters = new_adapters(model, "linear")
+    good = {i: {name: p.clone() for name, p in a.named_parameters()} for i, a in adapters.items()}
+    attention_modules(model)[1].v_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        UserError, match=r"^adapt: the loss is not finite \(nan\) in step 1, .* try a learning rate below"
+    ):
+        fit_gradient(model, zoo.tokens(8), adapters, steps=2, batch_size=4)
+    assert all(p.equal(good[i][name]) for i, a in adapters.items() for name, p in a.named_parameters())
+    with pytest.raises(UserError, match=r"^adapt: layer 1 has no finite solution"):
+        fit_ridge(model, zoo.tokens(8))
