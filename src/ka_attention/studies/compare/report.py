@@ -89,13 +89,16 @@ class Results:
 def sections(recipe: CompareRecipe, results: Results) -> list[Section]:
     """The answer in short with the first figure, the training, then a section for each evaluation."""
     arms = list(results.arms.values())
-    figures = [*_chains_figure(recipe, results), *_bytes_figure(arms), _training_figure(arms)]
+    methods = _methods_figure(arms)
+    figures = [*_chains_figure(recipe, results), *_bytes_figure(arms), *methods, _training_figure(arms)]
     found = [_summary(recipe, results, figures[0]), *_chains(recipe, results), *_bytes(recipe, figures[1:])]
     found.append(_training(recipe, arms, figures[1:]))
     for name, evaluation in EVALUATIONS.items():
         answered = _answered(arms, name)
         found += evaluation.sections(answered) if answered else []
-        found += _side_by_side(arms) if name == "conversion" else []
+        if name == "conversion" and methods and methods[0] is not figures[0]:
+            words = "Every way to decode the softmax-trained model with a KA cache, in one figure."
+            found.append(Section("Repairs side by side", [words], [], methods))
     return found
 
 
@@ -320,7 +323,7 @@ def _bytes_figure(arms: list[Answered]) -> list[Figure]:
         name_lines(ax)
 
     caption = f"Validation PPL against cache bytes a sequence, down and left is better ({seeds_of(arms)})"
-    return [Figure("ppl_by_cache_bytes", caption, draw)] if sizes else []
+    return [Figure("ppl_by_cache_bytes", caption, draw)] if len(sizes) > 1 else []
 
 
 def _bytes(recipe: CompareRecipe, figures: list[Figure]) -> list[Section]:
@@ -333,7 +336,7 @@ def _bytes(recipe: CompareRecipe, figures: list[Figure]) -> list[Section]:
     return [Section("PPL against cache bytes", [words], [], drawn)] if drawn else []
 
 
-def _side_by_side(arms: list[Answered]) -> list[Section]:
+def _methods_figure(arms: list[Answered]) -> list[Figure]:
     """Every way to decode a softmax-trained model with a KA cache, in one figure."""
     for arm in arms:
         fitted = [seed.adapters for seed in arm.seeds if seed.adapters]
@@ -346,10 +349,7 @@ def _side_by_side(arms: list[Answered]) -> list[Section]:
             last = [each.runs[f"{share:g}"].ppl for each in converted]
             ppl[f"conversion, {100 * share:.0f} % of the tokens"] = last
             caption = f"PPL of the softmax-trained model by method, lower is better ({seeds_of([arm])})"
-            words = f"{len(ppl) - 2} repairs beside the model itself and the plain swap."
-            return [
-                Section("Repairs side by side", [words], [], [Figure("ppl_by_method", caption, partial(_bars, ppl))])
-            ]
+            return [Figure("ppl_by_method", caption, partial(_bars, ppl))]
     return []
 
 
