@@ -77,14 +77,22 @@ def signed(number: float, digits: int = 1) -> str:
     return f"{round(number, digits) + 0.0:+,.{digits}f} %".replace("-", "−")
 
 
+def interval(numbers: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and half of its 95 % confidence interval (Student's t), None for a single number."""
+    if len(numbers) < 2:
+        return mean(numbers), None
+    quantile = _T95[min(len(numbers) - 1, len(_T95)) - 1]
+    return mean(numbers), quantile * deviation(numbers) / math.sqrt(len(numbers))
+
+
 def verdict(numbers: Sequence[float]) -> str:
     """What paired changes (0: no change) allow to say: higher, lower, or not different beyond the spread of the seeds.
 
     A difference is one if 0 lies outside the 95 % confidence interval of the mean (Student's t).
     """
-    if len(numbers) < 2:
+    middle, half = interval(numbers)
+    if half is None:
         return "undecided: one seed proves nothing"
-    quantile = _T95[min(len(numbers) - 1, len(_T95)) - 1]
-    if abs(mean(numbers)) <= quantile * deviation(numbers) / math.sqrt(len(numbers)):
+    if abs(middle) <= half:
         return "not different beyond the spread of the seeds"
-    return "higher" if mean(numbers) > 0 else "lower"
+    return "higher" if middle > 0 else "lower"

@@ -57,15 +57,18 @@ def choose(study: Study, name: str | None, assignments: Sequence[str]) -> Any:
 
 
 def open_store(study: Study, recipe: Any, out: Path) -> Store:
-    """The folder of a run; also readies libraries and, under torchrun, the group of processes."""
+    """The folder of a run; also readies libraries and, under torchrun, the group of processes.
+
+    A recipe may name ``choices``: settings that a continued run may have otherwise, as its parts do not depend on them.
+    """
     quiet_libraries()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
-    identity = {"schema_version": SCHEMA_VERSION, "study": study.name, "recipe": to_json(recipe)}
-    return Store(out, identity)
+    kept = {name: value for name, value in to_json(recipe).items() if name not in getattr(recipe, "choices", ())}
+    return Store(out, {"schema_version": SCHEMA_VERSION, "study": study.name, "recipe": kept})
 
 
 def publish(study: Study, recipe: Any, store: Store, seeds: int, results: Any) -> None:

@@ -7,12 +7,13 @@ from ka_attention.harness.study import Study
 from ka_attention.studies.compare.study import COMPARISON
 from ka_attention.studies.dereference.study import DEREFERENCE
 from ka_attention.studies.hops.study import HOPS
+from ka_attention.studies.hybrid.study import HYBRID
 from ka_attention.studies.position.study import POSITION
 from ka_attention.studies.reversal.study import REVERSAL
 from ka_attention.studies.state.study import STATE
 from ka_attention.studies.window.study import WINDOW
 
-_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE, WINDOW)
+_ALL: tuple[Study, ...] = (COMPARISON, REVERSAL, HOPS, POSITION, DEREFERENCE, STATE, WINDOW, HYBRID)
 STUDIES = {study.name: study for study in _ALL}
 
 

@@ -1,0 +1,233 @@
+"""What mixes tokens in a layer of a Llama-like model: attention in three parts, convolutions, recurrences, nothing.
+
+Every mixer is a module called as transformers calls Llama's attention, and says what it does in three parts, which the
+fast training runs apart: ``before`` (projections; compiled), ``mix`` (kernels that a compiler must not touch) and
+``after`` (output gate and projection; compiled). ``h`` is the normalised input ``[B, T, size]``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from ka_attention.errors import UserError
+from ka_attention.harness.peers import Mamba2Mixer
+from ka_attention.hf.layer import Layer
+from ka_attention.ops import ka_attention
+
+KERNEL = 4  # tokens that a convolution reads, the present one included
+RECURRENT = {"gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "gla": "GLA"}
+
+
+class ShortConvolution(nn.Module):
+    """``y_t = Σ_i w_i · x_{t−i}``, i < KERNEL, each channel apart (depthwise, causal): ``[B, T, size]`` to the same.
+
+    It starts as the identity. Within `streaming` it remembers the last KERNEL − 1 inputs between calls.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(KERNEL, size))
+        self.past: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.zero_()[0] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A sum of shifted products, which a compiler fuses with what stands around it.
+        length, weight = x.shape[1], self.weight.to(x.dtype)
+        if self.past is None:
+            earlier = F.pad(x, (0, 0, KERNEL - 1, 0))
+        else:
+            earlier = torch.cat([self.past, x], 1)
+            self.past = earlier[:, -(KERNEL - 1) :]
+        return sum(weight[i] * earlier[:, KERNEL - 1 - i : KERNEL - 1 - i + length] for i in range(KERNEL))  # type: ignore[return-value]
+
+
+@contextmanager
+def streaming(model: nn.Module, batch: int, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the convolutions of ``model`` continue where their last call ended, beginning with nothing."""
+    convolutions = [module for module in model.modules() if isinstance(module, ShortConvolution)]
+    for each in convolutions:
+        each.past = each.weight.new_zeros(batch, KERNEL - 1, each.weight.shape[1], dtype=dtype)
+    try:
+        yield
+    finally:
+        for each in convolutions:
+            each.past = None
+
+
+def convolution_bytes(model: nn.Module) -> int:
+    """Bytes of what the convolutions remember now."""
+    pasts = [module.past for module in model.modules() if isinstance(module, ShortConvolution)]
+    return sum(past.numel() * past.element_size() for past in pasts if past is not None)
+
+
+class Mixer(nn.Module):
+    """A mixer other than attention."""
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def mix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> tuple[Tensor, None]:
+        return self.after(*self.mix(*self.before(hidden_states, *position_embeddings))), None
+
+
+class HybridAttention(LlamaAttention):
+    """Llama's attention, softmax or KA as the model is attached, with what recurrent layers come with.
+
+    Without a convolution its parameters are named as Llama's, and those of a KA model's attention.
+
+    output_gate: it has a W_g of its own, where none comes with `ka_attention.hf.attach`.
+    convolution: a `ShortConvolution` "qkv": on queries, keys and values; "front": on the layer's input (Canon layers,
+                 arXiv 2512.17351); None: nowhere.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, *, output_gate: bool, convolution: str | None) -> None:
+        super().__init__(config, layer_idx)
+        size = config.hidden_size
+        if output_gate:
+            self.ka_output_gate = nn.Linear(size, size, bias=False)
+        self.front = ShortConvolution(size) if convolution == "front" else None
+        self.on_qkv = nn.ModuleList(ShortConvolution(size) for _ in range(3)) if convolution == "qkv" else None
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v ``[B, H, T, D]``, turned by the position, and with an output gate ``W_g h`` ``[B, T, size]``."""
+        gates = (self.ka_output_gate(h),) if "ka_output_gate" in self._modules else ()
+        if self.front is not None:
+            h = self.front(h)
+        projected = [project(h) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.on_qkv is not None:
+            projected = [convolve(x) for convolve, x in zip(self.on_qkv, projected, strict=True)]
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
+        q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+        return (q, k, v, *gates)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> tuple[Tensor, ...]:
+        """A ``[B, H, T, D]`` of whole sequences; softmax with a window on the operator too, which skips the rest."""
+        layer = Layer.of(self) if self.config._attn_implementation == "ka" else None
+        if layer is None or not (layer.is_ka or layer.window):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling), *gates
+        if layer.window == 1:  # a token reads its own value
+            return v, *gates
+        gate = layer.gate_of(self, v) if layer.is_ka else 0.0
+        return ka_attention(q, k, v, gate=gate, scale=self.scaling, window=layer.window), *gates
+
+    def after(self, a: Tensor, *gates: Tensor) -> Tensor:
+        a = a.transpose(1, 2).flatten(2)
+        return self.o_proj(F.silu(gates[0]) * a if gates else a)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        q, k, v, *gates = self.before(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        a, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        if "ka_output_gate" in kwargs:  # the attention function has multiplied
+            gates = []
+        return self.after(a.transpose(1, 2), *gates), None
+
+
+class GatedConvolution(Mixer):
+    """LFM2's short convolution: ``out_proj(c · conv(b · x))``, b, c, x projections of h; ``output_gate`` as above."""
+
+    def __init__(self, size: int, *, output_gate: bool) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(size, 3 * size, bias=False)
+        self.convolution = ShortConvolution(size)
+        self.out_gate = nn.Linear(size, size, bias=False) if output_gate else None
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        b, c, x = self.in_proj(h).chunk(3, -1)
+        return (b * x, c) if self.out_gate is None else (b * x, c, self.out_gate(h))
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        x, c, *gates = tensors
+        a = c * self.convolution(x)
+        return self.o_proj(F.silu(gates[0]) * a if gates else a)
+
+
+class NoMixing(Mixer):
+    """``o_proj(silu(W_g h) · W_v h)``: a gated layer in the place of attention in which no token meets another."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.v_proj, self.out_gate, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(3))
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return self.v_proj(h), self.out_gate(h)
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        v, gate = tensors
+        return self.o_proj(F.silu(gate) * v)
+
+
+class Recurrent(Mixer):
+    """A recurrent layer of flash-linear-attention: ``gdn``, ``mamba2`` or ``gla``; UserError where it cannot run.
+
+    Gated DeltaNet (with short convolutions on q, k, v) and GLA have output gates of their own, behind a norm, which
+    ``output_gate`` switches; Mamba-2's gate belongs to it. Heads are twice as wide as attention's, and half as many.
+    """
+
+    def __init__(self, name: str, config: Any, *, output_gate: bool) -> None:
+        super().__init__()
+        require_recurrent(name)
+        import fla.layers as fla
+
+        size, heads = config.hidden_size, config.num_attention_heads
+        half = max(1, heads // 2)
+        self.layer: nn.Module
+        if name == "gdn":
+            self.layer = fla.GatedDeltaNet(
+                hidden_size=size, head_dim=size // half, num_heads=half, expand_v=1, use_gate=output_gate
+            )
+        elif name == "gla":
+            self.layer = fla.GatedLinearAttention(hidden_size=size, num_heads=half, use_output_gate=output_gate)
+        else:
+            head = size // heads
+            self.layer = Mamba2Mixer(
+                fla.Mamba2(hidden_size=size, head_dim=head, state_size=head // 2, conv_kernel=KERNEL)
+            )
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return (h,)
+
+    def mix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(tensors[0].device.type, torch.bfloat16):  # some of the kernels refuse float32
+            return (self.layer(tensors[0])[0],)
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        return tensors[0]
+
+
+def require_recurrent(name: str) -> None:
+    """UserError where the kernels of a recurrent mixer cannot run."""
+    if importlib.util.find_spec("fla") is None or not torch.cuda.is_available():
+        raise UserError(
+            f"--set arms: {name} needs a CUDA device and flash-linear-attention (pip install flash-linear-attention); "
+            f"to leave recurrent mixers out, name the other arms"
+        )

@@ -1,0 +1,160 @@
+"""The recipes of the hybrid study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ka_attention.errors import UserError
+from ka_attention.harness.pretraining import PretrainingSettings
+from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridRecipe(LlamaSettings, PretrainingSettings):
+    """Models trained from scratch on plentiful text, and decoding with each of them.
+
+    data, tokenizer: as elsewhere (docs/data.md).
+    arms:            what mixes tokens in the layers (`models.arm`); the others are compared with the first.
+                     Arms may be added to a run later.
+    rates:           factors of ``learning_rate``. Of several, the best is taken for each kind of mixer, after training
+                     the first arm of the kind for ``rate_tokens`` with a data order of its own; 1 alone: no search.
+    gpus:            so many arms are trained side by side, each in a process with a GPU of its own (without a GPU:
+                     processes).
+    compiled:        where there is a GPU, compile the layers around their mixers and run steps as CUDA graphs.
+    decode_batch, decode_steps: sequences that decode together after ``sequence_length`` tokens, steps that are timed.
+    task_arms, task_layers, task_samples: made-up tasks: which arms, in how many layers, training sequences.
+    """
+
+    name: str
+    summary: str
+    data: str = "stdlib"
+    tokenizer: str = "train"
+    arms: tuple[str, ...]
+    rates: tuple[float, ...] = (1.0,)
+    rate_tokens: int = 1_000_000
+    gpus: int = 1
+    compiled: bool = True
+    decode_batch: int = 1
+    decode_steps: int = 8
+    task_arms: tuple[str, ...] = ()
+    task_layers: tuple[int, ...] = (2,)
+    task_samples: int = 6400
+
+    # What a continued run may have otherwise: each part says by its name what it is of.
+    choices: ClassVar[tuple[str, ...]] = ("summary", "arms", "gpus", "task_arms", "task_layers", "task_samples")
+
+    def __post_init__(self) -> None:
+        LlamaSettings.__post_init__(self)
+        PretrainingSettings.__post_init__(self)
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise UserError(f"--set arms: expected different names, got {','.join(self.arms)}")
+        self.chosen()
+        if self.rates != (1.0,) and self.rate_tokens < self.evaluations * self.batch_size * self.sequence_length:
+            raise UserError(
+                f"--set rate_tokens: expected enough for evaluations = {self.evaluations} steps to choose among "
+                f"several rates, got {self.rate_tokens}"
+            )
+
+    def chosen(self) -> dict[str, HybridArm]:
+        """The arms by name."""
+        return {name: arm(name) for name in self.arms}
+
+
+DECISIVE = (
+    "full-gated",
+    "3to1-ka-head-w4-gated",
+    "3to1-softmax-w4-gated",
+    "3to1-none-gated",
+    "3to1-conv-gated",
+)
+TABLE = (
+    *DECISIVE,
+    *("full", "3to1-ka-head-w4", "3to1-softmax-w4", "3to1-conv", "canon", "canon-gated"),
+    *("3to1-softmax-w1", "3to1-softmax-w1-gated"),
+    *(f"3to1-{kind}-w{w}{gate}" for w in (2, 8, 16, 64) for kind in ("ka-head", "softmax") for gate in ("", "-gated")),
+    *(f"3to1-{peer}-gated" for peer in ("gdn", "mamba2", "gla")),
+    *(f"all-{kind}-w{w}-gated" for w in (8, 16) for kind in ("ka-head", "softmax")),
+)
+_GPU: dict[str, Any] = {
+    "vocab_size": 16_384,
+    "sequence_length": 2048,
+    "batch_size": 16,
+    "evaluations": 4,
+    "validation_sequences": 256,
+    "arms": DECISIVE,
+    "decode_batch": 64,
+    "decode_steps": 16,
+}
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        HybridRecipe(
+            name="quick",
+            summary="0.8 M parameters, 256 tokens, on the Python standard library: minutes on two CPU cores",
+            vocab_size=2048,
+            hidden_size=96,
+            layers=4,
+            heads=3,
+            intermediate_size=256,
+            sequence_length=256,
+            batch_size=8,
+            train_tokens=2048 * 160,
+            validation_sequences=64,
+            evaluations=2,
+            learning_rate=4e-3,
+            warmup_steps=16,
+            arms=DECISIVE,
+            task_arms=("full-gated", "3to1-ka-head-w4-gated"),
+            task_layers=(4,),
+            task_samples=32 * 100,
+        ),
+        HybridRecipe(
+            name="11m",
+            summary="10.8 M parameters, 2,048 tokens, 32 M tokens an arm (--data FOLDER --seeds 3): 15 s each on a GPU",
+            hidden_size=256,
+            layers=8,
+            heads=4,
+            intermediate_size=728,
+            train_tokens=32_000_000,
+            learning_rate=4e-3,
+            **_GPU,
+        ),
+        HybridRecipe(
+            name="47m",
+            summary="47.7 M parameters, 2,048 tokens, 72 M tokens an arm (--data FOLDER --seeds 3): 90 s each on a GPU",
+            hidden_size=512,
+            layers=12,
+            heads=8,
+            intermediate_size=1448,
+            train_tokens=72_000_000,
+            learning_rate=2e-3,
+            **_GPU,
+        ),
+        HybridRecipe(
+            name="table",
+            summary="as 47m, with every arm of the question: an hour on a GPU and a seed; needs flash-linear-attention",
+            hidden_size=512,
+            layers=12,
+            heads=8,
+            intermediate_size=1448,
+            train_tokens=72_000_000,
+            learning_rate=2e-3,
+            rates=(0.5, 1.0, 2.0),
+            rate_tokens=8_000_000,
+            **_GPU | {"arms": TABLE},
+        ),
+        HybridRecipe(
+            name="120m",
+            summary="128 M parameters, 2,048 tokens, 144 M tokens an arm (--data FOLDER): minutes each on a GPU",
+            hidden_size=768,
+            layers=16,
+            heads=12,
+            intermediate_size=2104,
+            train_tokens=144_000_000,
+            learning_rate=1e-3,
+            **_GPU,
+        ),
+    )
+}

@@ -1,0 +1,281 @@
+"""The report of the hybrid study: loss against the bytes of the state, the time of training and that of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ka_attention.harness.statistics import interval, mean, mean_sd
+from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.hybrid.models import HybridArm, arm
+from ka_attention.studies.hybrid.recipes import HybridRecipe
+from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
+
+COLOURS = {
+    "full": "C0",
+    "softmax": "C1",
+    "ka": "C2",
+    "conv": "C3",
+    "none": "C4",
+    "gdn": "C5",
+    "mamba2": "C6",
+    "gla": "C8",
+}
+LEGEND_ABOVE = (4.8, 4.6)  # inches
+EXPECTED = (
+    "**Expected** (written before the run): a hybrid with three narrow layers to a full one beats full softmax by 0.05 "
+    "to 0.1 nats at a quarter of its state, with any narrow layer that mixes a few tokens. No mixing is the worst of "
+    "them. With output gates everywhere KA and softmax with a window of 4 are level within 0.01 nats, KA a little "
+    "ahead, and the gated convolution is as good as they are. KA's gates move up in some heads and down in others, and "
+    "without them the trained model is worse."
+)
+_KIB = 1024
+
+
+def sections(recipe: HybridRecipe, results: HybridResults) -> list[Section]:
+    """Every arm; differences; the way there; positions; gates; tasks."""
+    arms = {name: arm(name) for name in results.arms}
+    made = [
+        _summary(recipe, results, arms),
+        _differences(results, arms),
+        _way(results, arms),
+        _positions(results, arms),
+    ]
+    gates = _gates(results, arms)
+    return [*made, gates] if gates else made
+
+
+def _losses(results: HybridResults, name: str) -> list[float]:
+    return [one.loss for one in results.arms[name]]
+
+
+def _nats(numbers: Sequence[float]) -> str:
+    """A paired difference in nats with its 95 % confidence interval."""
+    middle, half = interval(numbers)
+    text = f"{middle + 0.0:+.4f}".replace("-", "−")
+    return f"{text} (one seed)" if half is None else f"{text} ± {half:.4f}"
+
+
+def _paired(results: HybridResults, name: str, other: str) -> list[float]:
+    pairs = zip(_losses(results, name), _losses(results, other), strict=False)  # seeds that both have, counted from 0
+    return [loss - base for loss, base in pairs]
+
+
+def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, HybridArm]) -> Section:
+    base = next(iter(arms))
+    first = results.arms[base][0]
+    tokens, epochs = first.training.tokens, first.training.epochs
+    parameters = [one.parameters for runs in results.arms.values() for one in runs]
+    words = [
+        f"Llama-like models of {min(parameters) / 1e6:.2f} to {max(parameters) / 1e6:.2f} M parameters "
+        f"({recipe.layers} layers × {recipe.hidden_size}, {recipe.heads} heads, a vocabulary of "
+        f"{recipe.vocab_size:,}), trained on "
+        f"{tokens:,} tokens of text in sequences of {recipe.sequence_length:,}: each token is read {epochs:.2f} times. "
+        "MLPs are wider or narrower so that all arms have as many parameters. In a seed all arms read the same batches "
+        "in the same order, and what two models have in common starts alike.",
+        "Learning rate at its peak: " + "; ".join(f"{rate:g} ({mixer})" for mixer, rate in results.rates.items()) + ".",
+        EXPECTED,
+        "**Came:** " + _came(results, arms),
+        "Trained on: " + "; ".join(sorted({_machine(one) for runs in results.arms.values() for one in runs})) + ".",
+    ]
+    rows = []
+    for name in sorted(arms, key=lambda name: mean(_losses(results, name))):
+        runs, decoding = results.arms[name], results.decoding[name]
+        fastest = max(runs, key=lambda one: one.training.tokens_per_s)
+        speed = f"{fastest.training.tokens_per_s:,.0f}"
+        if fastest.utilisation is not None:
+            speed += f" ({100 * fastest.utilisation:.0f} %)" + ("" if fastest.graphs else ", without graphs")
+        rows.append(
+            [
+                arms[name].label,
+                f"{decoding.computed_bytes / _KIB:,.0f}",
+                mean_sd(_losses(results, name), 4),
+                "–" if name == base else _nats(_paired(results, name, base)),
+                f"{fastest.training.seconds:,.1f}",
+                speed,
+                "–" if decoding.seconds is None else f"{1000 * decoding.seconds:.2f}",
+            ]
+        )
+    columns = ["arm", "state (KiB)", "validation loss (nats)", f"against {arms[base].label}"]
+    columns += ["training (s)", "tokens/s (MFU)", "decoding (ms a step)"]
+    caption = (
+        f"State of a sequence of {recipe.sequence_length:,} tokens; loss after training, mean ± sd; paired differences "
+        "± 95 % confidence interval over seeds that both have; training of the fastest seed; a step of decoding "
+        f"{recipe.decode_batch} sequences"
+    )
+
+    def state(name: str) -> float:
+        return results.decoding[name].computed_bytes / _KIB
+
+    def training(name: str) -> float:
+        return min(one.training.seconds for one in results.arms[name])
+
+    figures = [
+        _against(results, arms, "state", "state (KiB a sequence)", state),
+        _against(results, arms, "training", "training (s)", training),
+    ]
+    if any(each.seconds for each in results.decoding.values()):
+
+        def decoding_time(name: str) -> float:
+            return 1000 * (results.decoding[name].seconds or float("nan"))
+
+        axis = f"a step of {recipe.decode_batch} sequences (ms)"
+        figures.append(_against(results, arms, "decoding", axis, decoding_time))
+    return Section("Hybrids", words, [Table(caption, columns, rows)], figures)
+
+
+def _machine(one: TrainedArm) -> str:
+    where = one.trained_on
+    return f"{where['accelerator'] or where['processor']}, PyTorch {where['torch']}"
+
+
+def _came(results: HybridResults, arms: dict[str, HybridArm]) -> str:
+    order = sorted(arms, key=lambda name: mean(_losses(results, name)))
+    said = [
+        f"From best to worst: {'; '.join(f'{arms[name].label} {mean(_losses(results, name)):.4f}' for name in order)}."
+    ]
+    said += [
+        f"{arms[name].label} against {arms[other].label}: {_nats(_paired(results, name, other))}."
+        for name, other in _pairs(arms)
+    ]
+    for name, each in arms.items():
+        if each.mixer == "ka" and each.gate != "fixed":
+            lost = [(one.ungated_loss or 0.0) - one.loss for one in results.arms[name]]
+            said.append(f"With its gates set to 0 after training, {each.label} loses {_nats(lost)}.")
+    return " ".join(said)
+
+
+def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
+    """KA arms beside what else could stand in the same layers: all else alike, softmax with the same window."""
+    found = []
+    for name, each in arms.items():
+        for other, its in arms.items():
+            alike = (its.pattern, its.first, its.output_gate, its.convolution) == (
+                each.pattern, each.first, each.output_gate, each.convolution,
+            )  # fmt: skip
+            if each.mixer == "ka" and its.mixer not in ("ka", "full") and alike and its.window in (None, each.window):
+                found.append((name, other))
+    return found
+
+
+def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
+    rows = [
+        [arms[name].label, *("–" if name == other else _nats(_paired(results, name, other)) for other in arms)]
+        for name in arms
+    ]
+    table = Table(
+        "Loss of the row less that of the column, paired by seed, ± 95 % confidence interval (below 0: row better)",
+        ["arm", *(each.label for each in arms.values())],
+        rows,
+    )
+    words = ["A difference counts if 0 lies outside its interval. With one seed nothing is known of the spread."]
+    return Section("Differences", words, [table])
+
+
+def _way(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
+    counts = [row.tokens for row in next(iter(results.arms.values()))[0].training.rows]
+    rows = [
+        [
+            each.label,
+            *(mean_sd([one.training.rows[i].loss for one in results.arms[name]], 4) for i in range(len(counts))),
+        ]
+        for name, each in arms.items()
+    ]
+    table = Table("Validation loss on the way", ["arm", *(f"{tokens / 1e6:,.1f} M tokens" for tokens in counts)], rows)
+
+    def draw(ax: Any) -> None:
+        for name, each in arms.items():
+            points = [mean([one.training.rows[i].loss for one in results.arms[name]]) for i in range(len(counts))]
+            ax.plot([tokens / 1e6 for tokens in counts], points, label=each.label, **_look(each))
+        _axes(ax, "tokens read (millions)")
+
+    return Section("On the way", (), [table], [Figure("hybrid_way", "Validation loss on the way", draw, LEGEND_ABOVE)])
+
+
+def _positions(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
+    base = next(iter(arms))
+    octaves = results.arms[base][0].training.rows[-1].by_position
+    names = [f"{octave.first}–{octave.last}" for octave in octaves]
+
+    def losses(name: str) -> list[float]:
+        return [
+            mean([one.training.rows[-1].by_position[i].loss for one in results.arms[name]]) for i in range(len(octaves))
+        ]
+
+    def draw(ax: Any) -> None:
+        for name, each in arms.items():
+            pairs = zip(losses(name), losses(base), strict=True)
+            ax.plot([loss - other for loss, other in pairs], label=each.label, **_look(each))
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        _axes(ax, "position in the sequence (tokens)", f"loss less that of {arms[base].label} (nats)")
+
+    rows = [[each.label, *(f"{loss:.4f}" for loss in losses(name))] for name, each in arms.items()]
+    table = Table("Validation loss by predicting position (mean over seeds)", ["arm", *names], rows)
+    caption = f"Validation loss by position, less that of {arms[base].label} (mean over seeds)"
+    return Section("By position", (), [table], [Figure("hybrid_position", caption, draw, LEGEND_ABOVE)])
+
+
+def _gates(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
+    gated = {name: each for name, each in arms.items() if each.mixer == "ka" and each.gate != "fixed"}
+    if not gated:
+        return None
+    tables, figures = [], []
+    for name, each in gated.items():
+        layers = results.arms[name][0].gates
+        rows = [
+            [
+                str(layer),
+                *(f"{mean([one.gates[layer][h] for one in results.arms[name]]):.2f}" for h in range(len(heads))),
+            ]
+            for layer, heads in layers.items()
+        ]
+        heads = [f"head {h}" for h in range(len(next(iter(layers.values()))))]
+        tables.append(Table(f"{each.label}: gates after training (mean over seeds)", ["layer", *heads], rows))
+        figures.append(
+            Figure(
+                f"gates_{name}",
+                f"{each.label}: gates after training, all heads and seeds",
+                partial(_draw_gates, results.arms[name]),
+            )
+        )
+    return Section("Gates", (), tables, figures)
+
+
+def _draw_gates(runs: Sequence[TrainedArm], ax: Any) -> None:
+    points = [(layer, gate) for one in runs for layer, heads in one.gates.items() for gate in heads]
+    ax.plot(*zip(*points, strict=True), "o", alpha=0.5)
+    ax.set_ylim(-0.03, 1.03)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("gate")
+
+
+def _against(
+    results: HybridResults, arms: dict[str, HybridArm], name: str, axis: str, value: Callable[[str], float]
+) -> Figure:
+    def draw(ax: Any) -> None:
+        for key, each in arms.items():
+            losses = _losses(results, key)
+            ax.plot([value(key)] * len(losses), losses, label=each.label, **_look(each) | {"linestyle": ""})
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:,g}")
+        _axes(ax, axis)
+
+    return Figure(f"hybrid_{name}", f"Validation loss against {name}; best is low and left", draw, LEGEND_ABOVE)
+
+
+def _look(each: HybridArm) -> dict[str, Any]:
+    marker = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}.get(each.window, "*")
+    filled = {} if each.output_gate else {"fillstyle": "none"}
+    return {
+        "color": COLOURS[each.mixer],
+        "marker": marker,
+        "linestyle": "--" if each.pattern == "all" else "-",
+        **filled,
+    }
+
+
+def _axes(ax: Any, x: str, y: str = "validation loss (nats)") -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.figure.legend(loc="outside upper center", ncols=1, fontsize=7)

@@ -1,0 +1,54 @@
+"""What the hybrid study finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ka_attention.harness.pretraining import Pretraining
+from ka_attention.harness.records import Json
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """One arm with one seed.
+
+    operations:   floating-point operations of its training a token; ``utilisation`` of the accelerator's peak, where
+                  that is known.
+    gates:        for each KA layer the mean gate of each head after training.
+    ungated_loss: of the trained model with its gates set to 0, which makes it softmax attention.
+    trained_on:   versions, hardware and date (`harness.environment`): arms may be added on another machine.
+    graphs:       whether its steps ran as CUDA graphs.
+    """
+
+    parameters: int
+    training: Pretraining
+    operations: float
+    utilisation: float | None
+    gates: dict[int, list[float]]
+    ungated_loss: float | None
+    trained_on: dict[str, Json]
+    graphs: bool
+
+    @property
+    def loss(self) -> float:
+        """Of the validation sequences after training."""
+        return self.training.loss
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Bytes that one sequence leaves, computed and measured, and seconds of a step of all sequences together."""
+
+    computed_bytes: int
+    measured_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class HybridResults:
+    """By the arm's name: what was trained, one a seed, and how it decodes. ``rates`` are by mixer."""
+
+    data: Json
+    rates: dict[str, float]
+    arms: dict[str, tuple[TrainedArm, ...]]
+    decoding: dict[str, Decoding]

@@ -1,0 +1,232 @@
+"""Hybrids on plentiful text: what a few narrow layers of KA-attention give a softmax model, and what else would do."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ka_attention.errors import UserError
+from ka_attention.harness import environment, workers
+from ka_attention.harness.fast import Passes
+from ka_attention.harness.mixers import convolution_bytes, streaming
+from ka_attention.harness.models import attention
+from ka_attention.harness.pretraining import (
+    evaluate,
+    mean_loss,
+    operations,
+    pretrain,
+    scores,
+    utilisation,
+    watched_gates,
+)
+from ka_attention.harness.progress import console
+from ka_attention.harness.records import Json
+from ka_attention.harness.store import Store
+from ka_attention.harness.timing import now
+from ka_attention.harness.tokens import TokenText, enough, prepare
+from ka_attention.hf import KACache, cache_bytes
+from ka_attention.report.document import Section
+from ka_attention.studies.hybrid import report
+from ka_attention.studies.hybrid.models import HybridArm, arm, build, count, state_bytes
+from ka_attention.studies.hybrid.recipes import RECIPES, HybridRecipe
+from ka_attention.studies.hybrid.results import Decoding, HybridResults, TrainedArm
+
+RATE_SEED = 1_000_000  # orders the batches of the search of learning rates
+
+
+class HybridStudy:
+    """Train every arm on the same text, decode with each, and teach some the made-up tasks."""
+
+    name = "hybrid"
+    question = "Where text is plentiful, what do narrow layers of KA-attention give a hybrid?"
+    recipes: Mapping[str, Any] = RECIPES
+    results = HybridResults
+
+    def run(self, recipe: HybridRecipe, store: Store, seeds: int) -> HybridResults:
+        """Train the arms of all seeds, several side by side where the recipe says so."""
+        arms = recipe.chosen()
+        with console.status("reading the text"):
+            began_with = store.part("text", described, recipe, store)
+            text = read(recipe, store)
+        if text.description != began_with:
+            raise UserError(f"--data: it is not the text with which the run in {store.out} began; name another --out")
+        rates = _rates(recipe, arms, text, store)
+
+        def part(name: str, seed: int) -> workers.Part:
+            rate = rates[arms[name].mixer]
+            return workers.Part(f"{name}/seed{seed}", train_arm, (recipe, name, rate, seed, text, store.out))
+
+        workers.finish([part(name, seed) for seed in range(seeds) for name in arms], store, recipe.gpus)
+        trained = {}
+        for name in arms:  # with the seeds that were trained before, where they are more
+            count = next(n for n in itertools.count(seeds) if not store.done(part(name, n).name))
+            trained[name] = tuple(store.part(*_flat(part(name, seed))) for seed in range(count))
+        decoding = {name: store.part(f"{name}/decoding", decode, recipe, name) for name in arms}
+        return HybridResults(text.description, rates, trained, decoding)
+
+    def sections(self, recipe: HybridRecipe, results: HybridResults) -> list[Section]:
+        """Loss against cache bytes, time of training and of decoding; gates; tasks."""
+        return report.sections(recipe, results)
+
+
+def _flat(part: workers.Part) -> tuple[Any, ...]:
+    return part.name, part.work, *part.arguments
+
+
+def read(recipe: HybridRecipe, store: Store) -> TokenText:
+    """The text as token files in the run's folder."""
+    length = recipe.sequence_length
+    wanted = recipe.validation_sequences * length + 1
+    text = prepare(
+        recipe.data,
+        recipe.tokenizer,
+        recipe.vocab_size,
+        store.folder("tokens"),
+        train_tokens=recipe.train_tokens + length,
+        validation_tokens=wanted,
+    )
+    enough(text.train, "train", length, recipe.batch_size)
+    enough(text.validation, "validation", length, recipe.validation_sequences)
+    return text
+
+
+def described(recipe: HybridRecipe, store: Store) -> dict[str, Json]:
+    """What the text holds."""
+    return read(recipe, store).description
+
+
+def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: TokenText, out: Path) -> TrainedArm:
+    """Train one arm with one seed, and ask what its gates are and what it is without them."""
+    each = arm(name)
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    passes = _passes(recipe.compiled and device.type == "cuda")
+    settings = replace(recipe, learning_rate=rate)
+    model: Any = build(each, recipe, recipe.sequence_length, seed).to(device)
+    folder = out / "checkpoints" / f"{name}-seed{seed}-{rate:g}-{settings.train_tokens}"
+    folder.mkdir(parents=True, exist_ok=True)
+    training = pretrain(
+        model,
+        (text.train, text.validation),
+        settings,
+        passes,
+        folder,
+        seed=seed,
+        label=f"{each.label}, seed {seed}",
+        progress=workers.progress,
+    )
+    folder.rmdir()
+    gates: dict[int, list[float]] = {}
+    ungated = None
+    if each.mixer == "ka":
+        score = partial(scores, model, passes)
+        with watched_gates(model) as gates:
+            evaluate(score, text.validation, replace(settings, validation_sequences=recipe.batch_size), device)
+        with attention(model, "kv"):
+            ungated = mean_loss(evaluate(score, text.validation, settings, device))
+    work = operations(model, attended(each, recipe))
+    line = f"{each.label}, seed {seed}: loss {training.loss:.4f}, {training.tokens_per_s:,.0f} tokens/s"
+    console.print(line, soft_wrap=True)
+    return TrainedArm(
+        parameters=count(model),
+        training=training,
+        operations=work,
+        utilisation=utilisation(work * training.tokens_per_s),
+        gates=gates,
+        ungated_loss=ungated,
+        trained_on=environment.describe(),
+        graphs=passes.graphs,
+    )
+
+
+def attended(each: HybridArm, recipe: HybridRecipe) -> list[float]:
+    """For each layer, how many tokens a token attends to on average; 0 where the layer does not attend."""
+    narrow = each.narrow(recipe.layers)
+    window = each.window or 0
+    return [window if i in narrow else (recipe.sequence_length + 1) / 2 for i in range(recipe.layers)]
+
+
+def _rates(recipe: HybridRecipe, arms: dict[str, HybridArm], text: TokenText, store: Store) -> dict[str, float]:
+    """The learning rate of each kind of mixer: of several, the one with the lowest loss after ``rate_tokens``."""
+    first: dict[str, str] = {}
+    for name, each in arms.items():
+        first.setdefault(each.mixer, name)
+    rates = [recipe.learning_rate * factor for factor in recipe.rates]
+    if len(rates) == 1:
+        return dict.fromkeys(first, rates[0])
+    brief = replace(recipe, train_tokens=recipe.rate_tokens)
+    parts = {
+        (mixer, rate): workers.Part(f"rates/{name}/{rate:g}", _brief, (brief, name, rate, text, store.out))
+        for mixer, name in first.items()
+        for rate in rates
+    }
+    workers.finish(list(parts.values()), store, recipe.gpus)
+    losses = {key: store.part(*_flat(part)) for key, part in parts.items()}
+    return {mixer: min(rates, key=lambda rate: losses[mixer, rate]) for mixer in first}
+
+
+def _brief(recipe: HybridRecipe, name: str, rate: float, text: TokenText, out: Path) -> float:
+    return train_arm(recipe, name, rate, RATE_SEED, text, out).training.loss
+
+
+@cache
+def _passes(compiled: bool) -> Passes:
+    """One for a process: what is compiled for one arm serves the next."""
+    return Passes(compiled=compiled, graphs=compiled)
+
+
+@torch.inference_mode()
+def decode(recipe: HybridRecipe, name: str) -> Decoding:
+    """Bytes of an arm's state after ``sequence_length`` tokens, and the time of a decoding step; weights are random.
+
+    The state is kept in bfloat16 on CUDA, else float32. A step is one token for each of ``decode_batch`` sequences, run
+    as PyTorch runs it, without graphs; the median counts, after as many steps that do not. Recurrent mixers are not
+    decoded here.
+    """
+    each = arm(name)
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    computed = state_bytes(each, recipe, recipe.sequence_length, dtype.itemsize)
+    if not each.attends and each.mixer not in ("conv", "none"):
+        return Decoding(computed, None, None)
+    model: Any = build(each, recipe, recipe.sequence_length, 0).to(device, dtype).eval()
+    batch = recipe.decode_batch
+    cache_: Any = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache()
+    seconds = []
+    with streaming(model, batch, dtype):
+        step(model, torch.zeros(batch, recipe.sequence_length, dtype=torch.long, device=device), 0, cache_)
+        measured = (_filled(cache_) + convolution_bytes(model)) // batch
+        for i in range(2 * recipe.decode_steps):
+            began = now(device)
+            step(model, torch.zeros(batch, 1, dtype=torch.long, device=device), recipe.sequence_length + i, cache_)
+            seconds.append(now(device) - began)
+    return Decoding(computed, measured, statistics.median(seconds[recipe.decode_steps :]))
+
+
+def step(model: Any, ids: torch.Tensor, position: int, cache_: Any) -> torch.Tensor:
+    """The next tokens' logits. Not by way of the model, whose mask asks a first layer that may keep no tokens."""
+    x = model.model.embed_tokens(ids)
+    positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+    embeddings = model.model.rotary_emb(x, position_ids=positions)
+    for layer in model.model.layers:
+        mixed, _ = layer.self_attn(
+            layer.input_layernorm(x), position_embeddings=embeddings, attention_mask=None, past_key_values=cache_
+        )
+        x = x + mixed
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(model.model.norm(x[:, -1:]))
+
+
+def _filled(cache_: Any) -> int:
+    """Bytes of keys and values in the layers that keep some."""
+    return cache_bytes(type("Filled", (), {"layers": [each for each in cache_.layers if each.is_initialized]})())
+
+
+HYBRID = HybridStudy()

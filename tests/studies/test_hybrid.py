@@ -1,0 +1,117 @@
+"""The hybrid study: a tiny run in two processes, continued with more arms and seeds; its report; what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ka_attention.errors import UserError
+from ka_attention.harness import study, workers
+from ka_attention.harness.settings import override
+from ka_attention.harness.store import Store
+from ka_attention.studies.hybrid.recipes import RECIPES
+from ka_attention.studies.hybrid.study import HYBRID
+
+SETTINGS = """vocab_size=512 hidden_size=32 heads=2 intermediate_size=320 layers=4 sequence_length=32 batch_size=2
+train_tokens=512 validation_sequences=4 evaluations=2 warmup_steps=2 arms=full-gated,3to1-ka-head-w4-gated task_arms="""
+TINY = override(RECIPES["quick"], SETTINGS.split())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Processes that need not import everything anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "START", "fork")
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The recipe and the folder of a run: two arms side by side, then one more arm and another seed."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400)))
+    recipe = replace(TINY, data=str(text), gpus=2)
+    store = study.open_store(HYBRID, recipe, folder / "out")
+    HYBRID.run(recipe, store, 1)
+    recipe = replace(recipe, gpus=1, arms=(*recipe.arms, "3to1-softmax-w4-gated", "3to1-none-gated"))
+    store = study.open_store(HYBRID, recipe, folder / "out")
+    study.publish(HYBRID, recipe, store, 2, HYBRID.run(recipe, store, 2))
+    return recipe, folder / "out"
+
+
+def test_arms_are_trained_and_decoded(run):
+    recipe, out = run
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["arms"]) == list(results["decoding"]) == list(recipe.arms)
+    for name, seeds in results["arms"].items():
+        assert [one["training"]["rows"][-1]["tokens"] for one in seeds] == [512, 512]
+        assert (seeds[0]["ungated_loss"] is not None) == ("-ka-" in name)
+        decoding = results["decoding"][name]
+        assert decoding["computed_bytes"] == decoding["measured_bytes"]
+        assert decoding["seconds"] > 0
+    gates = results["arms"]["3to1-ka-head-w4-gated"][0]["gates"]
+    assert {layer: len(heads) for layer, heads in gates.items()} == {"0": 2, "1": 2, "2": 2}
+    bytes_ = {name: each["computed_bytes"] for name, each in results["decoding"].items()}
+    token = 2 * 32 * 4
+    assert bytes_ == {
+        "full-gated": 4 * 32 * token,
+        "3to1-ka-head-w4-gated": (32 + 3 * 3) * token,
+        "3to1-softmax-w4-gated": (32 + 3 * 3) * token,
+        "3to1-none-gated": 32 * token,
+    }
+
+
+def test_the_report_pairs_arms_and_shows_gates(run):
+    page = (run[1] / "report.md").read_text()
+    assert "3:1 KA, gate per head, window 4, output gate against 3:1 softmax, window 4, output gate:" in page
+    assert "With its gates set to 0 after training" in page
+    assert "gates after training (mean over seeds)" in page
+    for name in ("state", "training", "decoding", "way", "position"):
+        assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
+
+
+def test_seeds_that_were_trained_before_count(run):
+    recipe, out = run
+    found = HYBRID.run(recipe, Store(out, {}), 1)
+    assert {len(seeds) for seeds in found.arms.values()} == {2}
+
+
+def test_another_text_is_refused(run, tmp_path):
+    recipe, out = run
+    other = tmp_path / "other.txt"
+    other.write_text("all work and no play makes a dull text\n" * 400)
+    for file in (out / "tokens").glob("*"):
+        file.unlink()
+    with pytest.raises(UserError, match="not the text with which the run"):
+        HYBRID.run(replace(recipe, data=str(other)), Store(out, {}), 1)
+
+
+def test_the_best_of_several_rates_is_taken(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400)))
+    recipe = replace(TINY, data=str(text), arms=("full",), rates=(1e-4, 1.0), rate_tokens=512)
+    found = HYBRID.run(recipe, Store(tmp_path / "out", {}), 1)
+    assert found.rates == {"full": recipe.learning_rate}
+    assert found.arms["full"][0].training.learning_rate == recipe.learning_rate
+
+
+def _fails(kind: str) -> int:
+    if kind == "refused":
+        raise UserError("--set nothing: as the test wants it")
+    raise ArithmeticError("as the test wants it")
+
+
+@pytest.mark.parametrize(("kind", "error"), [("refused", UserError), ("failed", RuntimeError)])
+def test_a_part_that_fails_in_a_worker_is_said(kind, error, tmp_path):
+    parts = [workers.Part(f"{kind}/{i}", _fails, (kind,)) for i in range(2)]
+    with pytest.raises(error, match="as the test wants it"):
+        workers.finish(parts, Store(tmp_path, {}), 2)
+
+
+@pytest.mark.parametrize(
+    "setting", ["arms=full,full", "arms=window", "hidden_size=20", "rates=0.5,1", "train_tokens=5"]
+)
+def test_settings_that_make_no_sense_are_refused(setting):
+    with pytest.raises(UserError, match=r"--set (arms|hidden_size|rate_tokens|train_tokens)"):
+        override(replace(TINY, rate_tokens=1), [setting])

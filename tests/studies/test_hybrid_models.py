@@ -1,0 +1,161 @@
+"""Llama-like hybrids: names of arms, parameters, weights, states; passes compute what the model says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from ka_attention.errors import UserError
+from ka_attention.harness import fast
+from ka_attention.harness.fast import IGNORED, Passes
+from ka_attention.harness.mixers import KERNEL, ShortConvolution, streaming
+from ka_attention.hf import KACache
+from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm, build, count, state_bytes
+from ka_attention.studies.hybrid.recipes import RECIPES
+from ka_attention.studies.hybrid.study import step
+
+SETTINGS = LlamaSettings(vocab_size=2048, hidden_size=64, layers=4, heads=4, intermediate_size=160)
+LENGTH = 24
+ARMS = (
+    "full",
+    "full-gated",
+    "canon-gated",
+    "3to1-ka-head-w4-gated",
+    "3to1-ka-token-w3-qkv",
+    "1to1-softmax-w4-gated",
+    "all-ka-w1",
+    "3to1-conv-gated",
+    "3to1-conv",
+    "3to1-none-gated",
+)
+
+
+def tokens():
+    return torch.randint(SETTINGS.vocab_size, (2, LENGTH + 1))
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_passes_compute_what_the_model_says_and_its_gradients(name, monkeypatch):
+    monkeypatch.setattr(fast, "CHUNK", 10)  # 48 tokens: chunks of 10, and one of 8
+    model, ids = build(arm(name), SETTINGS, LENGTH, 0).double(), tokens()
+    targets = ids[:, 1:].clone()
+    targets[0, :5] = IGNORED
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    wanted = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
+    passes = Passes(compiled=False)
+    found = passes.loss(model, ids[:, :-1], targets)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+    grads = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    for parameter, grad, other in zip(model.named_parameters(), grads, wanted, strict=True):
+        if other is None or grad is None:  # queries and keys of a window of 1
+            assert other is None or not other.any(), parameter[0]
+        else:
+            torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-12)
+    by_token = passes.token_losses(model, ids[:, :-1], targets)
+    assert not by_token[0, :5].any()
+    torch.testing.assert_close(by_token.sum() / (targets != IGNORED).sum(), found)
+
+
+def test_one_graph_serves_all_layers_and_models_of_a_shape(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, compile=torch.compile, **k: compile(f, backend="aot_eager", **k))
+    torch.compiler.reset()
+    counters.clear()
+    passes, ids = Passes(compiled=True), tokens()
+    settings = replace(SETTINGS, layers=2)
+    for seed in (0, 1):
+        model = build(arm("1to1-none-gated"), settings, LENGTH, seed)
+        passes.loss(model, ids[:, :-1], ids[:, 1:]).backward()
+        passes.token_losses(model, ids[:, :-1], ids[:, 1:])
+    assert counters["stats"]["unique_graphs"] == 6  # before and after two mixers, the norm, the score
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", sorted({name for recipe in RECIPES.values() for name in recipe.arms}))
+def test_arms_of_the_recipes_are_data(name):
+    each = arm(name)
+    assert each.output_gate == name.endswith("gated")
+    assert (each.window is not None) == ("-w" in name)
+    assert each.label
+
+
+def test_names_of_arms():
+    assert arm("3to1-ka-head-w4-fromspread-first-gated-qkv") == HybridArm(
+        "ka", 4, "head", "spread", "3to1", first=True, output_gate=True, convolution="qkv"
+    )
+    assert arm("all-ka-w8").start == 1.0
+    assert arm("3to1-ka-token-w2").start == 0.5
+    assert arm("canon").convolution == "front"
+    assert arm("3to1-ka-w4").narrow(8) == (0, 1, 2, 4, 5, 6)
+    assert arm("1to1-ka-w4-first").narrow(4) == (1, 3)
+    for name in ("3to1-ka", "3to1-conv-w4", "ka-w4", "3to1-softmax-w4-from1", "full-w4", "3to1-ka-w0"):
+        with pytest.raises(UserError, match="--set arms"):
+            arm(name)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("quick", 0.64), ("47m", 47.7), ("120m", 128.0)])
+def test_arms_of_a_recipe_have_as_many_parameters(name, millions, monkeypatch):
+    monkeypatch.setattr("ka_attention.studies.hybrid.models._initialise", lambda *_: None)
+    recipe = RECIPES[name]
+    with torch.device("meta"):
+        for each in ("full", "3to1-ka-token-w4-gated-qkv", "3to1-none-gated", "all-softmax-w8", "3to1-conv-gated"):
+            size = count(build(arm(each), recipe, recipe.sequence_length, 0))
+            assert size == pytest.approx(millions * 1e6, rel=0.02)
+
+
+def test_what_two_arms_have_in_common_starts_alike():
+    full, hybrid, other = (build(arm(n), SETTINGS, LENGTH, s) for n, s in (("full", 0), ("3to1-ka-w4", 0), ("full", 1)))
+    for name, weight in full.named_parameters():
+        assert torch.equal(weight, hybrid.get_parameter(name))
+        assert torch.equal(weight, other.get_parameter(name)) == (weight.ndim == 1)
+    assert full.model.layers[0].self_attn.o_proj.weight.detach().std().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
+
+
+def test_gates_start_where_the_arm_says():
+    gates = build(arm("3to1-ka-head-w4-fromspread"), SETTINGS, LENGTH, 0).model.layers[1].self_attn.ka_gate.bias
+    assert gates.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize("name", ["canon-gated", "3to1-ka-head-w4-qkv", "3to1-conv-gated", "3to1-none"])
+def test_a_model_reads_on_where_its_state_ends(name):
+    model, ids = build(arm(name), SETTINGS, LENGTH, 0).eval(), tokens()[:, :-1]
+    for module in model.modules():
+        if isinstance(module, ShortConvolution):
+            torch.nn.init.normal_(module.weight)
+    with torch.no_grad(), streaming(model, 2, torch.float32):
+        cache = KACache(model.config) if arm(name).mixer == "ka" else DynamicCache()
+        step(model, ids[:, :-2], 0, cache)
+        step(model, ids[:, -2:-1], LENGTH - 2, cache)
+        found = step(model, ids[:, -1:], LENGTH - 1, cache)
+    whole = model(input_ids=ids, use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_state_bytes_are_counted():
+    token = 2 * 64 * 2  # a key and a value, bfloat16
+    assert state_bytes(arm("full"), SETTINGS, 100) == 4 * 100 * token
+    assert state_bytes(arm("3to1-ka-w4"), SETTINGS, 100) == (100 + 3 * 3) * token
+    assert state_bytes(arm("3to1-softmax-w4"), SETTINGS, 2) == 4 * 2 * token
+    assert state_bytes(arm("3to1-none"), SETTINGS, 100) == 100 * token
+    assert state_bytes(arm("3to1-conv"), SETTINGS, 100) == 100 * token + 3 * (KERNEL - 1) * 64 * 2
+    assert state_bytes(arm("canon"), SETTINGS, 100) == 4 * 100 * token + 4 * (KERNEL - 1) * 64 * 2
+
+
+def test_a_convolution_starts_as_the_identity_and_reads_no_token_after():
+    convolution, x = ShortConvolution(8), torch.randn(1, 10, 8)
+    assert torch.equal(convolution(x), x)
+    torch.nn.init.normal_(convolution.weight)
+    later = x.clone()
+    later[:, 6:] += 1
+    assert torch.equal(convolution(x)[:, :6], convolution(later)[:, :6])
+    want = sum(convolution.weight[i] * x[:, 5 - i] for i in range(KERNEL))
+    torch.testing.assert_close(convolution(x)[:, 5], want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there its kernels may run")
+def test_a_recurrent_mixer_says_what_it_needs():
+    with pytest.raises(UserError, match="gdn needs a CUDA device and flash-linear-attention"):
+        build(arm("3to1-gdn"), SETTINGS, LENGTH, 0)
