@@ -1,9 +1,11 @@
 """The scripts of examples/ run as a user would run them, with tiny settings."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -50,6 +52,16 @@ def test_a_softmax_model_is_converted(run, tmp_path):
     out = run("convert_model.py", tmp_path / "base", text, "--steps", 10, "--length", 16, "--out", tmp_path / "ka")
     assert "gate 1.00" in out
     assert "ka_llama" in (tmp_path / "ka" / "config.json").read_text()
+
+
+def test_the_notebook_executes(monkeypatch, capsys):
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    namespace: dict = {}
+    for cell in json.loads((EXAMPLES / "walks.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    assert namespace["far"][0] == 0
+    assert namespace["far"][-1] > 0.2
 
 
 def test_no_example_is_left_out():

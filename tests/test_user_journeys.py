@@ -2,14 +2,11 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 import typer
 from typer.testing import CliRunner
 
@@ -17,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import tiny
 
 from ka_attention.cli import app
-from ka_attention.harness.data import Sequences
 from ka_attention.harness.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -79,38 +75,3 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     exec(code.replace("runs/quick/weights/seed0/ka", "runs/mine/weights/seed0/ka-w4"), left)
     assert left["model"].config.ka_config["window"] == 4
     assert left["tokenizer"]("text")["input_ids"]
-
-
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=lambda code: code.strip().split("\n")[0])
-def test_every_python_block_runs(code, tmp_path):
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-
-
-def test_the_python_blocks_of_the_page_on_transformers_run_one_after_another(tmp_path, monkeypatch):
-    """They share their names, and what a reader has already is a small model and random tokens."""
-    config = transformers.GPTNeoXConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64
-    )
-    tokens = torch.randint(300, (8, 16))
-    reader = {
-        "config": config,
-        "inputs": {"input_ids": tokens[:1, :4]},
-        "prompt": tokens[:1, :4],
-        "next_token": tokens[:1, 4:5],
-        "data": Sequences(tokens),
-        "Trainer": transformers.Trainer,
-        "args": transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
-        ),
-        "folder": str(tmp_path / "saved"),
-    }
-    monkeypatch.setattr(
-        transformers.AutoModelForCausalLM,
-        "from_pretrained",
-        lambda *_, **__: transformers.AutoModelForCausalLM.from_config(config),
-    )
-    found = blocks(ROOT / "docs" / "transformers.md", "python")
-    assert len(found) > 2
-    for code in found:
-        exec(code, reader)

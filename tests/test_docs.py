@@ -1,0 +1,35 @@
+"""Every Python block of every page runs, one page in one namespace, and prints something."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    page
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/howto/*.md"))
+    if "```python" in page.read_text()
+]
+# Run by a test of its own, which puts the files where they belong.
+ELSEWHERE = {"CONTRIBUTING.md"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ELSEWHERE], ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+        assert capsys.readouterr().out.strip(), block
+
+
+def test_links_of_the_front_page_lead_somewhere():
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (ROOT / link).exists(), f"{name}: {link}"
+
+
+def test_lines_of_findings_are_short():
+    assert max(map(len, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").splitlines())) <= 130
