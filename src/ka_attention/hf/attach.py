@@ -23,9 +23,11 @@ _OWN = ("architectures", "auto_map", "ka_config")  # of a KA configuration alone
 def attach(model: M, ka: KAConfig | None = None, adapter: Adapters | None = None) -> M:
     """Make ``model`` a KA model, in place, and return it; with learned gates if ``ka`` asks for them.
 
-    model:   a causal language model of transformers, loaded or built from a configuration.
-    adapter: modules that map A ``[B, Hq, T, D]`` to what later tokens read in V's place: a mapping from, or a function
-             of, the index of a KA layer. With one, several new tokens at once are computed one after another.
+    Args:
+        model: a causal language model of transformers, loaded or built from a configuration.
+        ka: the settings; by default KA-attention in every layer.
+        adapter: modules that map A ``[B, Hq, T, D]`` to what later tokens read in V's place: a mapping from, or a
+            function of, the index of a KA layer. With one, several new tokens are computed one after another.
 
     From then on ``generate`` makes a KA cache, and the model is of a class and type of its own (``KALlamaForCausalLM``,
     ``ka_llama``, for ``llama``), with a configuration of its own, with which it saves and loads as a KA model. Other

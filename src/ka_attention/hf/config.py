@@ -12,18 +12,19 @@ GateKind = Literal["fixed", "head", "token"]
 class KAConfig:
     """KA-attention settings of one model.
 
-    layers:      indices of the KA layers; None means every layer, "sliding" those that the model's own ``layer_types``
-                 call so (Gemma 3). The others stay the model's own softmax attention.
-    pattern:     "3:1" for three KA layers, then one softmax layer, and again from there; in the place of ``layers``.
-    window:      a KA layer attends to the last ``window`` tokens, itself included; None means all of them. A tuple
-                 names one for each KA layer, from the first to the last.
-    gate:        "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
-    gate_init:   the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is KA-attention.
-                 A tuple names one for each query head.
-    gate_range:  the interval that gates are kept in; (-1, 1) allows signed gates.
-    output_gate: True multiplies what each attention layer computes by silu(W_g x) before its output projection, x being
-                 the layer's input and W_g learned; in softmax layers too. "ka" does so in the KA layers alone.
-    adapters:    for layers with an adapter (index as a string), what it is rebuilt from: see ka_attention.hf.adapters.
+    Args:
+        layers: indices of the KA layers; None means every layer, "sliding" those that the model's own ``layer_types``
+            call so (Gemma 3). The others stay the model's own softmax attention.
+        pattern: "3:1" for three KA layers, then one softmax layer, and again from there; in the place of ``layers``.
+        window: a KA layer attends to the last ``window`` tokens, itself included; None means all of them. A tuple
+            names one for each KA layer, from the first to the last.
+        gate: "fixed" (the number below), "head" (one learned gate per query head) or "token" (learned, by content).
+        gate_init: the fixed gate, or the value at which a learned gate starts. 0 is softmax attention, 1 is
+            KA-attention. A tuple names one for each query head.
+        gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
+        output_gate: True multiplies what each attention layer computes by silu(W_g x) before its output projection, x
+            being the layer's input and W_g learned; in softmax layers too. "ka" does so in the KA layers alone.
+        adapters: for layers with an adapter (index as a string), what it is rebuilt from: ka_attention.hf.adapters.
     """
 
     layers: tuple[int, ...] | Literal["sliding"] | None = None
