@@ -41,7 +41,7 @@ def main() -> None:
     )
     model = attach(
         AutoModelForCausalLM.from_config(config),
-        KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.5),  # three KA layers, then one of full attention
+        KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.0),  # three KA layers, then one of full attention
     )
     arguments = TrainingArguments(
         output_dir=str(given.out / "checkpoints"),

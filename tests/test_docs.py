@@ -32,4 +32,4 @@ def test_links_of_the_front_page_lead_somewhere():
 
 
 def test_lines_of_findings_are_short():
-    assert max(map(len, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").splitlines())) <= 130
+    assert max(map(len, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").splitlines())) <= 120
