@@ -3,17 +3,22 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from ka_attention.errors import UserError
 from ka_attention.harness import study, workers
 from ka_attention.harness.settings import override
 from ka_attention.harness.store import Store
+from ka_attention.harness.tasks import NOT_ASKED, Plan, build
 from ka_attention.studies.hybrid.recipes import RECIPES
 from ka_attention.studies.hybrid.study import HYBRID
+from ka_attention.studies.hybrid.tasks import Depo, TaskArm, settings
 
 SETTINGS = """vocab_size=512 hidden_size=32 heads=2 intermediate_size=320 layers=4 sequence_length=32 batch_size=2
-train_tokens=512 validation_sequences=4 evaluations=2 warmup_steps=2 arms=full-gated,3to1-ka-head-w4-gated task_arms="""
+train_tokens=512 validation_sequences=4 evaluations=2 warmup_steps=2 arms=full-gated,3to1-ka-head-w4-gated
+task_arms=1to1-ka-head-w4-gated task_layers=2 task_samples=64 task_length=8 task_hops=3"""
 TINY = override(RECIPES["quick"], SETTINGS.split())
 
 
@@ -71,6 +76,38 @@ def test_the_report_pairs_arms_and_shows_gates(run):
         assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
 
 
+def test_a_permutation_is_walked():
+    task = Depo(nodes=20, hops=5)
+    found = task.examples(16, 24, np.random.default_rng(0))
+    for statements, answers, groups in zip(*(x.tolist() for x in found), strict=True):
+        arrow = dict(divmod(statement, task.symbols) for statement in statements[:12])
+        assert len(arrow) == len(set(arrow.values())) == 12
+        for statement, answer, k in zip(statements[12:], answers[12:], groups[12:], strict=True):
+            node, hops = divmod(statement, task.symbols)
+            assert hops == task.nodes + k - 1
+            for _ in range(k):
+                node = arrow[node]
+            assert answer == node
+        assert set(answers[:12]) == {NOT_ASKED}
+        walked = [statements[0] // task.symbols]
+        for _ in range(12):
+            walked.append(arrow[walked[-1]])
+        assert len(set(walked)) == 12  # one cycle
+        assert walked[0] == walked[-1]
+
+
+def test_tasks_are_learned_by_models_of_the_arm(run):
+    results = json.loads((run[1] / "results.json").read_text())
+    assert [entry["task"] for entry in results["tasks"].values()] == ["dereference", "depo"]
+    for entry in results["tasks"].values():
+        assert [test["length"] for test in entry["seeds"][0]["tests"]] == [8, 24]
+    assert "## Tasks" in (run[1] / "report.md").read_text()
+    model = build(Plan("depo", Depo(12, 3), TaskArm("1to1-ka-head-w4-gated", ""), 2), settings(TINY), 0)
+    assert hasattr(model.model.layers[0].self_attn, "ka_gate")
+    assert not hasattr(model.model.layers[1].self_attn, "ka_gate")
+    assert model(input_ids=torch.tensor([[0, 15 * 15 - 1]])).logits.shape == (1, 2, 15)
+
+
 def test_seeds_that_were_trained_before_count(run):
     recipe, out = run
     found = HYBRID.run(recipe, Store(out, {}), 1)
@@ -90,7 +127,7 @@ def test_another_text_is_refused(run, tmp_path):
 def test_the_best_of_several_rates_is_taken(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400)))
-    recipe = replace(TINY, data=str(text), arms=("full",), rates=(1e-4, 1.0), rate_tokens=512)
+    recipe = replace(TINY, data=str(text), arms=("full",), task_arms=(), rates=(1e-4, 1.0), rate_tokens=512)
     found = HYBRID.run(recipe, Store(tmp_path / "out", {}), 1)
     assert found.rates == {"full": recipe.learning_rate}
     assert found.arms["full"][0].training.learning_rate == recipe.learning_rate

@@ -163,17 +163,20 @@ class LlamaSettings:
         )
 
 
-def build(arm: HybridArm, settings: LlamaSettings, length: int, seed: int) -> LlamaForCausalLM:
-    """A new model of an arm, within 1 % of the parameters of plain full softmax attention.
+def build(
+    arm: HybridArm, settings: LlamaSettings, length: int, seed: int, *, tolerance: float = 0.01
+) -> LlamaForCausalLM:
+    """A new model of an arm, with as many parameters, to ``tolerance``, as plain full softmax attention.
 
     Each weight is drawn by the seed and its own name: what two arms have in common starts alike. UserError where the
     MLPs cannot make up for the mixers.
     """
     model = _assemble(arm, settings, _width(arm, settings, length), length)
     wanted, found = count(_bare(HybridArm(), settings, settings.intermediate_size, length)), count(model)
-    if abs(found / wanted - 1) > 0.01:
+    if abs(found / wanted - 1) > tolerance:
         raise UserError(
-            f"--set intermediate_size: expected MLPs so wide that a step of {STEP} is less than 1 % of the parameters, "
+            f"--set intermediate_size: expected MLPs so wide that a step of {STEP} is less than "
+            f"{tolerance:.0%} of the parameters, "
             f"got {settings.intermediate_size}: {arm.label} has {found:,} parameters, full softmax {wanted:,}"
         )
     _initialise(model, seed)

@@ -24,6 +24,7 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     compiled:        where there is a GPU, compile the layers around their mixers and run steps as CUDA graphs.
     decode_batch, decode_steps: sequences that decode together after ``sequence_length`` tokens, steps that are timed.
     task_arms, task_layers, task_samples: made-up tasks: which arms, in how many layers, training sequences.
+    task_length, task_hops: statements in a training sequence, and the most steps along a permutation.
     """
 
     name: str
@@ -40,9 +41,14 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     task_arms: tuple[str, ...] = ()
     task_layers: tuple[int, ...] = (2,)
     task_samples: int = 6400
+    task_length: int = 24
+    task_hops: int = 4
 
     # What a continued run may have otherwise: each part says by its name what it is of.
-    choices: ClassVar[tuple[str, ...]] = ("summary", "arms", "gpus", "task_arms", "task_layers", "task_samples")
+    choices: ClassVar[tuple[str, ...]] = (
+        *("summary", "arms", "gpus"),
+        *("task_arms", "task_layers", "task_samples", "task_length", "task_hops"),
+    )
 
     def __post_init__(self) -> None:
         LlamaSettings.__post_init__(self)
@@ -85,6 +91,10 @@ _GPU: dict[str, Any] = {
     "arms": DECISIVE,
     "decode_batch": 64,
     "decode_steps": 16,
+    "task_layers": (2, 4, 8, 12),
+    "task_samples": 32 * 4000,
+    "task_length": 64,
+    "task_hops": 16,
 }
 
 RECIPES = {
@@ -108,7 +118,7 @@ RECIPES = {
             arms=DECISIVE,
             task_arms=("full-gated", "3to1-ka-head-w4-gated"),
             task_layers=(4,),
-            task_samples=32 * 100,
+            task_samples=32 * 300,
         ),
         HybridRecipe(
             name="11m",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ka_attention.harness.pretraining import Pretraining
 from ka_attention.harness.records import Json
+from ka_attention.harness.tasks import Learned
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class HybridResults:
-    """By the arm's name: what was trained, one a seed, and how it decodes. ``rates`` are by mixer."""
+    """By the arm's name: what was trained, one a seed, and how it decodes; ``rates`` by mixer; the made-up tasks."""
 
     data: Json
     rates: dict[str, float]
     arms: dict[str, tuple[TrainedArm, ...]]
     decoding: dict[str, Decoding]
+    tasks: dict[str, Learned]

@@ -34,7 +34,7 @@ from ka_attention.harness.timing import now
 from ka_attention.harness.tokens import TokenText, enough, prepare
 from ka_attention.hf import KACache, cache_bytes
 from ka_attention.report.document import Section
-from ka_attention.studies.hybrid import report
+from ka_attention.studies.hybrid import report, tasks
 from ka_attention.studies.hybrid.models import HybridArm, arm, build, count, state_bytes
 from ka_attention.studies.hybrid.recipes import RECIPES, HybridRecipe
 from ka_attention.studies.hybrid.results import Decoding, HybridResults, TrainedArm
@@ -70,11 +70,11 @@ class HybridStudy:
             count = next(n for n in itertools.count(seeds) if not store.done(part(name, n).name))
             trained[name] = tuple(store.part(*_flat(part(name, seed))) for seed in range(count))
         decoding = {name: store.part(f"{name}/decoding", decode, recipe, name) for name in arms}
-        return HybridResults(text.description, rates, trained, decoding)
+        return HybridResults(text.description, rates, trained, decoding, tasks.teach(recipe, store, seeds))
 
     def sections(self, recipe: HybridRecipe, results: HybridResults) -> list[Section]:
         """Loss against cache bytes, time of training and of decoding; gates; tasks."""
-        return report.sections(recipe, results)
+        return [*report.sections(recipe, results), *tasks.sections(recipe, results.tasks)]
 
 
 def _flat(part: workers.Part) -> tuple[Any, ...]:
