@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
@@ -15,6 +16,7 @@ import tiny
 
 from ka_attention.cli import app
 from ka_attention.harness.tokenizer import train as train_tokenizer
+from ka_attention.hf import register
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -70,8 +72,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         assert result.exit_code == 0, f"{line}: {result.output}"
         ran.add(words[0])
     assert ran == {"compare", "recipes"}
-    (code,) = blocks(DATA, "python")  # loads what a run has left
-    left = {}
-    exec(code.replace("runs/quick/weights/seed0/ka", "runs/mine/weights/seed0/ka-w4"), left)
-    assert left["model"].config.ka_config["window"] == 4
-    assert left["tokenizer"]("text")["input_ids"]
+    left = "runs/mine/weights/seed0/ka-w4"  # what docs/data.md says a run leaves
+    register()
+    assert AutoModelForCausalLM.from_pretrained(left).config.ka_config["window"] == 4
+    assert AutoTokenizer.from_pretrained(left)("text")["input_ids"]
