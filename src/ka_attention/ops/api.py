@@ -70,8 +70,9 @@ def ka_attention(
         A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a shape or value that is not allowed; where
-        shapes make sense as [B, T, H, D] alone, it says to transpose them. Both name the argument, before any work.
+        TypeError: an argument of the wrong type or dtype, by its name, before any work.
+        ValueError: a shape or value that is not allowed, likewise; where shapes make sense as [B, T, H, D] alone, it
+            says to transpose them.
         RuntimeError: a backend that cannot serve the call, or a derivative that it does not have.
 
     Any strides are right; heads and tokens may change places without a copy (`x.transpose(1, 2)`). NaN and infinity
