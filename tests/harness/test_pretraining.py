@@ -86,6 +86,17 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(text, tmp_path, monkeyp
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.gpu
+def test_steps_as_cuda_graphs_learn_the_same(text, tmp_path):
+    settings = replace(SETTINGS, learning_rate=1e-3)
+    found = []
+    for graphs in (False, True):
+        passes = Passes(compiled=False, graphs=graphs)
+        made = model().cuda()
+        found.append(pretrain(made, text, settings, passes, tmp_path, seed=0, label="test"))
+    assert [row.loss for row in found[1].rows] == pytest.approx([row.loss for row in found[0].rows], rel=1e-3)
+
+
 def test_rates_and_evaluations():
     assert [SETTINGS.rate(step) for step in range(3)] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert SETTINGS.rate(3) == 1e-2
