@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ka_attention.harness.statistics import interval, mean, mean_sd
+from ka_attention.harness.statistics import interval, mean, mean_sd, verdict
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import HybridArm, arm
 from ka_attention.studies.hybrid.recipes import HybridRecipe
@@ -68,6 +68,7 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
     tokens, epochs = first.training.tokens, first.training.epochs
     parameters = [one.parameters for runs in results.arms.values() for one in runs]
     words = [
+        _verdict(results, arms),
         f"Llama-like models of {min(parameters) / 1e6:.2f} to {max(parameters) / 1e6:.2f} M parameters "
         f"({recipe.layers} layers × {recipe.hidden_size}, {recipe.heads} heads, a vocabulary of "
         f"{recipe.vocab_size:,}), trained on "
@@ -123,6 +124,23 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
         axis = f"a step of {recipe.decode_batch} sequences (ms)"
         figures.append(_against(results, arms, "decoding", axis, decoding_time))
     return Section("Hybrids", words, [Table(caption, columns, rows)], figures)
+
+
+def _verdict(results: HybridResults, arms: dict[str, HybridArm]) -> str:
+    """The best arm beside the first, and KA beside softmax with the same window."""
+    base = next(iter(arms))
+    best = min(arms, key=lambda name: mean(_losses(results, name)))
+    share = 100 * results.decoding[best].computed_bytes / results.decoding[base].computed_bytes
+    text = f"The lowest loss has **{arms[best].label}**"
+    if best != base:
+        text += (
+            f": {_nats(_paired(results, best, base))} nats against {arms[base].label}, at {share:.0f} % of its state"
+        )
+    for name, other in _pairs(arms):
+        if arms[other].mixer == "softmax":
+            found = _paired(results, name, other)
+            text += f". {arms[name].label} against softmax with the same window: {_nats(found)} nats, {verdict(found)}"
+    return text + "."
 
 
 def _machine(one: TrainedArm) -> str:
