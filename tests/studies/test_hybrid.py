@@ -10,11 +10,12 @@ import torch
 from ka_attention.errors import UserError
 from ka_attention.harness import study, workers
 from ka_attention.harness.settings import override
+from ka_attention.harness.statements import Depo
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
-from ka_attention.studies.hybrid.recipes import RECIPES
+from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
 from ka_attention.studies.hybrid.study import HYBRID
-from ka_attention.studies.hybrid.tasks import Depo, TaskArm, settings
+from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
 
 SETTINGS = """vocab_size=512 hidden_size=32 heads=2 intermediate_size=320 layers=4 sequence_length=32 batch_size=2
 train_tokens=512 validation_sequences=4 evaluations=2 warmup_steps=2 arms=full-gated,3to1-ka-head-w4-gated
@@ -108,6 +109,15 @@ def test_tasks_are_learned_by_models_of_the_arm(run):
     assert model(input_ids=torch.tensor([[0, 15 * 15 - 1]])).logits.shape == (1, 2, 15)
 
 
+def test_every_task_has_examples_at_three_times_the_length():
+    recipe = replace(TINY, tasks=TASKS, task_length=16)
+    for task in tasks(recipe).values():
+        for length in (16, 48):
+            found = task.examples(4, length, np.random.default_rng(0))
+            assert found.statements.shape == (4, length)
+            assert found.statements.max() < task.symbols**2
+
+
 def test_seeds_that_were_trained_before_count(run):
     recipe, out = run
     found = HYBRID.run(recipe, Store(out, {}), 1)
@@ -147,8 +157,8 @@ def test_a_part_that_fails_in_a_worker_is_said(kind, error, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["arms=full,full", "arms=window", "hidden_size=20", "rates=0.5,1", "train_tokens=5"]
+    "setting", ["arms=full,full", "arms=window", "hidden_size=20", "rates=0.5,1", "train_tokens=5", "tasks=chess"]
 )
 def test_settings_that_make_no_sense_are_refused(setting):
-    with pytest.raises(UserError, match=r"--set (arms|hidden_size|rate_tokens|train_tokens)"):
+    with pytest.raises(UserError, match=r"--set (arms|tasks|hidden_size|rate_tokens|train_tokens)"):
         override(replace(TINY, rate_tokens=1), [setting])

@@ -9,6 +9,8 @@ from ka_attention.errors import UserError
 from ka_attention.harness.pretraining import PretrainingSettings
 from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm
 
+TASKS = ("dereference", "depo", "recall-1", "recall-8", "slots-3", "slots-5")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HybridRecipe(LlamaSettings, PretrainingSettings):
@@ -23,7 +25,8 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
                      processes).
     compiled:        where there is a GPU, compile the layers around their mixers and run steps as CUDA graphs.
     decode_batch, decode_steps: sequences that decode together after ``sequence_length`` tokens, steps that are timed.
-    task_arms, task_layers, task_samples: made-up tasks: which arms, in how many layers, training sequences.
+    tasks:           made-up tasks: dereference, depo, recall-1, recall-8, slots-3, slots-5.
+    task_arms, task_layers, task_samples: which arms learn them, in how many layers, training sequences.
     task_length, task_hops: statements in a training sequence, and the most steps along a permutation.
     """
 
@@ -38,6 +41,7 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     compiled: bool = True
     decode_batch: int = 1
     decode_steps: int = 8
+    tasks: tuple[str, ...] = ("dereference", "depo")
     task_arms: tuple[str, ...] = ()
     task_layers: tuple[int, ...] = (2,)
     task_samples: int = 6400
@@ -47,7 +51,7 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     # What a continued run may have otherwise: each part says by its name what it is of.
     choices: ClassVar[tuple[str, ...]] = (
         *("summary", "arms", "gpus"),
-        *("task_arms", "task_layers", "task_samples", "task_length", "task_hops"),
+        *("tasks", "task_arms", "task_layers", "task_samples", "task_length", "task_hops"),
     )
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise UserError(f"--set arms: expected different names, got {','.join(self.arms)}")
         self.chosen()
+        if unknown := [name for name in self.tasks if name not in TASKS]:
+            raise UserError(f"--set tasks: no task {unknown[0]!r}; allowed are {', '.join(TASKS)}")
         if self.rates != (1.0,) and self.rate_tokens < self.evaluations * self.batch_size * self.sequence_length:
             raise UserError(
                 f"--set rate_tokens: expected enough for evaluations = {self.evaluations} steps to choose among "
@@ -91,6 +97,7 @@ _GPU: dict[str, Any] = {
     "arms": DECISIVE,
     "decode_batch": 64,
     "decode_steps": 16,
+    "tasks": TASKS,
     "task_layers": (2, 4, 8, 12),
     "task_samples": 32 * 4000,
     "task_length": 64,

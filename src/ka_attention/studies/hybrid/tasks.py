@@ -1,4 +1,4 @@
-"""Made-up tasks in hybrids: chains of references, and k steps along a shuffled permutation."""
+"""Made-up tasks in hybrids: references, steps along a permutation, recall, permutations spelled out."""
 
 from __future__ import annotations
 
@@ -7,53 +7,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 from ka_attention.harness.arms import Arm
+from ka_attention.harness.statements import Depo, Recall, Slots
 from ka_attention.harness.statistics import mean_sd
 from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import NOT_ASKED, Dereference, Examples, Learned, Plan, TaskSettings, draw_groups, learn
+from ka_attention.harness.tasks import Dereference, Learned, Plan, Task, TaskSettings, draw_groups, learn
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build
 from ka_attention.studies.hybrid.recipes import HybridRecipe
 
+UNITS = {
+    "dereference": "depth (references)",
+    "depo": "k (steps)",
+    "recall": "distance (tokens, rounded down to 2^n)",
+    "slots": "position (statements)",
+}
 LONGER = 3  # times the length of the training, in the second test
-
-
-@dataclass(frozen=True)
-class Depo:
-    """k steps along a shuffled permutation (Depo of arXiv 2512.17351), as statements.
-
-    In the first half of a sequence of T statements the T / 2 arrows ``a → b`` of one cycle, in random order; in the
-    second half questions ``(a, k)``: which node stands k steps after a? Groups are k. Symbols: ``nodes`` nodes, of
-    which each sequence draws its own, then k = 1 to ``hops``.
-    """
-
-    nodes: int
-    hops: int
-
-    @property
-    def symbols(self) -> int:
-        return self.nodes + self.hops
-
-    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
-        """``count`` sequences of ``length`` statements, at most twice as many as nodes."""
-        n = length // 2
-        cycle = random.permuted(np.tile(np.arange(self.nodes), (count, 1)), axis=1)[:, :n]
-        arrows = random.permuted(np.tile(np.arange(n), (count, 1)), axis=1)
-        asked = random.integers(n, size=(count, length - n))
-        k = random.integers(1, self.hops + 1, size=asked.shape)
-
-        def at(ranks: np.ndarray) -> np.ndarray:
-            return np.take_along_axis(cycle, ranks % n, axis=1)
-
-        left = np.concatenate([at(arrows), at(asked)], axis=1)
-        right = np.concatenate([at(arrows + 1), self.nodes + k - 1], axis=1)
-        answers, groups = np.full_like(left, NOT_ASKED), np.zeros_like(left)
-        answers[:, n:], groups[:, n:] = at(asked + k), k
-        return Examples(*map(torch.from_numpy, (left * self.symbols + right, answers, groups)))
 
 
 @dataclass(frozen=True)
@@ -77,13 +49,18 @@ class TaskArm(Arm):
         return made
 
 
-def tasks(recipe: HybridRecipe) -> dict[str, Dereference | Depo]:
+def tasks(recipe: HybridRecipe) -> dict[str, Task]:
     """The tasks by name."""
     longest = LONGER * recipe.task_length
-    return {
+    made: dict[str, Task] = {
         "dereference": Dereference(names=longest, literals=16, chains=4),
         "depo": Depo(nodes=longest // 2, hops=recipe.task_hops),
+        "recall-1": Recall(64, 16, pairs=1),
+        "recall-8": Recall(64, 16, pairs=8),
+        "slots-3": Slots(3),
+        "slots-5": Slots(5),
     }
+    return {name: made[name] for name in recipe.tasks}
 
 
 def settings(recipe: HybridRecipe) -> TaskSettings:
@@ -119,16 +96,18 @@ def sections(recipe: HybridRecipe, learned: Mapping[str, Learned]) -> list[Secti
         return []
     lengths = recipe.task_length, LONGER * recipe.task_length
     tables, figures = [], []
-    for name, unit in (("dereference", "depth (references)"), ("depo", "k (steps)")):
+    for name in recipe.tasks:
+        unit = UNITS[name.partition("-")[0]]
         found = [entry for entry in learned.values() if entry.task == name]
         rows = [[entry.label, *(mean_sd(entry.percents(test)) for test in range(2))] for entry in found]
         columns = ["arm", *(f"{length} statements" for length in lengths)]
         tables.append(Table(f"{name}: right answers (%)", columns, rows))
         caption = f"{name}: right answers by {unit}, {lengths[0]} statements"
-        figures.append(Figure(f"hybrid_{name}", caption, partial(_draw, found, unit), (4.8, 4.6)))
+        figures.append(Figure(f"hybrid_{name.replace('-', '_')}", caption, partial(_draw, found, unit), (4.8, 4.6)))
     words = [
         "*Dereference*: chains of assignments, the value to name at each. *Depo*: the arrows of one shuffled cycle, "
-        f"then questions which node stands k = 1 to {recipe.task_hops} steps on (arXiv 2512.17351). Models are trained "
+        f"then questions which node stands k = 1 to {recipe.task_hops} steps on (arXiv 2512.17351). *Recall* of 1 or 8 "
+        "pairs past fillers. *Slots*: permutations of 3 or 5 things, spelled out. Models are trained "
         f"at {lengths[0]} statements and tested there and at {lengths[1]}; {recipe.task_samples:,} training sequences."
     ]
     return [Section("Tasks", words, tables, figures)]

@@ -10,6 +10,7 @@ import torch
 
 from ka_attention.errors import UserError
 from ka_attention.harness.arms import Arm, arm
+from ka_attention.harness.statements import Slots
 from ka_attention.harness.tasks import Examples, Task, TaskSettings
 from ka_attention.hf import KAConfig
 
@@ -49,37 +50,6 @@ class Product:
         statements[:, 0] += self.symbols
         positions = np.broadcast_to(np.arange(length), answers.shape).copy()
         return Examples(*map(torch.from_numpy, (statements, answers, positions)))
-
-
-@dataclass(frozen=True)
-class Slots:
-    """The same product spelled out: ``degree`` statements a step, "slot k now holds what slot s held before this step".
-
-    The first ``degree`` statements put the things into the slots, in order. The answer is what the slot holds. Symbols
-    are the slots, then the things. Groups are positions; a last incomplete step is allowed.
-    """
-
-    degree: int
-
-    @property
-    def symbols(self) -> int:
-        return 2 * self.degree
-
-    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
-        """``count`` sequences of ``length`` statements."""
-        n = self.degree
-        steps = -(-length // n)
-        sources = random.permuted(np.tile(np.arange(n), (count, steps, 1)), axis=2)
-        held = np.empty_like(sources)
-        held[:, 0] = np.arange(n)
-        for step in range(1, steps):
-            held[:, step] = np.take_along_axis(held[:, step - 1], sources[:, step], axis=1)
-        right = sources.copy()
-        right[:, 0] = n + np.arange(n)
-        statements = np.arange(n) * self.symbols + right
-        positions = np.broadcast_to(np.arange(length), (count, length)).copy()
-        flat = [x.reshape(count, -1)[:, :length].copy() for x in (statements, n + held)]
-        return Examples(*map(torch.from_numpy, (*flat, positions)))
 
 
 TASKS: dict[str, tuple[str, Task]] = {

@@ -1,4 +1,4 @@
-"""Arms, tasks and recipes of the window study."""
+"""Arms and recipes of the window study."""
 
 from __future__ import annotations
 
@@ -6,56 +6,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from ka_attention.errors import UserError
 from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import Arm, arm
 from ka_attention.harness.lengths import LengthSettings
 from ka_attention.harness.settings import PYTHIA_70M
-from ka_attention.harness.tasks import NOT_ASKED, Dereference, Examples, Task, TaskSettings
+from ka_attention.harness.statements import Recall
+from ka_attention.harness.tasks import Dereference, Task, TaskSettings
 from ka_attention.hf import KAConfig
 
 MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
 MIX_KINDS = {"softmax": "softmax, every other layer with a window", "ka": "softmax, every other layer KA"}
-
-
-@dataclass(frozen=True)
-class Recall:
-    """``key = value`` somewhere in the first half, ``key = ?`` somewhere in the second: name the value.
-
-    ``pairs`` different keys a sequence; everywhere else stands a filler with a value at random, which means nothing.
-    One pair is the passkey test, several are multi-query associative recall. Groups are distances between definition
-    and question, rounded down to a power of two. Symbols: keys, then values, then the filler's left side, then "?".
-    """
-
-    keys: int
-    values: int
-    pairs: int
-
-    @property
-    def symbols(self) -> int:
-        return self.keys + self.values + 2
-
-    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
-        """``count`` sequences of ``length`` statements, at least twice as many as pairs."""
-        filler, question = self.symbols - 2, self.symbols - 1
-        row, half = np.arange(count)[:, None], length // 2
-
-        def some(of: int) -> np.ndarray:
-            return random.permuted(np.tile(np.arange(of), (count, 1)), axis=1)[:, : self.pairs]
-
-        defined, asked, keys = some(half), half + some(length - half), some(self.keys)
-        meant = self.keys + random.integers(self.values, size=keys.shape)
-        left = np.full((count, length), filler)
-        right = self.keys + random.integers(self.values, size=left.shape)
-        answers, groups = np.full_like(left, NOT_ASKED), np.zeros_like(left)
-        left[row, defined], right[row, defined] = keys, meant
-        left[row, asked], right[row, asked] = keys, question
-        answers[row, asked] = meant
-        groups[row, asked] = 2 ** np.log2(asked - defined).astype(int)
-        return Examples(*map(torch.from_numpy, (left * self.symbols + right, answers, groups)))
 
 
 @dataclass(frozen=True, kw_only=True)
