@@ -153,7 +153,7 @@ def test_sequences_split_over_processes_are_refused(split, monkeypatch):
     want = parallel(model, ids)
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", config)
     for settings in ({}, {"window": 3, "gate": 0}):
-        with use(model, **settings), pytest.raises(ValueError, match=r"^parallelism_config: .*split over processes"):
+        with use(model, **settings), pytest.raises(ValueError, match=r"^parallelism_config: .*split sequences"):
             parallel(model, ids)
     with use(model, layers=()):
         assert torch.equal(parallel(model, ids), want)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ka_attention.ops import private
+
 CHUNK = 8192  # tokens whose logits are in memory at once
 GRAPHS = 64  # that one function may have: of each mixer and each width of MLPs; PyTorch would stop at 8
 IGNORED = -100  # a target without a loss
@@ -25,7 +27,7 @@ class Passes:
 
     def __init__(self, *, compiled: bool, graphs: bool = False) -> None:
         self.graphs = graphs
-        torch._dynamo.config.recompile_limit = GRAPHS
+        private.allow_graphs(GRAPHS)
 
         def compile(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function

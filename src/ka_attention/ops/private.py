@@ -104,3 +104,9 @@ flash: Any = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 if flash is None or flash_backward is None:
     flash = flash_backward = None
+
+
+def allow_graphs(number: int) -> None:
+    """Let torch.compile make so many graphs of one function; without the name PyTorch stops at its own limit."""
+    if (config := _find("_dynamo.config")) is not None:
+        config.recompile_limit = number
