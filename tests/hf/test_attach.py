@@ -74,14 +74,6 @@ def test_a_ka_model_does_not_change_to_another_attention(model):
     assert torch.equal(logits(model), before)
 
 
-def test_continuous_batching_is_refused():
-    model, ids = attach(make("llama")), tokens()
-    with pytest.raises(ValueError, match=r"generate_batch.* has no KA cache"):
-        model.generate_batch(ids.tolist(), max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"generate_batch.* has no KA cache"):
-        model.generate(ids, cache_implementation="paged", max_new_tokens=2)
-
-
 def test_a_detached_model_is_free_again():
     model = make("llama")
     before = set(vars(model)), set(vars(model.model))

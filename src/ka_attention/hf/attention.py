@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.layer import Layer, Options
+from ka_attention.hf.paged import Pages, attend_paged
 from ka_attention.hf.ranks import attend_share
 from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
@@ -34,7 +35,6 @@ _UNSUPPORTED = frozenset(
         "position_bias",
         "head_mask",
         "alibi",
-        "cache",
         "indices",
         "block_indices",
         "score_mod",
@@ -83,6 +83,7 @@ def attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     ka_output_gate: Tensor | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer of a transformers model, KA-attention where ``module.config.ka_config`` says so.
@@ -93,9 +94,10 @@ def attention_forward(
     slow.
 
     query ``[B, Hq, n, D]``, key and value ``[B, Hkv, S, D]`` (or the KAState of a KA cache) give ``[B, n, Hq, D]``,
-    multiplied by ``ka_output_gate`` ``[B, n, Hq D]`` where there is one. The first seven arguments stand where they do
-    in transformers' own functions. ValueError: an argument that KA-attention does not have. RuntimeError: a cache that
-    does not fit, a missing gate, or a ``ka_config`` that was changed behind the model's back.
+    multiplied by ``ka_output_gate`` ``[B, n, Hq D]`` where there is one. ``cache`` is a paged cache. The first seven
+    arguments stand where they do in transformers' own functions. ValueError: an argument that KA-attention does not
+    have. RuntimeError: a cache that does not fit, a missing gate, or a ``ka_config`` that was changed behind the
+    model's back.
     """
     if not _UNSUPPORTED.isdisjoint(kwargs):
         _refuse_unsupported(module, kwargs)
@@ -106,6 +108,9 @@ def attention_forward(
     layer = module.__dict__.get("ka_layer") or Layer.of(module)
     if layer.is_first:
         layer.check(module.config)
+    if cache is not None:  # transformers before 5.24 leaves this to attention functions
+        value = cache.update(key, value, module.layer_idx, kwargs)[1]
+    pages = value if type(value) is Pages else None
     state = value if type(value) is KAState else None
     if state is not None and state.layer.ka is not layer.ka:
         _check_cache(state, layer)
@@ -117,13 +122,21 @@ def attention_forward(
         out = _decode_step(module, layer, query, state, scale)
     else:
         window = layer.window
-        if layer.is_ka and sliding_window is not None:  # a softmax layer's own window is in its mask
+        # A softmax layer's own window is in its mask, which continuous batching has none of.
+        if (layer.is_ka or pages is not None) and sliding_window is not None:
             window = sliding_window if window is None else min(window, sliding_window)
         options = Options(scale, window, softcap, dropout, cu_seq_lens_q)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
             dtype = torch.get_autocast_dtype(query.device.type) if autocast else None
-            attend = _attend if layer.group is None else attend_share
-            out = attend(module, layer, query, key, value if state is None else state, attention_mask, options, dtype)
+            if pages is not None:
+                out = attend_paged(
+                    _attend, module, layer, query, pages, options, {**kwargs, "cu_seq_lens_q": cu_seq_lens_q}
+                )
+            else:
+                attend = _attend if layer.group is None else attend_share
+                out = attend(
+                    module, layer, query, key, value if state is None else state, attention_mask, options, dtype
+                )
     if layer.gates_output:
         if ka_output_gate is None:
             raise RuntimeError(f"layer {layer.index} got no output gate: make the model with ka_attention.hf.attach")

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ka_attention.hf.attention import NAME, register_attention
+from ka_attention.hf.batching import make_manager
 from ka_attention.hf.cache.caches import KACache, KAStaticCache
 from ka_attention.hf.card import write_card, write_loader
 from ka_attention.hf.config import KAConfig
@@ -106,8 +107,16 @@ class KAModel:
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _refuse_other_attention(attn_implementation)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("continuous batching (generate_batch) has no KA cache: use generate, or a softmax model")
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
+    ) -> Any:
+        """The manager behind ``generate_batch``, which serves many requests at once from a paged cache of K and U."""
+        if not self.can_generate() or not isinstance(self.config, KATyped):
+            raise ValueError(f"model: only a causal language model by itself is served in batches, not {type(self)}")
+        if (kept := getattr(self, "_cached_continuous_batching_manager", None)) is not None:
+            kept.switch_to_cb_friendly_attn(self)
+            return kept
+        return make_manager(self, generation_config, continuous_batching_config, workload_hints)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int

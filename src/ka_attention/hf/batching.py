@@ -1,0 +1,128 @@
+"""Continuous batching of a KA model: transformers' manager with a cache that holds K and U."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from ka_attention.hf.layer import Layer
+from ka_attention.hf.paged import ARGUMENTS, SLIDING, KAPagedCache, cache_config
+from ka_attention.hf.support import attention_modules
+
+
+class KABatchingManager(ContinuousBatchingManager):
+    """Schedules requests as transformers does; the model keeps its attention and gets a cache of its own size."""
+
+    def __init__(self, model: Any, generation_config: Any, settings: Any, hints: Any) -> None:
+        self.sized = cache_config(model.config, windows_of(model))
+        self.ka = Layer.of(attention_modules(model)[0]).ka
+        super().__init__(model, generation_config, settings, hints)
+
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any) -> None:
+        """Nothing, as attention "ka" takes paged caches; ValueError if the model is not what it was made for."""
+        layer = getattr(attention_modules(model)[0], "ka_layer", None)
+        if getattr(layer, "ka", None) is not self.ka:
+            raise ValueError(
+                "model: its ka_config is not that of the batching manager it kept, call "
+                "destroy_cached_continuous_batching_manager() first"
+            )
+
+    def _create_batch_processor(self) -> Any:
+        model = self.model
+        self.model = _Sized(model, self.sized)  # type: ignore[assignment]
+        try:
+            processor = super()._create_batch_processor()
+        finally:
+            self.model = model
+        cache: Any = processor.cache
+        cache.__class__ = KAPagedCache
+        cache.ka, cache.ka_heads = self.ka, self.sized.num_key_value_heads
+        return processor
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """How many tokens each layer attends to: the narrower of the model's own window and that of its ``KAConfig``."""
+    config, modules = model.config, attention_modules(model)
+    own = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["" if own is None else SLIDING] * len(modules)
+    found = []
+    for module, kind in zip(modules, kinds, strict=True):
+        both = (Layer.of(module).window, own if kind == SLIDING else None)
+        found.append(min((window for window in both if window is not None), default=None))
+    return found
+
+
+def make_manager(model: Any, generation_config: Any, settings: Any, hints: Any) -> KABatchingManager:
+    """The manager that a KA model serves requests with. ValueError for what it does not do."""
+    settings = settings or ContinuousBatchingConfig()
+    generation_config = copy.deepcopy(generation_config or model.generation_config)
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1  # transformers' sign for none
+    _check(model, generation_config, settings)
+    return KABatchingManager(model, generation_config, settings, hints)
+
+
+def _check(model: Any, generation_config: Any, settings: Any) -> None:
+    graphs = [
+        name
+        for name in ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
+        if getattr(settings, name, None) not in (None, False, (False, False))
+    ]
+    graphs += ["default_compile_level"] * bool(getattr(settings, "default_compile_level", 0))
+    graphs += ["compile_config"] * (getattr(generation_config, "compile_config", None) is not None)
+    if graphs:
+        raise ValueError(
+            f"{graphs[0]}: a KA model runs continuous batching without graphs and compilation, leave it out"
+        )
+    if getattr(model, "_device_mesh", None) is not None:
+        raise ValueError("model: a KA model runs continuous batching on one device, this one is split over several")
+    if any(Layer.of(module).group is not None for module in attention_modules(model)):
+        raise ValueError("model: sequence_parallel is for training, end it with sequence_parallel(model, None)")
+    _check_path(model)
+
+
+class _ReachedError(Exception):
+    pass
+
+
+class _Probe(KAPagedCache):
+    """A paged cache that tells when attention looks at it."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def ka(self) -> Any:
+        raise _ReachedError
+
+
+@torch.no_grad()
+def _check_path(model: Any) -> None:
+    """ValueError for a model that does not hand what its ``forward`` is given on to attention: it forgets the past."""
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    reason: Exception | None = None
+    try:
+        model(input_ids=one, position_ids=one, use_cache=False, cache=_Probe(), **dict.fromkeys(ARGUMENTS, one))
+    except _ReachedError:
+        return
+    except (AttributeError, TypeError) as error:
+        reason = error
+    raise ValueError(
+        f"model: {type(model).__name__} of transformers {transformers.__version__} does not hand a paged cache to its "
+        "attention, use generate"
+    ) from reason
+
+
+class _Sized:
+    """A model whose configuration is the one that its cache is sized by."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self._model, self.config = model, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

@@ -1,0 +1,136 @@
+"""Many requests at once give what each gives alone."""
+
+import pytest
+import torch
+from schedules import alone, check, greedy, schedule, settings
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
+from zoo import make, tokens
+
+from ka_attention.hf import KAConfig, attach, detach, reconfigure
+from ka_attention.hf.batching import windows_of
+from ka_attention.hf.paged import KAPagedCache, Pages
+
+PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 1, 9)]
+
+
+def serve(model, prompts=PROMPTS, count=4, **changes):
+    results = model.generate_batch(prompts, greedy(max_new_tokens=count), settings(**changes))
+    for prompt, result in zip(prompts, results.values(), strict=True):
+        check(model, prompt, count, result)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_schedules_give_what_generate_gives(seed):
+    assert schedule(seed) > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "olmo2", "phi3"])
+def test_families(family):
+    serve(attach(make(family), KAConfig(window=6, gate_init=0.5)))
+
+
+def test_a_saved_model_serves(tmp_path):
+    attach(make("llama"), KAConfig(gate="head", gate_init=0.4, window=5)).save_pretrained(tmp_path)
+    serve(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+
+
+def test_adapters():
+    serve(attach(make("llama"), KAConfig(), adapter=lambda layer: nn.Linear(8, 8).double()))
+
+
+@pytest.mark.parametrize("broken", ["first half of V", "no U"])
+def test_the_comparison_sees_a_wrong_cache(broken, monkeypatch):
+    write = Pages.write
+    if broken == "no U":
+        monkeypatch.setattr(Pages, "write", lambda pages, u: write(pages, pages.value.repeat_interleave(2, 1)))
+    else:
+        monkeypatch.setattr(Pages, "write", lambda pages, u: write(pages, u * (torch.arange(8) < 4)))
+    with pytest.raises(AssertionError):
+        serve(attach(make("llama"), KAConfig()))
+
+
+def held(model, **changes):
+    """Bytes that a paged cache of 64 pages of 4 tokens takes."""
+    manager = model.init_continuous_batching(greedy(), settings(**changes))
+    cache = manager._create_batch_processor().cache
+    if hasattr(cache, "cache_tensor"):
+        trash = 2 * cache.bytes_per_sector
+        return cache.cache_tensor.numel() - trash
+    tensors = [*cache.key_cache, *cache.value_cache]
+    return sum(x[: -2 * cache.block_size].nbytes for x in tensors)
+
+
+def test_a_token_takes_key_heads_and_query_heads_in_every_layer():
+    model = attach(make("llama"), KAConfig(layers=(0,)))
+    assert held(model) == 64 * 4 * 3 * (2 + 4) * 8 * 8  # pages, tokens, layers, heads, numbers, bytes
+
+
+def test_layers_with_a_window_keep_a_ring_of_the_widest():
+    model = attach(make("gemma3_text"), KAConfig(layers=(0, 2), window=(3, 7)))
+    assert windows_of(model) == [3, 5, 7]
+    manager = model.init_continuous_batching(greedy(), settings())
+    assert manager.sized.layer_types == ["sliding_attention"] * 3
+    assert manager.sized.sliding_window == 7
+    assert windows_of(attach(make("llama"), KAConfig(pattern="2:1", window=4))) == [4, 4, None]
+    serve(model, [tokens(1, 36, seed=1)[0].tolist()], num_blocks=4)  # 40 tokens in blocks for 16
+
+
+def test_prefixes_are_shared_where_all_layers_keep_all_tokens(monkeypatch):
+    found = []
+    search = KAPagedCache.search_prefix_match
+    monkeypatch.setattr(KAPagedCache, "search_prefix_match", lambda *args: found.append(search(*args)) or found[-1])
+    prompts = [[*PROMPTS[2], i] for i in range(10, 15)]
+    serve(attach(make("llama"), KAConfig(gate_init=0.5)), prompts, max_batch_tokens=10, max_requests_per_batch=2)
+    assert max(found) == 8  # of 10 tokens, two pages
+
+
+def test_several_answers_to_one_prompt():
+    model = attach(make("llama"), KAConfig())
+    several = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=2, eos_token_id=-1, max_new_tokens=4)
+    results = model.generate_batch(PROMPTS, several, settings())
+    assert all(r.generated_tokens in [alone(model, p, 4)[0] for p in PROMPTS] for r in results.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"use_cuda_graph": True}, "use_cuda_graph"),
+        ({"use_async_batching": True}, "use_async_batching"),
+        ({"varlen_compile_config": CompileConfig()}, "varlen_compile_config"),
+        ({"default_compile_level": 1}, "default_compile_level"),
+    ],
+)
+def test_graphs_are_refused(changes, name):
+    model = attach(make("llama"), KAConfig())
+    with pytest.raises(ValueError, match=rf"^{name}: a KA model runs continuous batching without graphs"):
+        model.generate_batch(PROMPTS, greedy(), settings(**changes))
+
+
+def test_what_cannot_be_served_is_refused(monkeypatch):
+    model = attach(make("llama"), KAConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_device_mesh", "two", raising=False)
+        with pytest.raises(ValueError, match="on one device"):
+            model.generate_batch(PROMPTS, greedy(), settings())
+    forward = type(model.model).forward
+    with monkeypatch.context() as patch:  # a model that keeps arguments to itself
+        patch.setattr(type(model.model), "forward", lambda self, input_ids, **kwargs: forward(self, input_ids))
+        with pytest.raises(ValueError, match="does not hand a paged cache to its attention"):
+            model.generate_batch(PROMPTS, greedy(), settings())
+    with pytest.raises(ValueError, match=r"^head_dim: .* the odd 7"):
+        attach(make("gpt2", n_embd=28), KAConfig()).generate_batch(PROMPTS, greedy(), settings())
+
+
+def test_a_kept_manager_belongs_to_one_configuration():
+    model = attach(make("llama"), KAConfig())
+    model.generate_batch(PROMPTS, greedy(max_new_tokens=2), settings(), persistent_manager=True)
+    serve(model)
+    reconfigure(model, KAConfig(gate_init=0.5))
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        model.generate_batch(PROMPTS, greedy(), settings())
+    detach(model)
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        model.generate_batch(PROMPTS, greedy(), settings())
+    model.destroy_cached_continuous_batching_manager()
