@@ -25,7 +25,19 @@ from ka_attention.studies.catalogue import STUDIES
 from ka_attention.studies.compare import study as compare
 from ka_attention.studies.compare.recipes import COMPARE
 
-COMMANDS = ["compare", "train", "evaluate", "report", "study", "inspect", "adapt", "convert", "generate", "recipes"]
+COMMANDS = [
+    "compare",
+    "train",
+    "evaluate",
+    "report",
+    "study",
+    "inspect",
+    "adapt",
+    "convert",
+    "generate",
+    "serve",
+    "recipes",
+]
 
 
 def run(*words, missing=(), **options):

@@ -16,10 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import tiny
 
-from ka_attention.commands import convert
+from ka_attention.commands import convert, serve
 from ka_attention.harness import perplexity
 from ka_attention.harness import tokenizer as tokenizers
 from ka_attention.harness.training import save
+from ka_attention.hf import attach
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 LOADS = {
@@ -203,3 +204,13 @@ def test_the_perplexity_of_a_conversion_is_that_of_text_it_was_not_trained_on(fo
     assert len(seen) > 2
     for ids in seen:
         assert not rows & {tuple(row) for row in ids.tolist()}
+
+
+def test_what_cannot_be_served(folder, monkeypatch):
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert refused(ka("serve", "model"), "the server needs fastapi, uvicorn and openai; pip install")
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    assert refused(ka("serve", "nowhere"), "MODEL: no file or folder 'nowhere'")
+    model = attach(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=30, **SIZES | {"hidden_size": 14, "rotary_pct": 0.5})))
+    model.save_pretrained("odd")
+    assert refused(ka("serve", "odd"), "MODEL: odd cannot be served: head_dim: continuous batching stores halves")

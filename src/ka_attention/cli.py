@@ -303,6 +303,21 @@ def generate(
     )
 
 
+@app.command(
+    epilog="Example: ka serve runs/quick/weights/seed0/ka --port 8000",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve MODEL at an OpenAI-compatible endpoint; further options are those of `transformers serve`."""
+    from ka_attention.commands.serve import command
+
+    command(model, context.args, trust_remote_code=trust_remote_code)
+
+
 @app.command(epilog="Example: ka recipes quick")
 def recipes(
     name: Annotated[

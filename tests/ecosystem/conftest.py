@@ -32,12 +32,17 @@ def logits(model):
         return model(ids, use_cache=False).logits
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A saved KA model with a tokenizer."""
+def save_words(folder, **settings):
+    """Write a tokenizer of single letters."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path / "ka")
+    PreTrainedTokenizerFast(tokenizer_object=words, **names, **settings).save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved KA model with a tokenizer."""
+    save_words(tmp_path / "ka")
     ka_model().save_pretrained(tmp_path / "ka")
     return str(tmp_path / "ka")

@@ -63,11 +63,12 @@ def make_manager(model: Any, generation_config: Any, settings: Any, hints: Any) 
     generation_config = copy.deepcopy(generation_config or model.generation_config)
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # transformers' sign for none
-    _check(model, generation_config, settings)
+    _refuse_graphs(generation_config, settings)
+    check_batching(model)
     return KABatchingManager(model, generation_config, settings, hints)
 
 
-def _check(model: Any, generation_config: Any, settings: Any) -> None:
+def _refuse_graphs(generation_config: Any, settings: Any) -> None:
     graphs = [
         name
         for name in ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
@@ -79,6 +80,11 @@ def _check(model: Any, generation_config: Any, settings: Any) -> None:
         raise ValueError(
             f"{graphs[0]}: a KA model runs continuous batching without graphs and compilation, leave it out"
         )
+
+
+def check_batching(model: Any) -> None:
+    """ValueError, with the reason, for a KA model that continuous batching does not serve."""
+    cache_config(model.config, windows_of(model))
     if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("model: a KA model runs continuous batching on one device, this one is split over several")
     if any(Layer.of(module).group is not None for module in attention_modules(model)):
@@ -105,9 +111,11 @@ class _Probe(KAPagedCache):
 def _check_path(model: Any) -> None:
     """ValueError for a model that does not hand what its ``forward`` is given on to attention: it forgets the past."""
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # to make one looks at data
+    arguments = {"use_cache": False, "cache": _Probe(), **dict.fromkeys(ARGUMENTS, one)}
     reason: Exception | None = None
     try:
-        model(input_ids=one, position_ids=one, use_cache=False, cache=_Probe(), **dict.fromkeys(ARGUMENTS, one))
+        model(input_ids=one, position_ids=one, attention_mask=seen, **arguments)
     except _ReachedError:
         return
     except (AttributeError, TypeError) as error:
