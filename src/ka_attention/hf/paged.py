@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,30 +70,42 @@ def attend_paged(
     stored = repeat_heads(v, q) if layer.is_ka else v
     keys, values = pages.read(stored)
     out, u = torch.empty_like(q.transpose(1, 2)), torch.empty_like(stored)
-    ends, key_ends = pages.ends.tolist(), pages.key_ends.tolist()
-    requests = range(len(ends) - 1)
-    steps = [i for i in requests if ends[i + 1] - ends[i] == 1]
-    if steps:
-        places = [(ends[i], key_ends[i], key_ends[i + 1]) for i in steps]
-        new, first, after = torch.tensor(places, device=q.device).T[:, :, None]  # [R, 1] each
-        slots = after + torch.arange(-max(b - a for _, a, b in places), 0, device=q.device)
-        seen = slots >= first
-        mask = None if bool(seen.all()) else seen[:, None, None]
-        slots = torch.maximum(slots, first)
-        out[0, new], step = _run(
-            attend, module, layer, _rows(q, new), _rows(keys, slots), _rows(values, slots), _rows(v, new), mask, options
-        )
+    plan = pages.plan()
+    if plan.steps is not None:
+        new, slots, mask = plan.steps
+        batch = _rows(q, new), _rows(keys, slots), _rows(values, slots), _rows(v, new)
+        out[0, new], step = _run(attend, module, layer, *batch, mask, options)
         u[0][:, new] = step.transpose(0, 1)
-    for i in requests:
-        own, sight = slice(ends[i], ends[i + 1]), slice(key_ends[i], key_ends[i + 1])
+    for own, sight in plan.chunks:
         n, length = own.stop - own.start, sight.stop - sight.start
-        if n > 1:
-            # Without a mask a softmax layer takes more keys than queries for a static cache.
-            mask = None if layer.is_ka or n == length else _causal(n, length, q.device)
-            chunk = q[:, :, own], keys[:, :, sight], values[:, :, sight], v[:, :, own]
-            out[:, own], u[:, :, own] = _run(attend, module, layer, *chunk, mask, options)
+        # Without a mask a softmax layer takes more keys than queries for a static cache.
+        mask = None if layer.is_ka or n == length else _causal(n, length, q.device)
+        chunk = q[:, :, own], keys[:, :, sight], values[:, :, sight], v[:, :, own]
+        out[:, own], u[:, :, own] = _run(attend, module, layer, *chunk, mask, options)
     pages.write(u)
     return out
+
+
+class Plan:
+    """Which calls of attention the requests of one forward pass take, from where they begin and end.
+
+    steps:  of the requests with one new token, where it is, ``[R, 1]``, where the keys in its sight are, ``[R, S]``,
+            padded on the left with the first, and a mask that leaves that out; None where there is no such request.
+    chunks: (new tokens, keys in their sight) of each of the others.
+    """
+
+    def __init__(self, ends: Tensor, key_ends: Tensor) -> None:
+        bounds = (pairwise(x) for x in (ends.tolist(), key_ends.tolist()))
+        requests = [(slice(*own), slice(*sight)) for own, sight in zip(*bounds, strict=True)]
+        self.chunks = [each for each in requests if each[0].stop - each[0].start > 1]
+        self.steps: tuple[Tensor, Tensor, Tensor | None] | None = None
+        places = [(own.start, sight.start, sight.stop) for own, sight in requests if own.stop - own.start == 1]
+        if places:
+            new, first, after = torch.tensor(places, device=ends.device).T[:, :, None]  # [R, 1] each
+            lengths = [stop - start for _, start, stop in places]
+            slots = after + torch.arange(-max(lengths), 0, device=ends.device)
+            mask = None if min(lengths) == max(lengths) else (slots >= first)[:, None, None]
+            self.steps = new, torch.maximum(slots, first), mask
 
 
 class Pages:
@@ -113,6 +126,8 @@ class Pages:
         if self.cache.ka is not layer.ka:
             raise RuntimeError(f"layer {layer.index}: ka_config was changed while requests are served, stop that first")
         self.arguments, cache = arguments, self.cache
+        if layer.is_first:
+            cache.plans = {}
         if places := getattr(cache, "layer_to_allocator", None):
             self.group, kind = places[self.index].index, places[self.index].layer_type
         else:  # transformers 5.17
@@ -123,6 +138,13 @@ class Pages:
         key_ends = arguments["cu_seq_lens_k"]
         self.ends = arguments["cu_seq_lens_q"]
         self.key_ends = key_ends if isinstance(key_ends, Tensor) else key_ends[kind]  # layers of one kind, or of two
+        self.kind = kind
+
+    def plan(self) -> Plan:
+        """What all layers of one kind do in this forward pass; made once, as it waits for the device."""
+        if self.kind not in self.cache.plans:
+            self.cache.plans[self.kind] = Plan(self.ends, self.key_ends)
+        return self.cache.plans[self.kind]
 
     def read(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """K ``[1, Hkv, S, D]`` and U ``[1, H, S, D]`` of all requests, v ``[1, H, N, D]`` where they are new."""
@@ -160,6 +182,7 @@ class KAPagedCache(PagedAttentionCache):
 
     ka: Any
     ka_heads: int
+    plans: dict[str, Plan]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
