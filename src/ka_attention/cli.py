@@ -24,7 +24,8 @@ try:
     import typer
     from typer.core import TyperGroup
 except ModuleNotFoundError as error:
-    sys.exit(f"ka: {_missing(error.name or 'typer')}")
+    print(f"ka: {_missing(error.name or 'typer')}", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from ka_attention.harness.study import Study
