@@ -1,10 +1,11 @@
 """Taking times in turns, peak memory in a process of its own, and tables."""
 
+import argparse
 import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -77,3 +78,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     return "\n".join([text[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *text[1:]])
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def print_tables(about: str | None, run: Callable[[Path | None], Iterator[str]]) -> None:
+    """The command line of a benchmark: its tables as they come, and with --json its figures in a file."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    path = parser.parse_args().json
+    print(machine(), end="\n\n")
+    for text in run(path):
+        print(text, end="\n\n", flush=True)

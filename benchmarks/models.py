@@ -7,7 +7,6 @@ replayed CUDA graph of one step of the model through a cache of fixed size, so t
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, set_seed
 
 from benchmarks.goals import Record, section_table
-from benchmarks.harness import machine, medians
+from benchmarks.harness import device_type, machine, medians, print_tables
 from benchmarks.timing import replayed
 from ka_attention.hf import KAConfig, KAStaticCache, attach, cache_bytes
 
@@ -57,7 +56,7 @@ def training(shapes: Sequence[tuple[int, int]] = TRAINED, seconds: float = 6.0, 
 
 def step(name: str, batch: int, length: int, **sizes: int) -> Callable[[], Tensor]:
     """A call that trains a fresh model one step further, always on the same tokens, and returns the loss."""
-    device = _device()
+    device = device_type()
     model = build(name, **sizes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=device)
@@ -77,7 +76,7 @@ def step(name: str, batch: int, length: int, **sizes: int) -> Callable[[], Tenso
 @torch.no_grad()
 def decoding(shapes: Sequence[tuple[int, int]] = DECODED, **sizes: int) -> Iterator[Record]:
     """Milliseconds of one token more, and the bytes of the cache, after a context of random keys and values."""
-    models = {name: build(name, **sizes).to(_device(), torch.bfloat16).eval() for name in ARMS}
+    models = {name: build(name, **sizes).to(device_type(), torch.bfloat16).eval() for name in ARMS}
     for batch, context in shapes:
         took, held = {}, {}
         for name, model in models.items():
@@ -124,18 +123,5 @@ def run(path: Path | None = None) -> Iterator[str]:
         yield section_table(found)
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    path = parser.parse_args(argv).json
-    print(machine(), end="\n\n")
-    for text in run(path):
-        print(text, end="\n\n", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, run)

@@ -7,7 +7,6 @@ waits for the processor, so the processor's time of a call of the operator and o
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.goals import Record, section_table
-from benchmarks.harness import machine, medians
+from benchmarks.harness import device_type, machine, medians, print_tables
 from ka_attention import ka_attention
 from ka_attention.harness.arms import arm, build
 from ka_attention.harness.settings import ModelSettings
@@ -54,7 +53,7 @@ def steps(
 
 def step(attention: str, settings: ModelSettings, batch: int, length: int) -> Callable[[], Tensor]:
     """A call that trains a fresh model one step further, always on the same tokens, and returns the loss."""
-    device = _device()
+    device = device_type()
     model: Any = build(arm(attention), settings, seed=0)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -76,7 +75,7 @@ def processor(shape: tuple[int, ...] = (1, 8, 128, 64), seconds: float = 4.0) ->
     """Time of a call until it returns, in a layer's layout; on a CPU it computes as well, so there it says little."""
     B, H, T, D = shape
     inputs = [
-        torch.randn(B, T, H, D, device=_device(), dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        torch.randn(B, T, H, D, device=device_type(), dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for _ in range(3)
     ]
     grad = torch.randn_like(inputs[0])
@@ -100,18 +99,5 @@ def _both(attention: Callable, inputs: Sequence[Tensor], grad: Tensor) -> object
     return torch.autograd.grad(attention(*inputs), inputs, grad)
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    path = parser.parse_args(argv).json
-    print(machine(), end="\n\n")
-    for text in run(path):
-        print(text, end="\n\n", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, run)
