@@ -74,6 +74,8 @@ def commit_the_last_token_only(monkeypatch):
         right = layer.commit
 
         def commit(self, u, right=right):
+            if u is None:  # a step in a ring stored U itself
+                return right(self, u)
             n = u.shape[2]
             value = new_values(self, u) if isinstance(self.pending, int) else self.pending[1]
             if n > 1 and value.shape[2] == n:

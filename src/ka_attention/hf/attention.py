@@ -1,4 +1,4 @@
-"""The attention function "ka" for transformers, its mask, and their registration."""
+"""The attention function "ka" for transformers, and its registration."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.layer import Layer, Options
+from ka_attention.hf.masks import as_bool, band, in_one_sequence, ka_mask, refuse_future
 from ka_attention.hf.paged import Pages, attend_paged
 from ka_attention.hf.ranks import attend_share
 from ka_attention.ops import cache_values, ka_attention, private
 from ka_attention.ops.api import attend_one, repeat_heads
+from ka_attention.ops.reference import softmax
+from ka_attention.ops.ring import ring_step
 
 NAME = "ka"
 _AS_IT_IS = nullcontext()
@@ -47,26 +49,6 @@ def register_attention() -> None:
     """Make ``attn_implementation="ka"`` known to transformers. May be called again."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, ka_mask)  # without a mask function every mask would be None
-
-
-def ka_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The boolean masks of scaled_dot_product_attention, of the last ``kv_length`` positions where there are more.
-
-    Only a static cache whose layers all have windows goes on beyond the positions that it has masks for.
-    """
-    if attention_mask is not None:
-        kv_offset = max(kv_offset, attention_mask.shape[-1] - kv_length)
-    elif isinstance(q_offset, Tensor):
-        kv_offset = (q_offset + q_length - kv_length).clamp(min=kv_offset)
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
 
 
 def attention_forward(
@@ -132,6 +114,8 @@ def attention_forward(
                 out = attend_paged(
                     _attend, module, layer, query, pages, options, {**kwargs, "cu_seq_lens_q": cu_seq_lens_q}
                 )
+            elif state is not None and state.is_ring_step and layer.group is None:
+                out = _ring_step(module, layer, query, state, attention_mask, options)
             else:
                 attend = _attend if layer.group is None else attend_share
                 out = attend(
@@ -154,6 +138,31 @@ def _decode_step(module: nn.Module, layer: Layer, q: Tensor, state: KAState, sca
     return out.transpose(1, 2).contiguous()
 
 
+def _ring_step(
+    module: nn.Module, layer: Layer, q: Tensor, state: KAState, mask: Tensor | None, options: Options
+) -> Tensor:
+    """One new token of a layer whose past lies in a ring, ``[B, 1, Hq, D]``. A gate of 0 leaves an adapter V's slot."""
+    _refuse_dropout(options)
+    adapter = _adapter_of(module, layer)
+    key, v, count = state.layer.pending
+    gate = layer.gate_of(module, v, in_bounds=False) if layer.is_ka and adapter is None else 0.0
+    out = ring_step(
+        q,
+        key,
+        v,
+        (state.keys, state.values),
+        count,
+        gate=gate,
+        bounds=layer.ka.gate_range,
+        window=min(options.window or state.keys.shape[2], state.keys.shape[2]),
+        mask=None if mask is None else as_bool(mask),
+        scale=options.scale,
+        softcap=options.softcap,
+    )
+    state.commit(None if adapter is None else cache_values(v, adapter(out), layer.gate_of(module, v)))
+    return out.transpose(1, 2).contiguous()
+
+
 def _attend(
     module: nn.Module,
     layer: Layer,
@@ -166,7 +175,7 @@ def _attend(
 ) -> Tensor:
     """Attention of any new tokens, ``[B, n, Hq, D]``; in ``dtype`` without a cache, which has one of its own."""
     n, length = q.shape[2], k.shape[2]
-    mask = None if raw_mask is None else _as_bool(raw_mask)
+    mask = None if raw_mask is None else as_bool(raw_mask)
     state = value if type(value) is KAState else None
     if state is not None:
         k, values, v = state.keys, state.values, state.value
@@ -190,11 +199,11 @@ def _attend(
     if ends is not None and length != n:
         raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
     if mask is not None and raw_mask is not None and n > 1 and (layer.is_ka or layer.cuts(length)):
-        mask = _refuse_future(mask, raw_mask, n)
-    adapter = module._modules.get("ka_adapter") if layer.has_adapter else None
+        mask = refuse_future(mask, raw_mask, n)
+    adapter = _adapter_of(module, layer)
     by_operator = n > 1 and (adapter is None if layer.is_ka else _is_narrow(length, options))
     if ends is not None and not by_operator:  # it alone takes their ends
-        mask = _band(_in_one_sequence(mask, ends, n), n, n, options.window, q.device)
+        mask = band(in_one_sequence(mask, ends, n), n, n, options.window, q.device)
     if not layer.is_ka:
         if by_operator:
             out = _parallel(q, k, values, v, mask, 0.0, options).transpose(1, 2).contiguous()
@@ -203,28 +212,40 @@ def _attend(
         if state is not None:
             state.commit()
         return out
-    if options.dropout:
-        raise ValueError(
-            f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {options.dropout}"
-        )
-    if layer.has_adapter and adapter is None:
-        raise RuntimeError(
-            f"ka_config has an adapter for layer {layer.index}, which has none: make the model with "
-            "ka_attention.hf.attach"
-        )
+    _refuse_dropout(options)
     gate = layer.gate_of(module, v)
     if n == 1:
         values = values if length > 1 else repeat_heads(values, q)  # a cache repeats what it keeps
-        out = _one(q, k, values, mask, options)
+        out = attend_one(q, k, values, mask, *options[:3])
         read = out if adapter is None or state is None else adapter(out)
     elif adapter is None:
         out = read = _parallel(q, k, values, v, mask, gate, options)
     else:
-        mask = _band(mask, n, length, options.window, q.device)
+        mask = band(mask, n, length, options.window, q.device)
         out, read = _token_by_token(q, k, values, v, mask, gate, adapter, options)
     if state is not None:
         state.commit(read if not isinstance(gate, Tensor) and gate == 1 else cache_values(v, read, gate))
     return out.transpose(1, 2).contiguous()
+
+
+def _adapter_of(module: nn.Module, layer: Layer) -> nn.Module | None:
+    """The layer's adapter; RuntimeError where its settings ask for one that is not there."""
+    if not layer.has_adapter:
+        return None
+    adapter = module._modules.get("ka_adapter")
+    if adapter is None:
+        raise RuntimeError(
+            f"ka_config has an adapter for layer {layer.index}, which has none: make the model with "
+            "ka_attention.hf.attach"
+        )
+    return adapter
+
+
+def _refuse_dropout(options: Options) -> None:
+    if options.dropout:
+        raise ValueError(
+            f"config.attention_dropout (GPT-2: attn_pdrop) must be 0 with KA-attention, got {options.dropout}"
+        )
 
 
 def _is_narrow(length: int, options: Options) -> bool:
@@ -278,83 +299,17 @@ def _refuse_split_tokens() -> None:
         )
 
 
-def _as_bool(mask: Tensor) -> Tensor:
-    """An additive mask of zeros and minus infinities as a boolean one, True where attention is allowed."""
-    if mask.dtype == torch.bool:
-        return mask
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    if not torch.compiler.is_compiling() and bool((~hidden & (mask != 0)).any()):
-        raise ValueError("attention_mask: expected booleans, or 0 and -inf to be added, got other additive values")
-    return ~hidden
-
-
-def _refuse_future(mask: Tensor, raw: Any, n: int) -> Tensor:
-    """The mask, whose last columns are the ``n`` new tokens; ValueError if one of them is to see one after it.
-
-    What KA-attention reads of a token is made of those before it alone. ``raw`` is the tensor that all layers get: it
-    is looked at once, as looking waits for the device. Compiled code and CUDA graphs look on the device.
-    """
-    wrong = (
-        "attention_mask: it lets tokens attend to later ones (images, a prefix, a 4-D mask that is not causal), which "
-        "KA-attention and its windows cannot"
-    )
-    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return private.checked(mask, ~mask[..., -n:].triu(1).any(), wrong)
-    seen = n, private.version(raw)
-    if getattr(raw, "_ka_seen", None) != seen:
-        if bool(mask[..., -n:].triu(1).any()):
-            raise ValueError(wrong)
-        raw._ka_seen = seen
-    return mask
-
-
-def _band(mask: Tensor | None, n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """The mask with causality and the window added, for ``n`` queries at the end of ``length`` keys."""
-    distance = torch.arange(length - n, length, device=device)[:, None] - torch.arange(length, device=device)
-    band = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    return band[None, None] if mask is None else band & mask
-
-
-def _in_one_sequence(mask: Tensor | None, ends: Tensor, n: int) -> Tensor:
-    """The mask cut to pairs of tokens of one packed sequence; ``ends`` are 0, …, n."""
-    sequence = torch.searchsorted(ends[1:], torch.arange(n, device=ends.device), right=True)
-    same = (sequence[:, None] == sequence)[None, None]
-    return same if mask is None else mask & same
-
-
 def _softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """Standard attention, ``[B, n, Hq, D]``, on PyTorch's kernels unless the scores are capped."""
     n, length, (scale, window, softcap, dropout, _) = q.shape[2], k.shape[2], options
     if mask is None and 1 < n < length:  # the prefill of a static cache of transformers: causal from its first slot
         k, v, length = k[:, :, :n], v[:, :, :n], n
     if (window is not None and window < length) or (softcap is not None and mask is None):
-        mask = _band(mask, n, length, window, q.device)
+        mask = band(mask, n, length, window, q.device)
     if softcap is None:
         return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale)[0]
-    weights = F.dropout(_weights(q, k, mask, scale, softcap), dropout)
+    weights = F.dropout(softmax(q, k, mask, scale, softcap), dropout)
     return (weights @ repeat_heads(v, q).to(weights.dtype)).to(q.dtype).transpose(1, 2).contiguous()
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Softmax weights ``[B, Hq, n, S]`` in float32 or better; a row that may attend nothing is 0."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ repeat_heads(k, q).to(dtype).transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        return scores.softmax(-1)
-    return scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
-
-
-def _one(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """KA-attention ``[B, Hq, 1, D]`` of one new token; the values ``[B, Hq, S, D]`` are U of the past and its own V."""
-    scale, window, softcap = options[:3]
-    if softcap is None:
-        return attend_one(q, k, values, mask, scale, window)
-    if window is not None:
-        mask = _band(mask, 1, k.shape[2], window, q.device)
-    weights = _weights(q, k, mask, scale, softcap)
-    return (weights @ values.to(weights.dtype)).to(q.dtype)
 
 
 def _token_by_token(
@@ -370,7 +325,7 @@ def _token_by_token(
     """(A, adapter(A)) of the new tokens, one after another, as each reads what the adapter made of those before."""
     n = q.shape[2]
     past = k.shape[2] - n
-    weights = _weights(q, k, mask, options.scale, options.softcap)
+    weights = softmax(q, k, mask, options.scale, options.softcap)
     of_past = weights[..., :past] @ repeat_heads(values[:, :, :past], q).to(weights.dtype)
     v = repeat_heads(v, q)
     outputs: list[Tensor] = []

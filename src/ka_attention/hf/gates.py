@@ -41,11 +41,16 @@ class KAGate(nn.Module):
         if self.weight is not None:
             init.zeros_(self.weight)
 
-    def forward(self, v: Tensor) -> Tensor:
-        """Values ``[B, Hkv, T, D]`` give gates ``[Hq]`` or ``[B, Hq, T]``, float32 or better."""
+    def forward(self, v: Tensor, in_bounds: bool = True) -> Tensor:
+        """Values ``[B, Hkv, T, D]`` give gates ``[Hq]`` or ``[B, Hq, T]``, float32 or better.
+
+        ``in_bounds=False`` leaves the bounds to the caller, and the dtype of a gate a head: it is the parameter then.
+        """
+        if not in_bounds and self.weight is None:
+            return self.bias
         dtype = torch.promote_types(self.bias.dtype, torch.float32)
         gate = self.bias.to(dtype)
         if self.weight is not None:
             weight = self.weight.to(dtype).unflatten(0, (v.shape[1], -1))  # [Hkv, G, D]
             gate = torch.einsum("bktd,kgd->bkgt", v.to(dtype), weight).flatten(1, 2) + gate[:, None]
-        return clamp_gate(gate, *self.bounds)
+        return clamp_gate(gate, *self.bounds) if in_bounds else gate

@@ -84,8 +84,8 @@ class Layer:
         """Whether its window leaves some of ``length`` tokens out."""
         return self.window is not None and self.window < length
 
-    def gate_of(self, module: nn.Module, v: Tensor) -> float | Tensor:
-        """The gate for values ``v``: a number, ``[Hq]`` or ``[B, Hq, n]`` in float32 or better."""
+    def gate_of(self, module: nn.Module, v: Tensor, in_bounds: bool = True) -> float | Tensor:
+        """The gate for values ``v``: a number, ``[Hq]`` or ``[B, Hq, n]``; in its bounds it is float32 or better."""
         if self.gate is None:
             gate = getattr(module, "ka_gate", None)
             if gate is None:
@@ -93,7 +93,7 @@ class Layer:
                     f"ka_config asks for a learned gate ({self.ka.gate!r}) and layer {self.index} has none: "
                     "make the model with ka_attention.hf.attach"
                 )
-            return gate(v)
+            return gate(v) if in_bounds else gate(v, in_bounds=False)
         if not isinstance(self.gate, tuple):
             return self.gate
         dtype = torch.promote_types(v.dtype, torch.float32)

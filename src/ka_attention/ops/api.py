@@ -150,7 +150,15 @@ def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window
     return attend_one(q, k, u, mask, scale, window)
 
 
-def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None) -> Tensor:
+def attend_one(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """A of one new token, [B, Hq, 1, D]: softmax attention to k [B, Hkv, S, D] with the query heads' own values
     u [B, Hq, S, D], which are U of the past and, last, V. `mask` is bool, broadcastable to [B, Hq, 1, S].
     """
@@ -158,6 +166,9 @@ def attend_one(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: floa
         k, u = k[:, :, -window:], u[:, :, -window:]
         mask = None if mask is None else mask[..., -window:]
     (B, Hq, _, D), (_, Hkv, S, _) = q.shape, k.shape
+    if softcap is not None:
+        w = reference.softmax(q, k, mask, scale, softcap)
+        return (w @ u.to(w.dtype)).to(q.dtype)
     if Hkv == Hq:
         return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale)
     # Key heads become batch entries, so that query heads share a key head through a stride of 0.

@@ -38,14 +38,21 @@ def weights(
     softcap,
 ) -> Tensor:
     """The causal softmax W, [B, Hq, T, P + T], float32 or float64. A row that may attend nothing is zero."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
     if k_past is not None:
         k = torch.cat([k_past, k], dim=2)
+    seen = visible(q.shape[2], k.shape[2], mask, cu_seqlens, window, q.device)
+    return softmax(q, k, seen, scale, softcap)
+
+
+def softmax(q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """The softmax of the scores of what is `seen`, [B, Hq, n, S], float32 or better. A row that sees nothing is 0."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = scale * (q.to(dtype) @ k.to(dtype).mT)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(q.shape[2], k.shape[2], mask, cu_seqlens, window, q.device)
+    if seen is None:
+        return scores.softmax(-1)
     # A finite fill and a second masking keep rows that attend nothing, and their gradients, at zero instead of NaN.
     return scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1).masked_fill(~seen, 0)
 

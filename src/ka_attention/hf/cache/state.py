@@ -21,12 +21,22 @@ class KAState:
                   ``Hkv`` while there is no past, else ``Hkv``.
     value:        V of the new tokens, ``[B, Hkv, n, D]``.
     is_step:      one new token after others, of which all are in its sight.
+    is_ring_step: one new token, and ``keys`` and ``values`` are a ring that it is not in yet.
     """
 
-    __slots__ = ("is_step", "keys", "layer", "value", "values")
+    __slots__ = ("is_ring_step", "is_step", "keys", "layer", "value", "values")
 
-    def __init__(self, layer: Any, keys: Tensor, values: Tensor, value: Tensor, is_step: bool = False) -> None:
-        self.layer, self.keys, self.values, self.value, self.is_step = layer, keys, values, value, is_step
+    def __init__(
+        self,
+        layer: Any,
+        keys: Tensor,
+        values: Tensor,
+        value: Tensor,
+        is_step: bool = False,
+        is_ring_step: bool = False,
+    ) -> None:
+        self.layer, self.keys, self.values, self.value = layer, keys, values, value
+        self.is_step, self.is_ring_step = is_step, is_ring_step
 
     def is_step_in(self, window: int | None) -> bool:
         """Whether this is one new token that attends to all of ``keys``, in a model with a window of its own too."""

@@ -34,10 +34,19 @@ class KAStaticLayer(KALayer, StaticLayer):
 
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, KAState]:
         value = value_states.to(key_states.dtype)
-        stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value)
         n = key_states.shape[2]
+        if n == 1 and self.is_ring:  # attention and the store are one step (ops/ring.py)
+            if (key_states.shape[0], key_states.dtype) != (self.keys.shape[0], self.keys.dtype):
+                raise RuntimeError(
+                    f"this KA cache holds {self.keys.shape[0]} texts in {self.keys.dtype}, got {key_states.shape[0]} "
+                    f"in {key_states.dtype}"
+                )
+            self.cumulative_length.add_(1)
+            self.pending = key_states, value, self.cumulative_length
+            return self.keys, KAState(self, self.keys, self.values, value, is_ring_step=True)
+        stored = value if self.groups == 1 else value.repeat_interleave(self.groups, dim=1)
         positions = torch.arange(n, device=self.device) + self.cumulative_length
         if self.is_bound:
             positions = self._bounded(positions)
@@ -58,7 +67,7 @@ class KAStaticLayer(KALayer, StaticLayer):
         n = positions.shape[0]
         if length == n > 1:  # nothing cached yet: an ordinary prefill
             return None if mask is None else mask[..., :n], window
-        if n == 1 and mask is not None and not self.is_ring:
+        if n == 1 and mask is not None:
             return mask, None
         last = positions[0] if n == 1 else positions[0] - 1
         slots = torch.arange(self.max_cache_len, device=self.device)
@@ -79,6 +88,10 @@ class KAStaticLayer(KALayer, StaticLayer):
 
     def put(self, u: Tensor | None) -> None:
         keys, stored, positions = self.pending
+        if positions is self.cumulative_length:  # a step in a ring, which has stored all but what an adapter made
+            if u is not None:
+                self._write(self.values, u.to(self.values.dtype), positions.view(1) - 1)
+            return
         if keys.shape[2] > 1:
             self._write(self.keys, keys, positions)
         if keys.shape[2] > 1 or u is not None:
