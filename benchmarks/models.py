@@ -33,7 +33,8 @@ ARMS: dict[str, KAConfig | None] = {
     "KA 3:1": KAConfig(window=8, gate="head", gate_init=0.5, pattern="3:1"),
 }
 TRAINED = [(16, 2048), (4, 8192)]  # sequences and tokens of a step
-DECODED = [(batch, context) for batch in (1, 32, 128) for context in (128, 2048, 8192, 65536) if batch * context < 1 << 22]
+CONTEXTS = (128, 2048, 8192, 65536)
+DECODED = [(batch, context) for batch in (1, 32, 128) for context in CONTEXTS if batch * context < 1 << 22]
 
 
 def build(name: str, **sizes: int) -> Any:
