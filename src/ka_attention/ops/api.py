@@ -195,8 +195,7 @@ def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
     g = expand_gate(gate, a)
     if g is None:
         return a
-    v = repeat_heads(v, a)
-    return (v + g[..., None] * (a - v)).to(a.dtype)
+    return torch.lerp(repeat_heads(v, a).to(g.dtype), a.to(g.dtype), g[..., None]).to(a.dtype)
 
 
 def normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap) -> Call:
