@@ -28,8 +28,10 @@ ARMS = (
     "1to1-softmax-w4-gated",
     "all-ka-w1",
     "3to1-conv-gated",
-    "3to1-conv",
+    "3to1-conv-drawn",
     "3to1-none-gated",
+    "3to1-gdn-gated",
+    "3to1-mamba2-gated",
 )
 
 
@@ -153,9 +155,3 @@ def test_a_convolution_starts_as_the_identity_and_reads_no_token_after():
     assert torch.equal(convolution(x)[:, :6], convolution(later)[:, :6])
     want = sum(convolution.weight[i] * x[:, 5 - i] for i in range(KERNEL))
     torch.testing.assert_close(convolution(x)[:, 5], want)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there its kernels may run")
-def test_a_recurrent_mixer_says_what_it_needs():
-    with pytest.raises(UserError, match="gdn needs a CUDA device and flash-linear-attention"):
-        build(arm("3to1-gdn"), SETTINGS, LENGTH, 0)

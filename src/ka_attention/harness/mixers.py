@@ -1,4 +1,4 @@
-"""What mixes tokens in a layer of a Llama-like model: attention in three parts, convolutions, recurrences, nothing.
+"""What mixes tokens in a layer of a Llama-like model: attention in three parts, convolutions, nothing.
 
 Every mixer is a module called as transformers calls Llama's attention, and says what it does in three parts, which the
 fast training runs apart: ``before`` (projections; compiled), ``mix`` (kernels that a compiler must not touch) and
@@ -7,7 +7,6 @@ fast training runs apart: ``before`` (projections; compiled), ``mix`` (kernels t
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,30 +17,35 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from ka_attention.errors import UserError
-from ka_attention.harness.peers import Mamba2Mixer
 from ka_attention.hf.layer import Layer
 from ka_attention.ops import ka_attention
 
 KERNEL = 4  # tokens that a convolution reads, the present one included
-RECURRENT = {"gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "gla": "GLA"}
 
 
 class ShortConvolution(nn.Module):
     """``y_t = Σ_i w_i · x_{t−i}``, i < KERNEL, each channel apart (depthwise, causal): ``[B, T, size]`` to the same.
 
-    It starts as the identity. Within `streaming` it remembers the last KERNEL − 1 inputs between calls.
+    It starts as the identity or with ``drawn`` weights, as convolutions of PyTorch do, or with the sum of the two.
+    Within `streaming` it remembers the last KERNEL − 1 inputs between calls.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, identity: bool = True, drawn: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(KERNEL, size))
         self.past: Tensor | None = None
-        self.reset_parameters()
+        self.identity, self.drawn = identity, drawn
+        self.draw(torch.Generator())
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.weight.zero_()[0] = 1.0
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """The weights of a new convolution."""
+        self.weight.zero_()
+        if self.drawn:
+            bound = KERNEL**-0.5
+            self.weight.uniform_(-bound, bound, generator=generator)
+        if self.identity:
+            self.weight[0] += 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         # A sum of shifted products, which a compiler fuses with what stands around it.
@@ -95,8 +99,8 @@ class HybridAttention(LlamaAttention):
     Without a convolution its parameters are named as Llama's, and those of a KA model's attention.
 
     output_gate: it has a W_g of its own, where none comes with `ka_attention.hf.attach`.
-    convolution: a `ShortConvolution` "qkv": on queries, keys and values; "front": on the layer's input (Canon layers,
-                 arXiv 2512.17351); None: nowhere.
+    convolution: a `ShortConvolution` "qkv": on queries, keys and values; "front": on the layer's input, beside the
+                 input itself (Canon layers, arXiv 2512.17351); None: nowhere.
     """
 
     def __init__(self, config: Any, layer_idx: int, *, output_gate: bool, convolution: str | None) -> None:
@@ -104,8 +108,9 @@ class HybridAttention(LlamaAttention):
         size = config.hidden_size
         if output_gate:
             self.ka_output_gate = nn.Linear(size, size, bias=False)
-        self.front = ShortConvolution(size) if convolution == "front" else None
-        self.on_qkv = nn.ModuleList(ShortConvolution(size) for _ in range(3)) if convolution == "qkv" else None
+        self.front = ShortConvolution(size, drawn=True) if convolution == "front" else None
+        three = (ShortConvolution(size, identity=False, drawn=True) for _ in range(3))
+        self.on_qkv = nn.ModuleList(three) if convolution == "qkv" else None
 
     def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``[B, H, T, D]``, turned by the position, and with an output gate ``W_g h`` ``[B, T, size]``."""
@@ -152,12 +157,15 @@ class HybridAttention(LlamaAttention):
 
 
 class GatedConvolution(Mixer):
-    """LFM2's short convolution: ``out_proj(c · conv(b · x))``, b, c, x projections of h; ``output_gate`` as above."""
+    """LFM2's short convolution: ``out_proj(c · conv(b · x))``, b, c, x projections of h; ``output_gate`` as above.
 
-    def __init__(self, size: int, *, output_gate: bool) -> None:
+    Its convolution starts as the identity, or ``drawn``.
+    """
+
+    def __init__(self, size: int, *, output_gate: bool, drawn: bool) -> None:
         super().__init__()
         self.in_proj = nn.Linear(size, 3 * size, bias=False)
-        self.convolution = ShortConvolution(size)
+        self.convolution = ShortConvolution(size, identity=not drawn, drawn=drawn)
         self.out_gate = nn.Linear(size, size, bias=False) if output_gate else None
         self.o_proj = nn.Linear(size, size, bias=False)
 
@@ -184,50 +192,3 @@ class NoMixing(Mixer):
     def after(self, *tensors: Tensor) -> Tensor:
         v, gate = tensors
         return self.o_proj(F.silu(gate) * v)
-
-
-class Recurrent(Mixer):
-    """A recurrent layer of flash-linear-attention: ``gdn``, ``mamba2`` or ``gla``; UserError where it cannot run.
-
-    Gated DeltaNet (with short convolutions on q, k, v) and GLA have output gates of their own, behind a norm, which
-    ``output_gate`` switches; Mamba-2's gate belongs to it. Heads are twice as wide as attention's, and half as many.
-    """
-
-    def __init__(self, name: str, config: Any, *, output_gate: bool) -> None:
-        super().__init__()
-        require_recurrent(name)
-        import fla.layers as fla
-
-        size, heads = config.hidden_size, config.num_attention_heads
-        half = max(1, heads // 2)
-        self.layer: nn.Module
-        if name == "gdn":
-            self.layer = fla.GatedDeltaNet(
-                hidden_size=size, head_dim=size // half, num_heads=half, expand_v=1, use_gate=output_gate
-            )
-        elif name == "gla":
-            self.layer = fla.GatedLinearAttention(hidden_size=size, num_heads=half, use_output_gate=output_gate)
-        else:
-            head = size // heads
-            self.layer = Mamba2Mixer(
-                fla.Mamba2(hidden_size=size, head_dim=head, state_size=head // 2, conv_kernel=KERNEL)
-            )
-
-    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return (h,)
-
-    def mix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(tensors[0].device.type, torch.bfloat16):  # some of the kernels refuse float32
-            return (self.layer(tensors[0])[0],)
-
-    def after(self, *tensors: Tensor) -> Tensor:
-        return tensors[0]
-
-
-def require_recurrent(name: str) -> None:
-    """UserError where the kernels of a recurrent mixer cannot run."""
-    if importlib.util.find_spec("fla") is None or not torch.cuda.is_available():
-        raise UserError(
-            f"--set arms: {name} needs a CUDA device and flash-linear-attention (pip install flash-linear-attention); "
-            f"to leave recurrent mixers out, name the other arms"
-        )

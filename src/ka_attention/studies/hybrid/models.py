@@ -14,21 +14,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ka_attention.errors import UserError
 from ka_attention.harness.mixers import (
     KERNEL,
-    RECURRENT,
     GatedConvolution,
     HybridAttention,
     NoMixing,
-    Recurrent,
+    ShortConvolution,
 )
+from ka_attention.harness.recurrent import GatedDeltaNet, Mamba2, Recurrent
 from ka_attention.hf import KAConfig, attach
 
 PATTERNS = {"all": 0, "1to1": 1, "3to1": 3, "5to1": 5}  # narrow layers before each full one; all: no full layer
 ARM = re.compile(
     r"(?:(?P<whole>full|canon)"
-    r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|none|gdn|mamba2|gla)"
+    r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|conv-drawn|none|gdn|mamba2)"
     r"(?:-w(?P<window>[1-9]\d*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<first>-first)?)"
     r"(?P<gated>-gated)?(?P<qkv>-qkv)?"
 )
+NAMES = {
+    "softmax": "softmax",
+    "ka": "KA",
+    "conv": "gated convolution",
+    "none": "no mixing",
+    "gdn": "Gated DeltaNet",
+    "mamba2": "Mamba-2",
+}
 STEP = 8  # widths of MLPs are multiples of this
 
 
@@ -37,10 +45,11 @@ class HybridArm:
     """What mixes tokens where.
 
     mixer:       of the narrow layers: "softmax" or "ka" with a window, "conv" (LFM2's gated short convolution), "none"
-                 (a gated layer that mixes no tokens), "gdn", "mamba2", "gla"; "full": there are none.
+                 (a gated layer that mixes no tokens), "gdn", "mamba2"; "full": there are none.
     window:      of softmax and KA.
     gate:        of KA: "fixed", "head" (learned, one a head) or "token" (learned, by content).
-    start:       where the gates start, or their fixed value; "spread": evenly from 0 to 1 over the heads of a layer.
+    start:       where the gates start, or their fixed value; "spread": evenly from 0 to 1 over the heads of a layer;
+                 "drawn": a gated convolution that does not start as the identity.
     pattern:     "3to1": three narrow layers to one full one; "all": all narrow.
     first:       each group of layers begins with its full layer instead of ending with it.
     output_gate: ``o_proj(silu(W_g h) · A)`` in every layer, full ones too.
@@ -67,8 +76,7 @@ class HybridArm:
         if self.mixer == "full":
             text = "full softmax"
         else:
-            names = {"softmax": "softmax", "ka": "KA", "conv": "gated convolution", "none": "no mixing", **RECURRENT}
-            text = names[self.mixer]
+            text = NAMES[self.mixer] + (", drawn" if self.start == "drawn" else "")
             text += {"head": ", gate per head", "token": ", gate per token"}.get(self.gate, "")
             text += "" if self.window is None else f", window {self.window}"
             if self.gate != "fixed" and self.start != 0.5:
@@ -93,8 +101,9 @@ def arm(name: str) -> HybridArm:
     """The arm of a name: ``full``, ``canon`` or PATTERN-MIXER, and what is to be added.
 
     PATTERN is all, 1to1, 3to1 or 5to1. MIXER is softmax-wW, ka-wW (gate 1), ka-head-wW or ka-token-wW (learned gates
-    that start at 0.5), conv, none, gdn, mamba2 or gla. Then, in this order: ``-from0``, ``-from1``, ``-fromspread``
-    (start of learned gates, for ka the fixed value), ``-first``, ``-gated`` (output gates), ``-qkv`` (convolutions).
+    that start at 0.5), conv, conv-drawn, none, gdn or mamba2. Then, in this order: ``-from0``, ``-from1``,
+    ``-fromspread`` (start of learned gates, for ka the fixed value), ``-first``, ``-gated`` (output gates), ``-qkv``
+    (convolutions).
     """
     found = ARM.fullmatch(name)
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
@@ -109,6 +118,8 @@ def arm(name: str) -> HybridArm:
         return HybridArm(output_gate=bool(found["gated"]), convolution=convolution)
     gate = found["mixer"].partition("-")[2] or "fixed"
     start: float | str = 0.0 if mixer != "ka" else 1.0 if gate == "fixed" else 0.5
+    if gate == "drawn":
+        gate, start = "fixed", "drawn"
     if found["start"]:
         start = "spread" if found["start"] == "spread" else float(found["start"])
     return HybridArm(
@@ -206,7 +217,6 @@ def state_bytes(arm: HybridArm, settings: LlamaSettings, length: int, element: i
         "conv": (KERNEL - 1) * size,
         "none": 0,
         "gdn": size * size // half + 3 * (KERNEL - 1) * size,
-        "gla": size * size // half // 2,
         "mamba2": size * size // heads + (2 * size + size // heads) * (KERNEL - 1),
     }
     numbers = full * (2 * length * size + convolved) + narrow * states.get(arm.mixer, 0)
@@ -254,21 +264,24 @@ def _mixer(arm: HybridArm, config: Any, layer: int, *, narrow: bool) -> nn.Modul
     if not narrow or arm.attends:
         return HybridAttention(config, layer, output_gate=own_gate, convolution=arm.convolution)
     if arm.mixer == "conv":
-        return GatedConvolution(size, output_gate=arm.output_gate)
+        return GatedConvolution(size, output_gate=arm.output_gate, drawn=arm.start == "drawn")
     if arm.mixer == "none":
         return NoMixing(size)
-    return Recurrent(arm.mixer, config, output_gate=arm.output_gate)
+    heads = config.num_attention_heads
+    return GatedDeltaNet(size, heads, output_gate=arm.output_gate) if arm.mixer == "gdn" else Mamba2(size, heads)
 
 
 @torch.no_grad()
 def _initialise(model: LlamaForCausalLM, seed: int) -> None:
-    """Draw the matrices of a model. Norms, gates, convolutions and a recurrent layer begin as their modules say."""
+    """Draw the matrices of a model. Norms and gates begin as their modules say."""
     sd = model.config.initializer_range
     residual = sd * (2 * model.config.num_hidden_layers) ** -0.5
     for name, module in model.named_modules():
         tied = name == "lm_head" and model.config.tie_word_embeddings
-        if tied or ".self_attn.layer" in name or not isinstance(module, nn.Linear | nn.Embedding):
-            continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if isinstance(module, Recurrent | ShortConvolution):
+            module.draw(generator)
+        if tied or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
         module.weight.normal_(0, residual if name.endswith(("o_proj", "down_proj")) else sd, generator=generator)

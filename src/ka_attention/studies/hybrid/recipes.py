@@ -85,7 +85,7 @@ TABLE = (
     *("full", "3to1-ka-head-w4", "3to1-softmax-w4", "3to1-conv", "canon", "canon-gated"),
     *("3to1-softmax-w1", "3to1-softmax-w1-gated"),
     *(f"3to1-{kind}-w{w}{gate}" for w in (2, 8, 16, 64) for kind in ("ka-head", "softmax") for gate in ("", "-gated")),
-    *(f"3to1-{peer}-gated" for peer in ("gdn", "mamba2", "gla")),
+    *(f"3to1-{peer}-gated" for peer in ("gdn", "mamba2")),
     *(f"all-{kind}-w{w}-gated" for w in (8, 16) for kind in ("ka-head", "softmax")),
 )
 _GPU: dict[str, Any] = {
@@ -151,7 +151,7 @@ RECIPES = {
         ),
         HybridRecipe(
             name="table",
-            summary="as 47m, with every arm of the question: an hour on a GPU and a seed; needs flash-linear-attention",
+            summary="as 47m, with every arm of the question: an hour on a GPU and a seed",
             hidden_size=512,
             layers=12,
             heads=8,

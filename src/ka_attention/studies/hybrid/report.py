@@ -20,7 +20,6 @@ COLOURS = {
     "none": "C4",
     "gdn": "C5",
     "mamba2": "C6",
-    "gla": "C8",
 }
 LEGEND_ABOVE = (4.8, 4.6)  # inches
 EXPECTED = (

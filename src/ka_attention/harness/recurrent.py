@@ -1,0 +1,150 @@
+"""Gated DeltaNet and Mamba-2 as PyTorch operations: nothing to install, nothing to tune, any device.
+
+Both keep a matrix S a head, ``S_t = e^{a_t} S_{t−1} + k_t u_tᵀ``, and read ``S_tᵀ q_t`` from it. A compiler fuses what
+stands between the matrix products; kernels made for one of them are faster, so times of these layers say little.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ka_attention.harness.mixers import Mixer, ShortConvolution
+
+CHUNK = 64  # tokens that meet each other directly; all before them by way of S
+STEPS = (0.001, 0.1)  # between which the steps of a new layer are drawn, evenly in the logarithm (Mamba's)
+RATES = (1.0, 16.0)  # the same of decays a step
+EPSILON = 1e-6
+
+
+def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None, *, chunk: int = CHUNK) -> Tensor:
+    """``S_tᵀ q_t`` for q, k ``[B, H, T, K]``, v ``[B, H, T, V]``, a = ``decay`` ``[B, H, T]``, not above 0.
+
+    u_t is v_t or, with ``beta`` ``[B, H, T]``, the delta rule's ``β_t (v_t − e^{a_t} S_{t−1}ᵀ k_t)``: within a chunk
+    the solution of a triangular system (arXiv 2412.06464, section 3.3).
+    """
+    length, exact = q.shape[2], torch.promote_types(v.dtype, torch.float32)
+
+    def chunks(x: Tensor) -> Tensor:
+        rest = -length % chunk
+        return F.pad(x, (0, 0) * (x.ndim - 3) + (0, rest)).unflatten(2, (-1, chunk))
+
+    q, k, v, decay = chunks(q), chunks(k), chunks(v), chunks(decay.to(exact)).cumsum(-1)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    fade = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+    since = decay.exp()[..., None]  # how much of S before the chunk is left
+    u, w = v, v
+    if beta is not None:
+        weight = chunks(beta.to(exact))
+        solution = inverse((weight[..., None] * (k @ k.mT) * fade).tril(-1)) * weight[..., None, :]
+        u, w = solution.to(v.dtype) @ v, (solution * since.mT).to(k.dtype) @ k
+    kept = (k * (decay[..., -1:] - decay).exp()[..., None]).to(k.dtype).mT
+    state, states, found = torch.zeros((), dtype=exact, device=q.device), [], []
+    state = state.expand(*q.shape[:2], k.shape[-1], v.shape[-1])
+    for n in range(q.shape[2]):
+        now = u[:, :, n] if beta is None or n == 0 else u[:, :, n] - w[:, :, n] @ state.to(v.dtype)
+        states.append(state.to(v.dtype))
+        found.append(now)
+        state = since[:, :, n, -1:] * state + kept[:, :, n] @ now
+    out = (q * since).to(q.dtype) @ torch.stack(states, 2) + (q @ k.mT * fade).to(v.dtype) @ torch.stack(found, 2)
+    return out.flatten(2, 3)[:, :, :length]
+
+
+def inverse(below: Tensor) -> Tensor:
+    """``(I + N)⁻¹`` of strictly lower triangular matrices N ``[…, C, C]``, C a power of 2, in their dtype."""
+    size = below.shape[-1]
+    place = torch.arange(size, device=below.device)
+    with torch.autocast(below.device.type, enabled=False):
+        with torch.no_grad():
+            x = torch.eye(size, dtype=below.dtype, device=below.device).expand_as(below)
+            for block in (1 << i for i in range(size.bit_length() - 1)):
+                row, column = place[:, None] // block, place // block
+                x = x - x @ (below * ((row == column + 1) & (row % 2 == 1))) @ x
+        return 2 * x - x @ (x + below @ x)  # a step of Newton's, which keeps the value and has the gradient
+
+
+class Recurrent(Mixer):
+    """What the two share: decays ``a_t = −e^r softplus(h_t W + b)`` with r and b of each head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.rate, self.step = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Rates and steps of a new layer."""
+        between = [torch.rand(len(self.rate), generator=generator) for _ in range(2)]
+        self.rate.copy_((RATES[0] + (RATES[1] - RATES[0]) * between[0]).log())
+        steps = STEPS[0] * (STEPS[1] / STEPS[0]) ** between[1]
+        self.step.copy_(steps.expm1().log())  # softplus of this is the step
+
+
+class GatedDeltaNet(Recurrent):
+    """``o_proj(norm(scan(q, k, v, a, β)) · silu(W_g h))`` (arXiv 2412.06464), with half as many heads as attention.
+
+    q, k and v pass a `ShortConvolution` and silu, q and k have length 1 (q then 1/√D), β is a sigmoid of h.
+    """
+
+    def __init__(self, size: int, heads: int, *, output_gate: bool) -> None:
+        heads = max(1, heads // 2)
+        super().__init__(heads)
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
+        self.a_proj, self.b_proj = (nn.Linear(size, heads, bias=False) for _ in range(2))
+        self.convolutions = nn.ModuleList(ShortConvolution(size, identity=False, drawn=True) for _ in range(3))
+        self.out_gate = nn.Linear(size, size, bias=False) if output_gate else None
+        self.weight = nn.Parameter(torch.ones(size // heads))
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        mixed = [F.silu(convolve(p(h))) for p, convolve in zip(projections, self.convolutions, strict=True)]
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in mixed)
+        q, k = (x * (x * x).sum(-1, keepdim=True, dtype=self.rate.dtype).add(EPSILON).rsqrt() for x in (q, k))
+        decay = -self.rate.exp() * F.softplus(self.a_proj(h) + self.step)
+        beta = self.b_proj(h).sigmoid()
+        q, k = (q * v.shape[-1] ** -0.5).to(v.dtype), k.to(v.dtype)
+        out = scan(q, k, v, decay.mT, beta.mT).transpose(1, 2)
+        return (out,) if self.out_gate is None else (out, self.out_gate(h))
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        a, *gates = tensors
+        a = normalised(a, self.weight).flatten(2)
+        return self.o_proj(F.silu(gates[0]) * a if gates else a)
+
+
+class Mamba2(Recurrent):
+    """``o_proj(norm(y · silu(z)))``, y = scan(c, b, Δ x, −e^r Δ) + d x (arXiv 2405.21060): twice the model's size wide.
+
+    Heads are of attention's size D, S of D / 2 × D; x, b and c pass a `ShortConvolution` and silu, b and c are those of
+    all heads.
+    """
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__(2 * heads)
+        self.inner, self.head, self.state = 2 * size, size // heads, max(1, size // heads // 2)
+        self.in_proj = nn.Linear(size, 2 * self.inner + 2 * self.state + 2 * heads, bias=False)
+        self.convolution = ShortConvolution(self.inner + 2 * self.state, identity=False, drawn=True)
+        self.skip = nn.Parameter(torch.ones(2 * heads))
+        self.weight = nn.Parameter(torch.ones(self.inner))
+        self.o_proj = nn.Linear(self.inner, size, bias=False)
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        z, mixed, step = self.in_proj(h).split([self.inner, self.inner + 2 * self.state, len(self.rate)], -1)
+        x, b, c = F.silu(self.convolution(mixed)).split([self.inner, self.state, self.state], -1)
+        x = x.unflatten(-1, (-1, self.head))
+        b, c = (y[:, None].expand(-1, len(self.rate), -1, -1) for y in (b, c))
+        step = F.softplus(step + self.step)
+        decay = -self.rate.exp() * step
+        out = scan(c, b, (x * step[..., None]).to(x.dtype).transpose(1, 2), decay.mT).transpose(1, 2)
+        return (out + (x * self.skip[:, None]).to(x.dtype)).flatten(2), z
+
+    def after(self, *tensors: Tensor) -> Tensor:
+        y, z = tensors
+        return self.o_proj(normalised(y * F.silu(z), self.weight))
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    """Root mean square 1, times ``weight``, in x's dtype."""
+    exact = x.to(weight.dtype)
+    return (exact * (exact * exact).mean(-1, keepdim=True).add(EPSILON).rsqrt() * weight).to(x.dtype)
