@@ -1,12 +1,11 @@
 """One text over several processes is the operator on the whole text: outputs, gradients, packed sequences, refusals."""
 
-import os
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import together
 
 from ka_attention import ka_attention
 from ka_attention.ops.ranks import Share, share_of
@@ -56,21 +55,15 @@ def refusals(group):
             ka_attention(**({"q": x, "k": x, "v": x} | arguments), group=group)
 
 
-def work(rank, size, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store{size}", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+def work(folder):
     for case in CASES:
         assert errors(dist.group.WORLD, *case) < 1e-12, case
     refusals(dist.group.WORLD)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_shares_are_the_whole(size, tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    mp.spawn(work, (size, str(tmp_path)), nprocs=size)
+def test_shares_are_the_whole(size, tmp_path):
+    together(work, size, tmp_path)
 
 
 def test_how_sequences_lie_in_a_share():

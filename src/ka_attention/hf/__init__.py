@@ -5,7 +5,7 @@ from ka_attention.hf.cache.caches import KACache, KAStaticCache, bytes_per_token
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.layer import reconfigure
-from ka_attention.hf.ranks import sequence_parallel, share
+from ka_attention.hf.ranks import SequenceParallelMixin, sequence_parallel, share, share_batches
 from ka_attention.hf.saving import load_adapter, save_adapter
 from ka_attention.hf.support import attention_modules, check_supported
 from ka_attention.hf.types import ka_classes, register
@@ -15,6 +15,7 @@ __all__ = [
     "KAConfig",
     "KAGate",
     "KAStaticCache",
+    "SequenceParallelMixin",
     "attach",
     "attention_modules",
     "bytes_per_token",
@@ -29,5 +30,6 @@ __all__ = [
     "save_adapter",
     "sequence_parallel",
     "share",
+    "share_batches",
     "use",
 ]

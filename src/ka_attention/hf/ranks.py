@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def sequence_parallel(model: Any, group: Any) -> Any:
     text = text_config(model)
     if text._attn_implementation != "ka":
         raise ValueError(f"model: {type(model).__name__} is no KA model, use ka_attention.hf.attach")
-    group = group.get_group() if hasattr(group, "get_group") else group
+    group = _process_group(group)
     modules = attention_modules(model)
     layers = [Layer.of(module) for module in modules]
     if group is not None:
@@ -57,16 +58,20 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
     ranks; T must be a multiple of their number. Labels are shifted before the cut, so that the last token of a share
     is asked for the first of the next. The losses of the processes, averaged, are the loss of the whole batch.
 
-    ValueError for a length that cannot be shared out, and for padding: pack sequences instead.
+    Padding stands at the ends of texts, where no token reads it, and is not asked for (label −100). ValueError for
+    other padding, and for a length that cannot be shared out.
     """
-    group = group.get_group() if hasattr(group, "get_group") else group
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    group = _process_group(group)
+    return _cut(batch, dist.get_rank(group), dist.get_world_size(group))
+
+
+def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
     batch, length = dict(batch), batch["input_ids"].shape[1]
     if length % size:
         raise ValueError(f"batch: {length} tokens cannot be shared out to {size} processes, pad or cut the text")
     mask = batch.pop("attention_mask", None)
-    if mask is not None and not bool(mask.all()):
-        raise ValueError("batch: attention_mask hides tokens; a text over several processes has no padding")
+    if mask is not None:
+        _check_padding(mask != 0, batch.get("labels"))
     if "position_ids" not in batch:
         batch["position_ids"] = torch.arange(length, device=batch["input_ids"].device)[None].expand_as(
             batch["input_ids"]
@@ -81,6 +86,104 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
     if "shift_labels" in batch:
         cut["num_items_in_batch"] = (batch["shift_labels"] != IGNORED).sum() / size
     return {**cut, "use_cache": False}
+
+
+def _check_padding(seen: Tensor, labels: Tensor | None) -> None:
+    if seen.ndim != 2 or bool((seen[:, 1:] & ~seen[:, :-1]).any()):
+        raise ValueError("batch: attention_mask hides more than the ends of texts; split texts are padded there only")
+    if labels is not None and bool((labels[~seen] != IGNORED).any()):
+        raise ValueError(f"batch: labels of padding must be {IGNORED}")
+
+
+def share_batches(loader: Any, group: Any) -> Any:
+    """Let the processes of ``group`` read the same texts from ``loader``, each its share of them, in place.
+
+    ``loader`` is accelerate's, as ``accelerator.prepare`` and a Trainer return it: it gives every process texts of its
+    own, and from now on every group. Groups are of one size and hold consecutive ranks. ValueError for other groups,
+    and for a loader that is not cut by process (``dispatch_batches``, a streamed dataset that was sharded).
+    """
+    group = _process_group(group)
+    rank, size, ranks = dist.get_rank(group), dist.get_world_size(group), dist.get_process_group_ranks(group)
+    if ranks != list(range(ranks[0], ranks[0] + size)) or ranks[0] % size or dist.get_world_size() % size:
+        raise ValueError(f"group: groups hold consecutive ranks, {size} each, got {ranks} of {dist.get_world_size()}")
+    inner = getattr(loader, "base_dataloader", loader)
+    if isinstance(inner.collate_fn, _Cutting):
+        return loader
+    parts = [part for part in (inner.batch_sampler, inner.dataset) if hasattr(part, "num_processes")]
+    if not parts and dist.get_world_size() > 1:
+        raise ValueError("loader: expected one that accelerate shares out by batches, with dispatch_batches=False")
+    for part in parts:
+        part.num_processes, part.process_index = dist.get_world_size() // size, ranks[0] // size
+        if part.num_processes == 1:
+            part.even_batches = False  # the last batch need not be as long as those of other groups
+    inner.collate_fn = _Cutting(inner.collate_fn, rank, size)
+    return loader
+
+
+class _Cutting(NamedTuple):
+    """Makes a batch as ``collate`` does, and cuts it; also in the processes of a loader, which have no group."""
+
+    collate: Callable[[Any], dict[str, Tensor]]
+    rank: int
+    size: int
+
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        return _cut(self.collate(samples), self.rank, self.size)
+
+
+class SequenceParallelMixin:
+    """In front of a Trainer, whose model was given to ``sequence_parallel``: its processes read shares of texts::
+
+        class LongTextTrainer(SequenceParallelMixin, Trainer): ...
+
+    Losses in its log, gradients and steps are those of one process with the same batch. Evaluation gives the loss
+    alone. ValueError for what looks at whole texts: label smoothing, a loss function or metrics of one's own.
+    """
+
+    model: Any
+    args: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sequence_group = Layer.of(attention_modules(self.model)[0]).group
+        if self.sequence_group is None:
+            raise ValueError("model: call ka_attention.hf.sequence_parallel(model, group) first")
+        asked = {name: getattr(self, name) for name in ("label_smoother", "compute_loss_func", "compute_metrics")}
+        if wrong := [name for name, value in asked.items() if value is not None]:
+            raise ValueError(f"{wrong[0]}: a process holds shares of texts, of which the model computes the loss")
+        if not self.args.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must be True: shares have different numbers of labels")
+
+    def get_train_dataloader(self) -> Any:
+        return share_batches(super().get_train_dataloader(), self.sequence_group)  # type: ignore[misc]
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return share_batches(super().get_eval_dataloader(*args, **kwargs), self.sequence_group)  # type: ignore[misc]
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        total = super().get_total_train_batch_size(args)  # type: ignore[misc]
+        return total // dist.get_world_size(self.sequence_group)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_function = self._gather_once
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _gather_once(self, losses: Tensor) -> Tensor:
+        """One loss a text, of one process a group; a last batch that is not full was filled up with other texts."""
+        size = dist.get_world_size(self.sequence_group)
+        state = self.accelerator.gradient_state
+        found = self.accelerator.gather(losses).unflatten(0, (-1, len(losses)))[::size].flatten()
+        return found[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else found
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
+        loss, _, _ = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        dist.all_reduce(loss, group=self.sequence_group)
+        return loss / dist.get_world_size(self.sequence_group), None, None
+
+
+def _process_group(group: Any) -> Any:
+    return group.get_group() if hasattr(group, "get_group") else group
 
 
 def attend_share(
