@@ -1,6 +1,7 @@
 """The blocked backend beside `scaled_dot_product_attention` (float32, two threads), into docs/results/cpu.md.
 
-Training, windows, training beside another busy process, decoding; times and peak memory.
+Training, windows, training beside another busy process, decoding; times and peak memory. Then whole models: a prefill
+and a token more after it.
 """
 
 import multiprocessing
@@ -9,17 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
 
+from benchmarks import models
 from benchmarks.harness import machine, medians, peak_memory, table
 from ka_attention import ka_attention
+from ka_attention.hf import KACache, cache_bytes
 
 THREADS = 2
 TRAINING = [(32, 8, 128, 64), (4, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 8192, 64)]
 DECODING = [(8, 8, 128, 64), (1, 8, 2048, 64), (8, 8, 2048, 64)]
 WINDOWS = (4, 16, 64)
+CONTEXTS = (128, 2048, 8192)
 WAITING: dict[str, dict[str, str]] = {
     "PyTorch's": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
@@ -63,6 +70,11 @@ def _tables() -> Iterator[str]:
         ["B, H, T, D", "threads wait", *compared], rows
     )
     yield table(["B, H, past, D", *compared], [_decode(shape) for shape in DECODING])
+    yield (
+        "A Llama of 4 layers of 512 (8 heads), one text: its prefill, a token more through a growing cache, and that "
+        "cache. The windows are of 8 tokens, a gate is learned for each head:\n\n"
+        + table(["tokens", "model", "prefill ms", "token ms", "cache KiB"], _models())
+    )
 
 
 def training_step(peer: str, shape: tuple[int, ...], backward: bool) -> Callable[[], object]:
@@ -149,6 +161,31 @@ def _decode(shape: tuple[int, ...]) -> list[str]:
         }
     )
     return _compared(shape, "decode", took)
+
+
+@torch.inference_mode()
+def _models() -> Iterator[list[str]]:
+    arms = {name: models.build(name, num_hidden_layers=4).eval() for name in models.ARMS}
+    for length in CONTEXTS:
+        tokens = torch.randint(models.LLAMA["vocab_size"], (1, length))
+        caches = {name: _cache(model) for name, model in arms.items()}
+        prefills = medians({name: partial(_read, model, tokens) for name, model in arms.items()}, seconds=6.0)
+        for name, model in arms.items():
+            _read(model, tokens, caches[name])
+        held = {name: cache_bytes(cache) / 1024 for name, cache in caches.items()}
+        steps = medians({name: partial(_read, model, tokens[:, :1], caches[name]) for name, model in arms.items()})
+        for name in arms:
+            yield [f"{length:,}", name, f"{prefills[name]:.0f}", f"{steps[name]:.2f}", f"{held[name]:,.0f}"]
+
+
+def _cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config) if model.config._attn_implementation == "sdpa" else KACache(model.config)
+
+
+def _read(model: Any, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    """The logits of the last token, after all that the cache holds and `tokens`."""
+    cache = _cache(model) if cache is None else cache
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
 
 def _compared(shape: tuple[int, ...], what: str, took: dict[str, float]) -> list[str]:

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, set_seed
 
 from benchmarks.goals import Record, section_table
 from benchmarks.harness import device_type, machine, medians, print_tables
-from benchmarks.timing import replayed
 from ka_attention.hf import KAConfig, KAStaticCache, attach, cache_bytes
 
 LLAMA = {
@@ -77,6 +76,8 @@ def step(name: str, batch: int, length: int, **sizes: int) -> Callable[[], Tenso
 @torch.no_grad()
 def decoding(shapes: Sequence[tuple[int, int]] = DECODED, **sizes: int) -> Iterator[Record]:
     """Milliseconds of one token more, and the bytes of the cache, after a context of random keys and values."""
+    from benchmarks.timing import replayed  # needs Triton
+
     models = {name: build(name, **sizes).to(device_type(), torch.bfloat16).eval() for name in ARMS}
     for batch, context in shapes:
         took, held = {}, {}

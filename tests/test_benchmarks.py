@@ -132,7 +132,7 @@ def test_models_train_and_decode_with_every_attention(monkeypatch):
         "num_key_value_heads": 2,
     }  # fmt: skip
     logits = []
-    monkeypatch.setattr(models, "replayed", lambda call: logits.append([call(), call()]) or 1.0)
+    monkeypatch.setattr(timing, "replayed", lambda call: logits.append([call(), call()]) or 1.0)
     records = [*models.training([(2, 32)], 0.0, **sizes), *models.decoding([(2, 40)], **sizes)]
     assert all(torch.equal(*twice) for twice in logits)  # a call can be repeated
     assert all(row["ms"].keys() == models.ARMS.keys() for row in records)
