@@ -24,7 +24,7 @@ ARMS = (
     "full-gated",
     "canon-gated",
     "3to1-ka-head-w4-gated",
-    "3to1-ka-token-w3-qkv",
+    "3to1-ka-token-w2+3-qkv",
     "1to1-softmax-w4-gated",
     "all-ka-w1",
     "3to1-conv-gated",
@@ -91,6 +91,9 @@ def test_names_of_arms():
     assert arm("all-ka-w8").start == 1.0
     assert arm("3to1-ka-token-w2").start == 0.5
     assert arm("canon").convolution == "front"
+    assert arm("3to1-ka-w2+4+8").windows(8) == (2, 4, 8, 2, 4, 8)
+    assert arm("3to1-ka-w2+4+8").label == "3:1 KA, window 2, 4, 8"
+    assert arm("3to1-conv-drawn").start == "drawn"
     assert arm("3to1-ka-w4").narrow(8) == (0, 1, 2, 4, 5, 6)
     assert arm("1to1-ka-w4-first").narrow(4) == (1, 3)
     for name in ("3to1-ka", "3to1-conv-w4", "ka-w4", "3to1-softmax-w4-from1", "full-w4", "3to1-ka-w0"):
@@ -141,6 +144,7 @@ def test_state_bytes_are_counted():
     assert state_bytes(arm("full"), SETTINGS, 100) == 4 * 100 * token
     assert state_bytes(arm("3to1-ka-w4"), SETTINGS, 100) == (100 + 3 * 3) * token
     assert state_bytes(arm("3to1-softmax-w4"), SETTINGS, 2) == 4 * 2 * token
+    assert state_bytes(arm("3to1-ka-w1+4+8"), SETTINGS, 100) == (100 + 1 + 3 + 7) * token
     assert state_bytes(arm("3to1-none"), SETTINGS, 100) == 100 * token
     assert state_bytes(arm("3to1-conv"), SETTINGS, 100) == 100 * token + 3 * (KERNEL - 1) * 64 * 2
     assert state_bytes(arm("canon"), SETTINGS, 100) == 4 * 100 * token + 4 * (KERNEL - 1) * 64 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ PATTERNS = {"all": 0, "1to1": 1, "3to1": 3, "5to1": 5}  # narrow layers before e
 ARM = re.compile(
     r"(?:(?P<whole>full|canon)"
     r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|conv-drawn|none|gdn|mamba2)"
-    r"(?:-w(?P<window>[1-9]\d*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<first>-first)?)"
+    r"(?:-w(?P<window>[1-9]\d*(?:\+[1-9]\d*)*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<first>-first)?)"
     r"(?P<gated>-gated)?(?P<qkv>-qkv)?"
 )
 NAMES = {
@@ -46,7 +47,7 @@ class HybridArm:
 
     mixer:       of the narrow layers: "softmax" or "ka" with a window, "conv" (LFM2's gated short convolution), "none"
                  (a gated layer that mixes no tokens), "gdn", "mamba2"; "full": there are none.
-    window:      of softmax and KA.
+    window:      of softmax and KA; several: of the narrow layers in turn.
     gate:        of KA: "fixed", "head" (learned, one a head) or "token" (learned, by content).
     start:       where the gates start, or their fixed value; "spread": evenly from 0 to 1 over the heads of a layer;
                  "drawn": a gated convolution that does not start as the identity.
@@ -57,13 +58,18 @@ class HybridArm:
     """
 
     mixer: str = "full"
-    window: int | None = None
+    window: int | tuple[int, ...] | None = None
     gate: str = "fixed"
     start: float | str = 0.0
     pattern: str = "all"
     first: bool = False
     output_gate: bool = False
     convolution: str | None = None
+
+    def windows(self, layers: int) -> tuple[int | None, ...]:
+        """Of each narrow layer of a model."""
+        given = self.window if isinstance(self.window, tuple) else (self.window,)
+        return tuple(itertools.islice(itertools.cycle(given), len(self.narrow(layers))))
 
     @property
     def attends(self) -> bool:
@@ -78,7 +84,7 @@ class HybridArm:
         else:
             text = NAMES[self.mixer] + (", drawn" if self.start == "drawn" else "")
             text += {"head": ", gate per head", "token": ", gate per token"}.get(self.gate, "")
-            text += "" if self.window is None else f", window {self.window}"
+            text += "" if self.window is None else f", window {str(self.window).strip('()')}"
             if self.gate != "fixed" and self.start != 0.5:
                 text += f", gates from {'0 to 1' if self.start == 'spread' else f'{self.start:g}'}"
             if self.pattern != "all":
@@ -101,9 +107,9 @@ def arm(name: str) -> HybridArm:
     """The arm of a name: ``full``, ``canon`` or PATTERN-MIXER, and what is to be added.
 
     PATTERN is all, 1to1, 3to1 or 5to1. MIXER is softmax-wW, ka-wW (gate 1), ka-head-wW or ka-token-wW (learned gates
-    that start at 0.5), conv, conv-drawn, none, gdn or mamba2. Then, in this order: ``-from0``, ``-from1``,
-    ``-fromspread`` (start of learned gates, for ka the fixed value), ``-first``, ``-gated`` (output gates), ``-qkv``
-    (convolutions).
+    that start at 0.5; several windows in turn: w2+4+8), conv, conv-drawn, none, gdn or mamba2. Then, in this order:
+    ``-from0``, ``-from1``, ``-fromspread`` (start of learned gates, for ka the fixed value), ``-first``, ``-gated``
+    (output gates), ``-qkv`` (convolutions).
     """
     found = ARM.fullmatch(name)
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
@@ -116,6 +122,7 @@ def arm(name: str) -> HybridArm:
     if found["whole"]:
         convolution = "front" if found["whole"] == "canon" else "qkv" if found["qkv"] else None
         return HybridArm(output_gate=bool(found["gated"]), convolution=convolution)
+    windows = tuple(map(int, (found["window"] or "").split("+"))) if found["window"] else (None,)
     gate = found["mixer"].partition("-")[2] or "fixed"
     start: float | str = 0.0 if mixer != "ka" else 1.0 if gate == "fixed" else 0.5
     if gate == "drawn":
@@ -124,7 +131,7 @@ def arm(name: str) -> HybridArm:
         start = "spread" if found["start"] == "spread" else float(found["start"])
     return HybridArm(
         mixer=mixer,
-        window=int(found["window"]) if found["window"] else None,
+        window=windows if len(windows) > 1 else windows[0],
         gate=gate,
         start=start,
         pattern=found["pattern"],
@@ -207,19 +214,19 @@ def state_bytes(arm: HybridArm, settings: LlamaSettings, length: int, element: i
     """
     size, heads = settings.hidden_size, settings.heads
     half = max(1, heads // 2)
-    narrow = len(arm.narrow(settings.layers))
-    full = settings.layers - narrow
+    windows = arm.windows(settings.layers)
+    full = settings.layers - len(windows)
     convolved = {"front": 1, "qkv": 3}.get(arm.convolution or "", 0) * (KERNEL - 1) * size
-    kept = length if arm.window is None else min(length, max(arm.window - 1, 1))
     states = {
-        "softmax": 2 * kept * size + convolved,
-        "ka": 2 * kept * size + convolved,
         "conv": (KERNEL - 1) * size,
         "none": 0,
         "gdn": size * size // half + 3 * (KERNEL - 1) * size,
         "mamba2": size * size // heads + (2 * size + size // heads) * (KERNEL - 1),
     }
-    numbers = full * (2 * length * size + convolved) + narrow * states.get(arm.mixer, 0)
+    numbers = full * (2 * length * size + convolved)
+    for window in windows:
+        kept = length if window is None else min(length, max(window - 1, 1))
+        numbers += states.get(arm.mixer, 2 * kept * size + convolved)
     return numbers * element
 
 
@@ -251,9 +258,10 @@ def _assemble(arm: HybridArm, settings: LlamaSettings, width: int, length: int) 
         start: Any = arm.start
         if isinstance(start, str):
             start = tuple(i / max(1, settings.heads - 1) for i in range(settings.heads))
+        window = arm.windows(settings.layers) if isinstance(arm.window, tuple) else arm.window
         attach(
             model,
-            KAConfig(layers=narrow, window=arm.window, gate=arm.gate, gate_init=start, output_gate=arm.output_gate),  # type: ignore[arg-type]
+            KAConfig(layers=narrow, window=window, gate=arm.gate, gate_init=start, output_gate=arm.output_gate),  # type: ignore[arg-type]
         )
     return model
 

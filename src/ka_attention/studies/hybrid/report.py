@@ -21,6 +21,7 @@ COLOURS = {
     "gdn": "C5",
     "mamba2": "C6",
 }
+MARKERS: dict[Any, str] = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}
 LEGEND_ABOVE = (4.8, 4.6)  # inches
 EXPECTED = (
     "**Expected** (written before the run): a hybrid with three narrow layers to a full one beats full softmax by 0.05 "
@@ -282,7 +283,7 @@ def _against(
 
 
 def _look(each: HybridArm) -> dict[str, Any]:
-    marker = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}.get(each.window, "*")
+    marker = MARKERS.get(each.window, "*")
     filled = {} if each.output_gate else {"fillstyle": "none"}
     return {
         "color": COLOURS[each.mixer],

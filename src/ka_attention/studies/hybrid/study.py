@@ -148,9 +148,8 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
 
 def attended(each: HybridArm, recipe: HybridRecipe) -> list[float]:
     """For each layer, how many tokens a token attends to on average; 0 where the layer does not attend."""
-    narrow = each.narrow(recipe.layers)
-    window = each.window or 0
-    return [window if i in narrow else (recipe.sequence_length + 1) / 2 for i in range(recipe.layers)]
+    seen = dict(zip(each.narrow(recipe.layers), each.windows(recipe.layers), strict=True))
+    return [seen.get(i, (recipe.sequence_length + 1) / 2) or 0 for i in range(recipe.layers)]
 
 
 def _rates(recipe: HybridRecipe, arms: dict[str, HybridArm], text: TokenText, store: Store) -> dict[str, float]:
