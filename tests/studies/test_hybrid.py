@@ -70,7 +70,8 @@ def test_arms_are_trained_and_decoded(run):
 
 def test_the_report_pairs_arms_and_shows_gates(run):
     page = (run[1] / "report.md").read_text()
-    assert "3:1 KA, gate per head, window 4, output gate against 3:1 softmax, window 4, output gate:" in page
+    pair = "| 3:1 KA, gate per head, window 4, output gate | 3:1 softmax, window 4, output gate |"
+    assert pair in page.partition("## Differences")[2]
     assert "With its gates set to 0 after training" in page
     assert "gates after training (mean over seeds)" in page
     for name in ("state", "training", "decoding", "way", "position"):
