@@ -6,11 +6,12 @@ from schedules import alone, check, greedy, schedule, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import make, tokens
 
-from ka_attention.hf import KAConfig, attach, detach, reconfigure
-from ka_attention.hf.batching import windows_of
-from ka_attention.hf.paged import KAPagedCache, Pages
+from ka_attention.hf import KAConfig, attach, detach, paged, reconfigure
+from ka_attention.hf.batching import KABatchingManager, windows_of
+from ka_attention.hf.paged import KAPagedCache, page_name
 
 PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 1, 9)]
 
@@ -42,11 +43,10 @@ def test_adapters():
 
 @pytest.mark.parametrize("broken", ["first half of V", "no U"])
 def test_the_comparison_sees_a_wrong_cache(broken, monkeypatch):
-    write = Pages.write
     if broken == "no U":
-        monkeypatch.setattr(Pages, "write", lambda pages, u: write(pages, pages.value.repeat_interleave(2, 1)))
+        monkeypatch.setattr(paged, "cache_values", lambda v, a, gate: v.repeat_interleave(2, 1))
     else:
-        monkeypatch.setattr(Pages, "write", lambda pages, u: write(pages, u * (torch.arange(8) < 4)))
+        monkeypatch.setattr(paged, "cache_values", lambda v, a, gate: a * (torch.arange(8) < 4))
     with pytest.raises(AssertionError):
         serve(attach(make("llama"), KAConfig()))
 
@@ -59,7 +59,7 @@ def held(model, **changes):
         trash = 2 * cache.bytes_per_sector
         return cache.cache_tensor.numel() - trash
     tensors = [*cache.key_cache, *cache.value_cache]
-    return sum(x[: -2 * cache.block_size].nbytes for x in tensors)
+    return sum(x[:-2].nbytes for x in tensors)
 
 
 def test_a_token_takes_key_heads_and_query_heads_in_every_layer():
@@ -72,7 +72,7 @@ def test_layers_with_a_window_keep_a_ring_of_the_widest():
     assert windows_of(model) == [3, 5, 7]
     manager = model.init_continuous_batching(greedy(), settings())
     assert manager.sized.layer_types == ["sliding_attention"] * 3
-    assert manager.sized.sliding_window == 7
+    assert manager.sized.sliding_window == 6
     assert windows_of(attach(make("llama"), KAConfig(pattern="2:1", window=4))) == [4, 4, None]
     serve(model, [tokens(1, 36, seed=1)[0].tolist()], num_blocks=4)  # 40 tokens in blocks for 16
 
@@ -86,6 +86,49 @@ def test_prefixes_are_shared_where_all_layers_keep_all_tokens(monkeypatch):
     assert max(found) == 8  # of 10 tokens, two pages
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_padding_as_for_cuda_graphs(window, monkeypatch):
+    make_processor = KABatchingManager._create_batch_processor
+
+    def padded(manager):
+        processor = make_processor(manager)
+        processor.model_runner.pad_inputs = True
+        return processor
+
+    monkeypatch.setattr(KABatchingManager, "_create_batch_processor", padded)
+    sizes = {"q_padding_interval_size": 8, "kv_padding_interval_size": 64, "use_cuda_graph": False}
+    serve(attach(make("llama"), KAConfig(window=window, gate="token", gate_init=0.5)), **sizes)
+
+
+def test_no_masks_are_made(monkeypatch):
+    model = attach(make("mistral"), KAConfig(window=6))
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "ka", None)
+    results = model.generate_batch(PROMPTS, greedy(max_new_tokens=3), settings())
+    assert [len(result.generated_tokens) for result in results.values()] == [3, 3, 3]
+
+
+def held_slots(model, length, monkeypatch):
+    """Of one request that grows to ``length`` tokens: by its length, the slots that each group of layers holds."""
+    found, extend = {}, KAPagedCache.extend_read_and_write_indices
+
+    def record(cache, request, past, *args):
+        found[past] = {g.ring is not None: len(g.tables[request]) * g.page for g in cache.groups.values()}
+        return extend(cache, request, past, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KAPagedCache, "extend_read_and_write_indices", record)
+        serve(model, [PROMPTS[0]], count=length)
+    return found
+
+
+def test_a_window_keeps_all_but_one_of_its_tokens_however_long_the_text(monkeypatch):
+    found = held_slots(attach(make("llama"), KAConfig(window=9)), 92, monkeypatch)
+    assert found[2 * 9] == found[10 * 9] == {True: 8}
+    found = held_slots(attach(make("llama"), KAConfig(window=9, pattern="2:1")), 92, monkeypatch)
+    assert found[2 * 9] == {True: 8, False: 20}
+    assert found[10 * 9] == {True: 8, False: 92}
+
+
 def test_several_answers_to_one_prompt():
     model = attach(make("llama"), KAConfig())
     several = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=2, eos_token_id=-1, max_new_tokens=4)
@@ -96,20 +139,21 @@ def test_several_answers_to_one_prompt():
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"use_cuda_graph": True}, "use_cuda_graph"),
-        ({"use_async_batching": True}, "use_async_batching"),
         ({"varlen_compile_config": CompileConfig()}, "varlen_compile_config"),
         ({"default_compile_level": 1}, "default_compile_level"),
     ],
 )
-def test_graphs_are_refused(changes, name):
+def test_compilation_is_refused(changes, name):
     model = attach(make("llama"), KAConfig())
-    with pytest.raises(ValueError, match=rf"^{name}: a KA model runs continuous batching without graphs"):
+    with pytest.raises(ValueError, match=rf"^{name}: a KA model runs continuous batching without compilation"):
         model.generate_batch(PROMPTS, greedy(), settings(**changes))
 
 
 def test_what_cannot_be_served_is_refused(monkeypatch):
     model = attach(make("llama"), KAConfig())
+    if page_name(settings()) == "block_size":
+        with pytest.raises(ValueError, match=r"^cpu_offload_space: a KA model needs transformers 5.18"):
+            model.generate_batch(PROMPTS, greedy(), settings(cpu_offload_space=1.0))
     with monkeypatch.context() as patch:
         patch.setattr(model, "_device_mesh", "two", raising=False)
         with pytest.raises(ValueError, match="on one device"):

@@ -10,8 +10,9 @@ import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer
-from ka_attention.hf.paged import ARGUMENTS, SLIDING, KAPagedCache, cache_config
+from ka_attention.hf.paged import ARGUMENTS, SLIDING, SMALLEST, KAPagedCache, cache_config, page_name
 from ka_attention.hf.support import attention_modules
 
 
@@ -19,7 +20,12 @@ class KABatchingManager(ContinuousBatchingManager):
     """Schedules requests as transformers does; the model keeps its attention and gets a cache of its own size."""
 
     def __init__(self, model: Any, generation_config: Any, settings: Any, hints: Any) -> None:
-        self.sized = cache_config(model.config, windows_of(model))
+        windows, name = windows_of(model), page_name(settings)
+        narrow = [window for window in windows if window is not None]
+        if len(narrow) == len(windows):  # one page holds what a request keeps
+            settings = copy.copy(settings)
+            setattr(settings, name, max(SMALLEST, max(narrow) - 1))
+        self.sized = cache_config(model.config, windows, getattr(settings, name))
         self.ka = Layer.of(attention_modules(model)[0]).ka
         super().__init__(model, generation_config, settings, hints)
 
@@ -39,10 +45,15 @@ class KABatchingManager(ContinuousBatchingManager):
             processor = super()._create_batch_processor()
         finally:
             self.model = model
-        cache: Any = processor.cache
-        cache.__class__ = KAPagedCache
-        cache.ka, cache.ka_heads = self.ka, self.sized.num_key_value_heads
+        layers = [Layer.of(module) for module in attention_modules(model)]
+        KAPagedCache.adopt(processor.cache, layers, Heads.of(model.config))
+        self._spare_masks(processor.inputs_and_outputs)
         return processor
+
+    def _spare_masks(self, inputs: Any) -> None:
+        """Give the model a mask that stands for none, or it makes one of all tokens with all, for nobody."""
+        arguments, none = inputs.get_model_kwargs, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
+        inputs.get_model_kwargs = lambda *args, **kwargs: {**arguments(*args, **kwargs), "attention_mask": none}
 
 
 def windows_of(model: Any) -> list[int | None]:
@@ -63,28 +74,26 @@ def make_manager(model: Any, generation_config: Any, settings: Any, hints: Any) 
     generation_config = copy.deepcopy(generation_config or model.generation_config)
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # transformers' sign for none
-    _refuse_graphs(generation_config, settings)
+    _refuse(generation_config, settings)
     check_batching(model)
     return KABatchingManager(model, generation_config, settings, hints)
 
 
-def _refuse_graphs(generation_config: Any, settings: Any) -> None:
-    graphs = [
-        name
-        for name in ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
-        if getattr(settings, name, None) not in (None, False, (False, False))
+def _refuse(generation_config: Any, settings: Any) -> None:
+    if settings.cpu_offload_space and page_name(settings) == "block_size":
+        raise ValueError("cpu_offload_space: a KA model needs transformers 5.18 for it, leave it out")
+    names = [
+        name for name in ("varlen_compile_config", "decode_compile_config") if getattr(settings, name, None) is not None
     ]
-    graphs += ["default_compile_level"] * bool(getattr(settings, "default_compile_level", 0))
-    graphs += ["compile_config"] * (getattr(generation_config, "compile_config", None) is not None)
-    if graphs:
-        raise ValueError(
-            f"{graphs[0]}: a KA model runs continuous batching without graphs and compilation, leave it out"
-        )
+    names += ["default_compile_level"] * bool(getattr(settings, "default_compile_level", 0))
+    names += ["compile_config"] * (getattr(generation_config, "compile_config", None) is not None)
+    if names:
+        raise ValueError(f"{names[0]}: a KA model runs continuous batching without compilation, leave it out")
 
 
 def check_batching(model: Any) -> None:
     """ValueError, with the reason, for a KA model that continuous batching does not serve."""
-    cache_config(model.config, windows_of(model))
+    cache_config(model.config, windows_of(model), 1)
     if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("model: a KA model runs continuous batching on one device, this one is split over several")
     if any(Layer.of(module).group is not None for module in attention_modules(model)):

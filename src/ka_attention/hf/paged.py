@@ -1,17 +1,16 @@
 """Attention over many requests at once: K and U in the blocks of transformers' paged cache.
 
-A token takes ``Hkv + Hq`` heads of D numbers, ``[K | U]``, which the cache is asked to hold as ``Hkv + Hq`` heads of
-D/2 "keys" and as many of D/2 "values". Which blocks belong to whom, what is read and what is written stays
-transformers' own.
+A token takes ``Hkv + Hq`` heads of D numbers, K and U, which the cache is asked to hold as ``Hkv + Hq`` heads of D/2
+"keys" and as many of D/2 "values": so a page has the room for both, and attention divides it by itself. Which blocks
+belong to whom and when they are free stays transformers' own.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,26 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer, Options
-from ka_attention.ops.api import repeat_heads
+from ka_attention.ops import cache_values, paged
+from ka_attention.ops.api import expand_gate, repeat_heads
+from ka_attention.ops.inputs import Past
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
-# From transformers 5.19 on the cache picks what it needs from the arguments of the attention function.
-_TAKES_ARGUMENTS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
+ARGUMENTS = ("cu_seq_lens_q", "read_index", "write_index")
+SMALLEST = 4  # tokens of a page: transformers takes no smaller ones
 
 
-def cache_config(config: Any, windows: list[int | None]) -> Any:
+def page_name(settings: Any) -> str:
+    """Under which of its names transformers is told how many tokens a page has."""
+    return "page_size" if "page_size" in type(settings).__dataclass_fields__ else "block_size"
+
+
+def cache_config(config: Any, windows: list[int | None], page: int) -> Any:
     """The configuration that transformers sizes a paged cache by, from a decoder's and the windows of its layers.
 
-    Layers with a window keep a ring of the widest window, in whole pages; the others keep all tokens. Every layer has
-    room for U, softmax layers too, as blocks are alike. ValueError for an odd head dimension.
+    Layers with a window w keep a ring of w − 1 tokens, w the widest, in whole pages of ``page`` tokens; the others keep
+    all tokens. Every layer has room for U, softmax layers too, as blocks are alike. ValueError for an odd head
+    dimension.
     """
     heads = Heads.of(config)
     if heads.dim % 2:
@@ -40,7 +46,8 @@ def cache_config(config: Any, windows: list[int | None]) -> Any:
     sized = copy.copy(config)
     sized.num_key_value_heads, sized.head_dim = heads.key + heads.query, heads.dim // 2
     sized.layer_types = [FULL if window is None else SLIDING for window in windows]
-    sized.sliding_window = max((2, *(w for w in windows if w is not None)))  # transformers 5.17 reads 1 as no window
+    widest = max((window for window in windows if window is not None), default=1)
+    sized.sliding_window = max(1, -(-(widest - 1) // page)) * page
     return sized
 
 
@@ -55,122 +62,127 @@ def attend_paged(
 ) -> Tensor:
     """Attention ``[1, N, Hq, D]`` of the new tokens of many requests, packed one after another, and U into the cache.
 
-    ``attend`` attends to one `KAState`. Where no request has a past it is called once, for packed sequences. Else it
-    is called once for all requests with one new token, as a batch whose past is padded on the left, and once for each
-    longer chunk. ``arguments`` are those that transformers gives beside a paged cache. RuntimeError for a cache that
-    was made for other settings.
+    One call of the operator, whatever the requests: steps of decoding, chunks of prompts, with pasts of any length. A
+    layer with an adapter instead lets ``attend`` attend to one `KAState` after another, token by token. ``arguments``
+    are those that transformers gives beside a paged cache. RuntimeError for a cache that was made for other settings.
     """
-    pages.find(layer, arguments)
-    k, v = pages.key, pages.value
-    if pages.is_empty:
-        out, u = _run(attend, module, layer, q, k, v, v, None, options._replace(ends=pages.ends))
-        pages.write(u)
-        return out
-    options = options._replace(ends=None)
-    stored = repeat_heads(v, q) if layer.is_ka else v
-    keys, values = pages.read(stored)
-    out, u = torch.empty_like(q.transpose(1, 2)), torch.empty_like(stored)
-    plan = pages.plan()
-    if plan.steps is not None:
-        new, slots, mask = plan.steps
-        batch = _rows(q, new), _rows(keys, slots), _rows(values, slots), _rows(v, new)
-        out[0, new], step = _run(attend, module, layer, *batch, mask, options)
-        u[0][:, new] = step.transpose(0, 1)
-    for own, sight in plan.chunks:
-        n, length = own.stop - own.start, sight.stop - sight.start
-        # Without a mask a softmax layer takes more keys than queries for a static cache.
-        mask = None if layer.is_ka or n == length else _causal(n, length, q.device)
-        chunk = q[:, :, own], keys[:, :, sight], values[:, :, sight], v[:, :, own]
-        out[:, own], u[:, :, own] = _run(attend, module, layer, *chunk, mask, options)
-    pages.write(u)
+    place = pages.find(layer, arguments)
+    ends = arguments["cu_seq_lens_q"]
+    pool = pages.cache.pool_of[layer.index]
+    k, v = pages.key.to(pool[0].dtype), pages.value.to(pool[0].dtype)
+    past = Past(pool[0], pool[1], place.block_table, place.cache_seqlens)
+    if layer.has_adapter:
+        out, u = _each(attend, module, layer, q, k, v, past, ends, options)
+    else:
+        gate = layer.gate_of(module, v) if layer.is_ka else 0
+        if options.dropout:
+            raise ValueError(f"attention_dropout must be 0 to serve, got {options.dropout}")
+        query, is_softmax = q.to(k.dtype), not layer.is_ka
+        numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
+        backend = "triton" if q.is_cuda else "blocked"
+        a = paged.run(query, k, v, expand_gate(gate, query), past, ends, numbers, is_softmax, backend)
+        out, u = a.to(q.dtype).transpose(1, 2).contiguous(), cache_values(v, a, gate) if layer.is_ka else v
+    for pages_of, new in zip(pool, (k, u), strict=True):
+        pages_of[place.page, :, place.slot] = new[0].transpose(0, 1)
     return out
 
 
-class Plan:
-    """Which calls of attention the requests of one forward pass take, from where they begin and end.
+def _each(
+    attend: Callable[..., Tensor],
+    module: nn.Module,
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Past,
+    ends: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """(A ``[1, N, Hq, D]``, U) of one request after the other."""
+    out, u = torch.zeros_like(q.transpose(1, 2)), torch.zeros_like(repeat_heads(v, q))
+    for own, (k_past, u_past) in past.after(ends, options.window, q.shape[1]):
+        keys, values, slots = k[:, :, own], repeat_heads(v[:, :, own], q), _Slots(layer)
+        if k_past is not None and u_past is not None:
+            keys, values = torch.cat((k_past, keys), dim=2), torch.cat((u_past, values), dim=2)
+        state = KAState(slots, keys, values, v[:, :, own])
+        out[:, own] = attend(module, layer, q[:, :, own], keys, state, None, options._replace(ends=None), None)
+        if slots.u is not None:
+            u[:, :, own] = slots.u
+    return out, u
 
-    steps:  of the requests with one new token, where it is, ``[R, 1]``, where the keys in its sight are, ``[R, S]``,
-            padded on the left with the first, and a mask that leaves that out; None where there is no such request.
-    chunks: (new tokens, keys in their sight) of each of the others.
+
+class Place(NamedTuple):
+    """Where a layer's tokens lie in this forward pass: pasts, as the operator takes them, and the new ones."""
+
+    block_table: Tensor
+    cache_seqlens: Tensor
+    page: Tensor  # [N]
+    slot: Tensor
+
+    @classmethod
+    def read(cls, group: Group, read: Tensor, write: Tensor, count: int, longest: int) -> Place:
+        """From ``read``, the rows of `Group.row` one after another and padding, and transformers' places to ``write``.
+
+        Shapes follow from shapes, and no number is looked at: so it may be part of a CUDA graph.
+        """
+        width = group.ring or -(-longest // group.page)
+        page, slot = write // group.stride, write % group.stride
+        if read.numel() == 0:  # no request has a past
+            nothing = write.new_zeros(count, dtype=torch.int32)
+            return cls(nothing[:, None].expand(-1, width), nothing, page, slot)
+        begins = (read < 0).cumsum(0)
+        first = torch.searchsorted(begins, torch.arange(1, count + 1, device=read.device))[:, None]
+        at = first + torch.arange(1 + width, device=read.device)  # one request after the last: beyond the end
+        rows = read[at.clamp(max=len(read) - 1)].masked_fill(first >= len(read), -1)
+        return cls(rows[:, 1:].int(), (-1 - rows[:, 0]).int(), page, slot)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose tokens lie in the same blocks.
+
+    index:  which of transformers' lists of places is theirs.
+    tables: the blocks of each request.
+    page:   tokens of a page.
+    stride: transformers counts places, so many to a block, of which the first ``page`` are used here.
+    ring:   pages of a ring, None where all tokens are kept.
     """
 
-    def __init__(self, ends: Tensor, key_ends: Tensor) -> None:
-        bounds = (pairwise(x) for x in (ends.tolist(), key_ends.tolist()))
-        requests = [(slice(*own), slice(*sight)) for own, sight in zip(*bounds, strict=True)]
-        self.chunks = [each for each in requests if each[0].stop - each[0].start > 1]
-        self.steps: tuple[Tensor, Tensor, Tensor | None] | None = None
-        places = [(own.start, sight.start, sight.stop) for own, sight in requests if own.stop - own.start == 1]
-        if places:
-            new, first, after = torch.tensor(places, device=ends.device).T[:, :, None]  # [R, 1] each
-            lengths = [stop - start for _, start, stop in places]
-            slots = after + torch.arange(-max(lengths), 0, device=ends.device)
-            mask = None if min(lengths) == max(lengths) else (slots >= first)[:, None, None]
-            self.steps = new, torch.maximum(slots, first), mask
+    index: int
+    tables: dict[str, list[int]]
+    page: int
+    stride: int
+    ring: int | None
+
+    def row(self, request: str, past: int) -> list[int]:
+        """−1 − past, a mark that no block has, and the blocks where the past of a request lies."""
+        kept = past if self.ring is None else min(past, self.ring * self.page)
+        return [-1 - past, *self.tables.get(request, ())[: -(-kept // self.page)]]
 
 
 class Pages:
-    """What a paged cache gives attention in V's place: one layer's new tokens, and where those before them lie.
+    """What a paged cache gives attention in V's place: K and V of all new tokens, ``[1, Hkv, N, D]``."""
 
-    key, value:     K and V of the new tokens of all requests, ``[1, Hkv, N, D]``.
-    ends, key_ends: where each request's new tokens, and all that are in its sight, begin and end: 0, …, N and 0, …, S.
-    is_empty:       no request has a past.
-    """
+    def __init__(self, cache: Any, key: Tensor, value: Tensor) -> None:
+        self.cache, self.key, self.value = cache, key, value
 
-    def __init__(self, cache: Any, key: Tensor, value: Tensor, index: int) -> None:
-        self.cache, self.key, self.value, self.index = cache, key, value, index
-
-    def find(self, layer: Layer, arguments: dict[str, Any]) -> None:
-        """Look up in ``arguments``, those of the attention function, where the layer reads and writes."""
+    def find(self, layer: Layer, arguments: dict[str, Any]) -> Place:
+        """Where the layer reads and writes, from the ``arguments`` of the attention function; once for each group."""
         if missing := [name for name in ARGUMENTS if arguments.get(name) is None]:
             raise TypeError(f"layer {layer.index}: the model did not hand {', '.join(missing)} on to its attention")
         if self.cache.ka is not layer.ka:
             raise RuntimeError(f"layer {layer.index}: ka_config was changed while requests are served, stop that first")
-        self.arguments, cache = arguments, self.cache
+        cache = self.cache
         if layer.is_first:
-            cache.plans = {}
-        if places := getattr(cache, "layer_to_allocator", None):
-            self.group, kind = places[self.index].index, places[self.index].layer_type
-        else:  # transformers 5.17
-            self.group, _ = cache.layer_index_to_group_indices[self.index]
-            kind = FULL if cache.sliding_windows[self.index] == 1 else SLIDING
-        self.slots = arguments["read_index"][self.group]
-        self.is_empty = self.slots.numel() == 0
-        key_ends = arguments["cu_seq_lens_k"]
-        self.ends = arguments["cu_seq_lens_q"]
-        self.key_ends = key_ends if isinstance(key_ends, Tensor) else key_ends[kind]  # layers of one kind, or of two
-        self.kind = kind
-
-    def plan(self) -> Plan:
-        """What all layers of one kind do in this forward pass; made once, as it waits for the device."""
-        if self.kind not in self.cache.plans:
-            self.cache.plans[self.kind] = Plan(self.ends, self.key_ends)
-        return self.cache.plans[self.kind]
-
-    def read(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K ``[1, Hkv, S, D]`` and U ``[1, H, S, D]`` of all requests, v ``[1, H, N, D]`` where they are new."""
-        held, heads = self._exchange(v, self.slots), self.key.shape[1]
-        return held[:, :heads].to(self.key.dtype), held[:, heads : heads + v.shape[1]].to(v.dtype)
-
-    def write(self, u: Tensor) -> None:
-        """Put K and U ``[1, H, N, D]`` of the new tokens (V in a softmax layer) into their slots."""
-        self._exchange(u, self.slots[:0])
-
-    def _exchange(self, u: Tensor, slots: Tensor) -> Tensor:
-        k, cache = self.key, self.cache
-        if room := cache.ka_heads - k.shape[1] - u.shape[1]:  # a softmax layer has fewer values
-            u = torch.cat((u, u.new_zeros(()).expand(1, room, *u.shape[2:])), dim=1)
-        first, second = torch.cat((k, u), dim=1).to(cache.dtype).chunk(2, dim=-1)
-        where = {
-            "read_index": [slots if i == self.group else x for i, x in enumerate(self.arguments["read_index"])],
-            "write_index": self.arguments["write_index"],
-        }
-        if _TAKES_ARGUMENTS:
-            where |= {name: self.arguments[name] for name in ("cu_seq_lens_k", "max_length_k")}
-            first, second = cache.exchange(first, second, self.index, kwargs=where)
-        else:
-            found = cache.exchange(first, second, self.index, **where)
-            first, second = (x.transpose(0, 1)[None] for x in found)  # it gives [S, H, D/2]
-        return torch.cat((first, second), dim=-1)
+            cache.places = {}
+        group = cache.group_of[layer.index]
+        if group.index not in cache.places:
+            longest: Any = arguments.get("max_length_k", arguments.get("max_seqlen_k"))  # the latter before 5.18
+            longest = max(longest.values()) if isinstance(longest, dict) else longest
+            index, count = group.index, len(arguments["cu_seq_lens_q"]) - 1
+            read, write = arguments["read_index"][index], arguments["write_index"][index]
+            cache.places[index] = Place.read(group, read, write, count, longest)
+        return cache.places[group.index]
 
     @classmethod
     def __torch_function__(cls, *args: Any) -> Any:
@@ -178,19 +190,79 @@ class Pages:
 
 
 class KAPagedCache(PagedAttentionCache):
-    """transformers' paged cache, made of `cache_config`, for a model with the settings ``ka``."""
+    """transformers' paged cache, made of `cache_config`, for a model with the settings ``ka``.
+
+    pool_of:  pages of K ``[blocks, Hkv, page, D]`` and of U ``[blocks, Hq, page, D]`` of each layer, in a softmax layer
+              of V with Hkv heads.
+    group_of: the group of each layer; groups are all of them.
+    """
 
     ka: Any
-    ka_heads: int
-    plans: dict[str, Plan]
+    pool_of: dict[int, tuple[Tensor, Tensor]]
+    group_of: dict[int, Group]
+    groups: dict[int, Group]
+    places: dict[int, Place]
+    key_cache: list[Any]  # of transformers 5.17
+    value_cache: list[Any]
+
+    @classmethod
+    def adopt(cls, cache: Any, layers: list[Layer], heads: Heads) -> None:
+        """Make a cache of transformers one of these."""
+        cache.__class__, cache.ka = cls, layers[0].ka
+        cache.pool_of, cache.group_of, cache.groups = {}, {}, {}
+        for layer in layers:
+            i, stored = layer.index, heads.query if layer.is_ka else heads.key
+            if (owners := getattr(cache, "layer_to_allocator", None)) is not None:
+                owner, index, page = owners[i], owners[i].index, owners[i].tokens_per_page
+                stride = owner.block_physical_stride
+                cache.pool_of[i] = _divided(owner.cache_tensor, owner.layer_indices, i, page, heads, stored)
+            else:  # transformers 5.17
+                index, j = cache.layer_index_to_group_indices[i]
+                owner, page, stride = cache.group_cache_managers[index], cache.block_size, cache.block_size
+                cache.pool_of[i] = _replaced(cache, j, heads, stored)
+            ring = cache.config.sliding_window // page if cache.config.layer_types[i] == SLIDING else None
+            cache.group_of[i] = cache.groups.setdefault(index, Group(index, owner.block_table, page, stride, ring))
+
+    def extend_read_and_write_indices(
+        self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
+    ) -> None:
+        """The places to write as transformers has them; to read, blocks in place of tokens."""
+        super().extend_read_and_write_indices(request_id, past_length, query_length, None, write_index)
+        if read_index is not None:
+            for group in self.groups.values():
+                read_index[group.index].extend(group.row(request_id, past_length))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Nothing yet: the attention function reads and writes, as U is known after it alone."""
-        return key_states, Pages(self, key_states, value_states, layer_idx)
+        return key_states, Pages(self, key_states, value_states)
 
-    exchange = PagedAttentionCache.update
+    def copy_cache(self, list_source_blocks: list[int], list_forked_blocks: list[int]) -> None:
+        """Copy blocks of all layers; transformers 5.17 alone asks for it here."""
+        for x in (*self.key_cache, *self.value_cache):
+            x[list_forked_blocks] = x[list_source_blocks]
+
+
+def _divided(
+    held: Tensor, layers: list[int], layer: int, page: int, heads: Heads, stored: int
+) -> tuple[Tensor, Tensor]:
+    """K and U in memory of which every block holds one page of each of ``layers``."""
+    flat, size = held.view(-1), page * heads.dim
+    of_layer = size * (heads.key + heads.query)
+    blocks, first = len(flat) // (of_layer * len(layers)), flat.storage_offset() + layers.index(layer) * of_layer
+    strides = of_layer * len(layers), size, heads.dim, 1
+    k = flat.as_strided((blocks, heads.key, page, heads.dim), strides, first)
+    return k, flat.as_strided((blocks, stored, page, heads.dim), strides, first + heads.key * size)
+
+
+def _replaced(cache: Any, j: int, heads: Heads, stored: int) -> tuple[Tensor, Tensor]:
+    """K and U in tensors of their own, in the place of two that are as large together."""
+    for lists, count in ((cache.key_cache, heads.key), (cache.value_cache, heads.query)):
+        if lists[j].ndim == 3:
+            blocks, lists[j] = len(lists[j]) // cache.block_size, None  # its memory is needed
+            lists[j] = torch.empty(blocks, count, cache.block_size, heads.dim, dtype=cache.dtype, device=cache.device)
+    return cache.key_cache[j], cache.value_cache[j][:, :stored]
 
 
 class _Slots:
@@ -206,29 +278,3 @@ class _Slots:
 
     def commit(self, u: Tensor | None) -> None:
         self.u = u
-
-
-def _run(
-    attend: Callable[..., Tensor],
-    module: nn.Module,
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """(A ``[B, n, Hq, D]``, U, which is V in a softmax layer)."""
-    slots = _Slots(layer)
-    out = attend(module, layer, q, k, KAState(slots, k, values, v), mask, options, None)
-    return out, v if slots.u is None else slots.u
-
-
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """x ``[1, H, N, D]`` at tokens ``[R, S]`` as a batch, ``[R, H, S, D]``."""
-    return x[0][:, at].transpose(0, 1)
-
-
-def _causal(n: int, length: int, device: torch.device) -> Tensor:
-    return torch.ones(1, 1, n, length, dtype=torch.bool, device=device).tril(length - n)

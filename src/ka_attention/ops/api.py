@@ -6,12 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ka_attention.ops import dispatch, private, reference
+from ka_attention.ops import dispatch, paged, private, reference
+from ka_attention.ops.checks import check_tensor, finite, kind_of, number
 from ka_attention.ops.inputs import Call, Options, Tensors
+from ka_attention.ops.one import attend_one, repeat_heads
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,6 +32,8 @@ def ka_attention(
     past: tuple[Tensor, Tensor] | None = None,
     attn_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -53,9 +56,15 @@ def ka_attention(
         past: cached prefix (k_past [B, Hkv, P, D], u_past [B, Hq, P, D]); `cache_values` makes the second.
         attn_mask: bool, True may be attended; [B, P + T] (real tokens, as in transformers) or 4-D, broadcastable to
             [B, Hq, T, P + T]. Causality applies besides.
-        cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without past and attn_mask. The
-            values are checked, which waits for the device, once a tensor and not in every layer; under torch.compile
-            and in CUDA graphs on the device, where wrong ones are a RuntimeError.
+        cu_seqlens: int32 [N + 1], ends of N packed sequences: 0, …, T; for B = 1, without attn_mask and, but for one in
+            pages, without past. The values are checked, which waits for the device, once a tensor and not in every
+            layer; under torch.compile and in CUDA graphs on the device, where wrong ones are a RuntimeError.
+        block_table, cache_seqlens: with them each packed sequence continues a past of its own, which lies in pages of S
+            tokens: past is (k_pages [M, Hkv, S, D], u_pages [M, Hq, S, D]), of any strides. int32 [N, width] and [N],
+            as in flash_attn_with_kvcache: sequence n has a past of cache_seqlens[n] tokens, token p of it in place
+            p % S of page block_table[n, p // S % width]. With a window a table of fewer pages is thus a ring, of
+            window − 1 tokens or more; pages out of sight are not read. For inference alone: no gradient. With the
+            number 0 as gate, u_pages may have k's heads, of V.
         softcap: scores become softcap · tanh(scores / softcap).
         dropout: only 0.0; attention that feeds itself has no established dropout.
         backend: "reference" (dense, any dtype), "blocked" (PyTorch, any device), "triton" (CUDA), or None to choose: by
@@ -116,12 +125,19 @@ def ka_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if group is not None:
-        if past is not None or attn_mask is not None:
+        if not past is attn_mask is block_table is cache_seqlens is None:
             raise ValueError("group cannot be combined with past or attn_mask; cu_seqlens keeps sequences apart")
         from ka_attention.ops import ranks  # a PyTorch may be built without collectives
 
         options = {"scale": scale, "softcap": softcap, "backend": backend}
         return ranks.attend(group, ka_attention, q, k, v, gate, window, cu_seqlens, options)
+    if block_table is not None or cache_seqlens is not None:
+        if cu_seqlens is None or past is None or block_table is None or cache_seqlens is None:
+            raise ValueError("block_table and cache_seqlens are given together, with cu_seqlens and past")
+        if attn_mask is not None:
+            raise ValueError("block_table cannot be combined with attn_mask")
+        call = normalise(q, k, v, gate, scale, window, None, None, cu_seqlens, softcap)
+        return paged.attend(call, gate, past, cu_seqlens, block_table, cache_seqlens, backend)
     call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)
     if q.numel() == 0:  # every input has a gradient, of zeros
         return q + sum(0 * x.sum().to(q.dtype) for x in call.tensors.differentiable if x is not None)
@@ -148,41 +164,6 @@ def _is_one_token_after_a_past(call: Call) -> bool:
 def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:
     k, u = torch.cat([k_past, k], dim=2), torch.cat([u_past, repeat_heads(v, q)], dim=2)
     return attend_one(q, k, u, mask, scale, window)
-
-
-def attend_one(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """A of one new token, [B, Hq, 1, D]: softmax attention to k [B, Hkv, S, D] with the query heads' own values
-    u [B, Hq, S, D], which are U of the past and, last, V. `mask` is bool, broadcastable to [B, Hq, 1, S].
-    """
-    if window is not None and window < k.shape[2]:
-        k, u = k[:, :, -window:], u[:, :, -window:]
-        mask = None if mask is None else mask[..., -window:]
-    (B, Hq, _, D), (_, Hkv, S, _) = q.shape, k.shape
-    if softcap is not None:
-        w = reference.softmax(q, k, mask, scale, softcap)
-        return (w @ u.to(w.dtype)).to(q.dtype)
-    if Hkv == Hq:
-        return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale)
-    # Key heads become batch entries, so that query heads share a key head through a stride of 0.
-    groups = Hq // Hkv
-    q, u = q.reshape(B * Hkv, groups, 1, D), u.reshape(B * Hkv, groups, S, D)
-    k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
-    mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
-    return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
-
-
-def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    """x [B, Hkv, …] for every query head of q, [B, Hq, …]."""
-    groups = q.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def cache_values(v: Tensor, a: Tensor, gate: float | Tensor = 1.0) -> Tensor:
@@ -220,15 +201,15 @@ def _fit_transposed(q, k, v, gate, past, others) -> bool:
 
 
 def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softcap) -> Call:
-    _check_tensor("q", q, q, None)
+    check_tensor("q", q, q, None)
     B, Hq, T, D = q.shape
-    _check_tensor("k", k, q, (B, None, T, D))
+    check_tensor("k", k, q, (B, None, T, D))
     Hkv = k.shape[1]
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"q must have a multiple of k's heads, got {Hq} query heads and {Hkv} key heads")
-    _check_tensor("v", v, q, (B, Hkv, T, D))
-    scale = max(D, 1) ** -0.5 if scale is None else _number("scale", scale)
-    softcap = None if softcap is None else _number("softcap", softcap, above=0)
+    check_tensor("v", v, q, (B, Hkv, T, D))
+    scale = max(D, 1) ** -0.5 if scale is None else number("scale", scale)
+    softcap = None if softcap is None else number("softcap", softcap, above=0)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
         raise TypeError(f"window must be None or an int, got {type(window).__name__}")
     if window is not None and window < 1:
@@ -239,15 +220,17 @@ def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softca
         if not isinstance(past, tuple | list) or len(past) != 2:
             raise TypeError("past must be None or the pair (k_past, u_past)")
         k_past, u_past = past
-        _check_tensor("past[0] (k_past)", k_past, q, (B, Hkv, None, D))
-        _check_tensor("past[1] (u_past)", u_past, q, (B, Hq, k_past.shape[2], D))
+        check_tensor("past[0] (k_past)", k_past, q, (B, Hkv, None, D))
+        check_tensor("past[1] (u_past)", u_past, q, (B, Hq, k_past.shape[2], D))
         if k_past.shape[2] == 0:
             k_past = u_past = None
     P = 0 if k_past is None else k_past.shape[2]
 
     if cu_seqlens is not None:
         if past is not None or attn_mask is not None:
-            raise ValueError("cu_seqlens cannot be combined with past or attn_mask")
+            raise ValueError(
+                "cu_seqlens cannot be combined with past or attn_mask, but for a past in pages (block_table)"
+            )
         cu_seqlens = _check_cu_seqlens(cu_seqlens, q).contiguous()
     mask = None if attn_mask is None else _expand_mask(attn_mask, q, P)
     g = expand_gate(gate, q)
@@ -277,13 +260,13 @@ def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
     """The gate as [B, Hq, T] in float32 (float64 for float64 queries); None for the number 1."""
     B, Hq, T, _ = q.shape
     if isinstance(gate, int | float) and not isinstance(gate, bool):
-        if not _finite(gate):
+        if not finite(gate):
             raise ValueError(f"gate must be finite, got {gate}")
         if gate == 1:
             return None
         gate = torch.full((Hq,), float(gate), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"gate must be a number or a floating-point tensor, got {_kind(gate)}")
+        raise TypeError(f"gate must be a number or a floating-point tensor, got {kind_of(gate)}")
     if gate.device != q.device:
         raise ValueError(f"gate must be on q's device {q.device}, got {gate.device}")
     if gate.shape not in ((Hq,), (B, Hq, T)):
@@ -295,7 +278,7 @@ def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
 def _expand_mask(mask: Tensor, q: Tensor, P: int) -> Tensor:
     B, Hq, T, _ = q.shape
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"attn_mask must be a bool tensor (True may be attended), got {_kind(mask)}")
+        raise TypeError(f"attn_mask must be a bool tensor (True may be attended), got {kind_of(mask)}")
     if mask.device != q.device:
         raise ValueError(f"attn_mask must be on q's device {q.device}, got {mask.device}")
     full = (B, Hq, T, P + T)
@@ -311,7 +294,7 @@ def _expand_mask(mask: Tensor, q: Tensor, P: int) -> Tensor:
 
 def _check_cu_seqlens(cu: Tensor, q: Tensor) -> Tensor:
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {_kind(cu)}")
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind_of(cu)}")
     if cu.device != q.device:
         raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu.device}")
     if cu.ndim != 1 or len(cu) < 2 or q.shape[0] != 1:
@@ -331,36 +314,3 @@ def _check_cu_seqlens(cu: Tensor, q: Tensor) -> Tensor:
     if version is not None:
         _checked[cu] = version, q.shape[2]
     return cu
-
-
-def _check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] | None) -> None:
-    """4-D, floating point, of q's dtype and device, and of `shape`, in which None is any size."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {_kind(x)}")
-    if x.ndim != 4:
-        raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if shape in (None, x.shape):
-        return
-    if any(want not in (None, size) for size, want in zip(x.shape, shape, strict=True)):
-        wanted = ["any" if want is None else want for want in shape]
-        raise ValueError(f"{name} must be {wanted} for q {list(q.shape)}, got {list(x.shape)}")
-
-
-def _number(name: str, x: float, above: float = -math.inf) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        raise TypeError(f"{name} must be None or a number, got {_kind(x)}")
-    if not _finite(x) or x <= above:
-        raise ValueError(f"{name} must be finite{'' if above < 0 else ' and above 0'}, got {x}")
-    return float(x)
-
-
-def _finite(x: float) -> bool:
-    return x - x == 0  # math.isfinite is no symbol to torch.compile
-
-
-def _kind(x: object) -> str:
-    return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__

@@ -26,8 +26,12 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 @functools.cache
-def _load(backend: str) -> ModuleType:
+def load(backend: str) -> ModuleType:
     match backend:
+        case "reference":
+            from ka_attention.ops import reference
+
+            return reference
         case "blocked":
             from ka_attention.ops import blocked
 
@@ -39,7 +43,7 @@ def _load(backend: str) -> ModuleType:
     raise ValueError(f"no backend {backend!r}")
 
 
-def _without_autocast(q: Tensor, backend: str):
+def without_autocast(q: Tensor, backend: str):
     """For PyTorch's operators; kernels of our own do not know autocast."""
     if backend == "triton" or not torch.is_autocast_enabled(q.device.type):
         return nullcontext()
@@ -66,8 +70,8 @@ def _forward(
 
     `Tensors` and `Options` laid out flat, as library operators want it; `revision` is REVISION.
     """
-    with _without_autocast(q, backend):
-        return _load(backend).forward(
+    with without_autocast(q, backend):
+        return load(backend).forward(
             q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap, save=save
         )
 
@@ -98,8 +102,8 @@ def _backward(
 def _gradients(da, *arguments) -> list[Tensor | None]:
     """Of q, k, v, gate, k_past, u_past."""
     *tensors, scale, window, softcap, backend = arguments
-    with _without_autocast(da, backend):
-        grads = _load(backend).backward(da, *tensors, scale=scale, window=window, softcap=softcap)
+    with without_autocast(da, backend):
+        grads = load(backend).backward(da, *tensors, scale=scale, window=window, softcap=softcap)
     return [None if grad is None else grad.contiguous() for grad in grads]
 
 
@@ -156,7 +160,7 @@ backward.register_autograd(_refuse_second_derivative)
 
 @forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend, revision):
-    return _load(backend).outputs(q, save, window, mask is not None or cu_seqlens is not None)
+    return load(backend).outputs(q, save, window, mask is not None or cu_seqlens is not None)
 
 
 @backward.register_fake

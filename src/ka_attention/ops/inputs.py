@@ -1,5 +1,6 @@
 """What a backend computes with, by name: eight tensors and three options (docs/architecture.md describes them)."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -42,3 +43,31 @@ class Call(NamedTuple):
 
     tensors: Tensors
     options: Options
+
+
+class Past(NamedTuple):
+    """The pasts of N sequences, in pages of a pool (`ka_attention.ops.paged`)."""
+
+    k_pages: Tensor
+    u_pages: Tensor
+    block_table: Tensor  # int32 [N, width]
+    cache_seqlens: Tensor  # int32 [N]: tokens of each past
+
+    def after(
+        self, cu_seqlens: Tensor, window: int | None, heads: int, least: int = 1
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor] | tuple[None, None]]]:
+        """Each sequence with at least so many new tokens: where they are, and what they see of its past, K
+        [1, Hkv, L, D] and U [1, heads, L, D].
+        """
+        ends, S = cu_seqlens.tolist(), self.k_pages.shape[2]
+        for n, (start, stop, length) in enumerate(zip(ends, ends[1:], self.cache_seqlens.tolist(), strict=False)):
+            if stop - start < least:
+                continue
+            first = 0 if window is None else max(0, length - window + 1)
+            if first == length:
+                yield slice(start, stop), (None, None)
+                continue
+            p = torch.arange(first, length, device=self.k_pages.device)
+            page = self.block_table[n, p // S % self.block_table.shape[1]]
+            k, u = (x[page, :, p % S].transpose(0, 1)[None] for x in (self.k_pages, self.u_pages))
+            yield slice(start, stop), (k, u.repeat_interleave(heads // u.shape[1], dim=1))

@@ -82,6 +82,16 @@ def _solve(inputs: Tensors, options) -> Tensor:
     return torch.linalg.solve_triangular(eye - L * g, x, upper=False, unitriangular=True).to(inputs.q.dtype)
 
 
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+    """`dense` of each packed sequence after its own past. Tokens after the last end give 0."""
+    a = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for s, before in past.after(cu_seqlens, window, q.shape[1]):
+        g = None if gate is None else gate[:, :, s]
+        tensors = Tensors(q[:, :, s], k[:, :, s], v[:, :, s], g, before[0], before[1], None, None)
+        a[:, :, s] = dense(*tensors, scale=scale, window=window, softcap=softcap)
+    return a
+
+
 class _Spoilt(torch.autograd.Function):
     """NaN in some rows; their gradient is NaN too, unless it is 0."""
 

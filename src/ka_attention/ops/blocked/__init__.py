@@ -8,13 +8,14 @@ narrow. Both compute half precision in float32.
 from itertools import pairwise
 from types import ModuleType
 
-from torch import Tensor, cat, nan
+from torch import Tensor, cat, contiguous_format, nan, zeros_like
 
 from ka_attention.ops.blocked import band, finite, full
 from ka_attention.ops.blocked.full import outputs
 from ka_attention.ops.blocked.heads import softmax_alone
+from ka_attention.ops.blocked.pages import steps
 
-__all__ = ["backward", "forward", "outputs"]
+__all__ = ["backward", "forward", "outputs", "paged"]
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):
@@ -53,6 +54,20 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
         *tensors, a = finite.cleaned(*tensors, a)
         grads = solve.backward(da, *tensors, mask, a, lse, saved, **options)
     return grads
+
+
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+    """A of packed sequences after pasts in pages, each exact; tokens after the last end give 0."""
+    a = zeros_like(q, memory_format=contiguous_format)
+    single = (cu_seqlens.diff() == 1).nonzero()[:, 0]
+    if len(single):
+        at, found = steps(q, k, v, past, cu_seqlens, single, scale, window, softcap)
+        a[0, :, at] = found
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    for s, before in past.after(cu_seqlens, window, q.shape[1], least=2):
+        new = q[:, :, s], k[:, :, s], v[:, :, s]
+        a[:, :, s] = forward(*new, _at(gate, s), before[0], before[1], None, None, **options)[0]
+    return a
 
 
 def _way(q: Tensor, gate: Tensor | None, k_past: Tensor | None, window: int | None) -> tuple[ModuleType, int | None]:

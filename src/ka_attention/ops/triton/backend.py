@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from ka_attention.ops.triton.narrow import Narrow
+from ka_attention.ops.triton.pages import attend
 from ka_attention.ops.triton.tiles import choose, narrow_rows
 from ka_attention.ops.triton.wide import Wide
 
@@ -46,6 +47,14 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
     a, lse, saved = a.contiguous(), lse.contiguous(), saved.contiguous()
     with torch.cuda.device_of(q):
         return plan.backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved)
+
+
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+    """A of packed sequences after pasts in pages. Same input, same bits."""
+    _check(q)
+    q, k, v, *pages = map(_unit_stride, (q, k, v, past.k_pages, past.u_pages))
+    past = past._replace(k_pages=pages[0], u_pages=pages[1])
+    return attend(q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax)
 
 
 _plans: dict[tuple, Narrow | Wide] = {}
