@@ -103,9 +103,10 @@ def share_batches(loader: Any, group: Any) -> Any:
     and for a loader that is not cut by process (``dispatch_batches``, a streamed dataset that was sharded).
     """
     group = _process_group(group)
-    rank, size, ranks = dist.get_rank(group), dist.get_world_size(group), dist.get_process_group_ranks(group)
-    if ranks != list(range(ranks[0], ranks[0] + size)) or ranks[0] % size or dist.get_world_size() % size:
-        raise ValueError(f"group: groups hold consecutive ranks, {size} each, got {ranks} of {dist.get_world_size()}")
+    rank, size, members = dist.get_rank(group), dist.get_world_size(group), dist.get_process_group_ranks(group)
+    first = members[0]
+    if members != list(range(first, first + size)) or first % size or dist.get_world_size() % size:
+        raise ValueError(f"group: groups hold consecutive ranks, {size} each, got {members} of {dist.get_world_size()}")
     inner = getattr(loader, "base_dataloader", loader)
     if isinstance(inner.collate_fn, _Cutting):
         return loader
@@ -113,7 +114,7 @@ def share_batches(loader: Any, group: Any) -> Any:
     if not parts and dist.get_world_size() > 1:
         raise ValueError("loader: expected one that accelerate shares out by batches, with dispatch_batches=False")
     for part in parts:
-        part.num_processes, part.process_index = dist.get_world_size() // size, ranks[0] // size
+        part.num_processes, part.process_index = dist.get_world_size() // size, first // size
         if part.num_processes == 1:
             part.even_batches = False  # the last batch need not be as long as those of other groups
     inner.collate_fn = _Cutting(inner.collate_fn, rank, size)
@@ -203,9 +204,18 @@ def attend_share(
         raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    gate = layer.gate_of(module, v) if layer.is_ka else 0.0
     scale, window, softcap, _, ends = options
-    out = ka_attention(
-        q, k, v, gate=gate, scale=scale, window=window, cu_seqlens=ends, softcap=softcap, group=layer.group
-    )
+    if not layer.is_ka and window is softcap is ends is None:
+        from ka_attention.ops import ranks  # a PyTorch may be built without collectives
+
+        out = ranks.attend(layer.group, _softmax, q, k, v, 0.0, None, None, {"scale": scale})
+    else:
+        gate = layer.gate_of(module, v) if layer.is_ka else 0.0
+        out = ka_attention(
+            q, k, v, gate=gate, scale=scale, window=window, cu_seqlens=ends, softcap=softcap, group=layer.group
+        )
     return out.transpose(1, 2).contiguous()
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

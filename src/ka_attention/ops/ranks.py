@@ -7,7 +7,7 @@ affine in that state u [w − 1, D] (docs/maths.md):
     u' = c  + M u,     c = U⁰ of its last w − 1 tokens;     M = g F of them
 
 Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers a rank however long the text is. Each rank
-composes the maps before its own. Without a window every output depends on all keys; ranks exchange heads for tokens
+composes the maps before its own, in as many steps as their number has binary digits. Without a window every output depends on all keys; ranks exchange heads for tokens
 (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads.
 
 Backward is autograd's: collectives are differentiable and stand in the graph of every rank, also where a rank has no
@@ -139,11 +139,16 @@ def _compose(group: Group, own: Tensor, state: int) -> Tensor:
     """The state before this rank's share, [B, Hq, state, D], from the maps (M | c) of all shares."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     maps = _exchange(group, own.expand(ranks, *own.shape))
-    M, c = maps[..., :state], maps[..., state:]
-    u = torch.zeros_like(own[..., state:])
-    for other in range(ranks):
-        u = torch.where(torch.tensor(other < rank, device=u.device), M[other] @ u + c[other], u)
-    return u
+    before = (torch.arange(ranks, device=own.device) < rank).view(-1, *[1] * own.ndim)
+    identity = torch.eye(state, own.shape[-1], device=own.device, dtype=own.dtype)  # (1 | 0)
+    maps = torch.where(before, maps, identity)
+    while len(maps) > 1:  # neighbours become one map, (M₂ | c₂) ∘ (M₁ | c₁) = (M₂ M₁ | M₂ c₁ + c₂)
+        if len(maps) % 2:
+            maps = torch.cat([maps, identity.expand(1, *own.shape)])
+        first, second = maps[::2], maps[1::2]
+        M = second[..., :state]
+        maps = torch.cat([M @ first[..., :state], M @ first[..., state:] + second[..., state:]], dim=-1)
+    return maps[0, ..., state:]
 
 
 def _from_previous(group: Group, x: Tensor) -> Tensor:
