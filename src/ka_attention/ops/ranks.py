@@ -7,8 +7,9 @@ affine in that state u [w − 1, D] (docs/maths.md):
     u' = c  + M u,     c = U⁰ of its last w − 1 tokens;     M = g F of them
 
 Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers a rank however long the text is. Each rank
-composes the maps before its own, in as many steps as their number has binary digits. Without a window every output depends on all keys; ranks exchange heads for tokens
-(all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads.
+composes the maps before its own, in log2 of their number of steps. Without a window every output depends on all keys;
+ranks exchange heads for tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole
+sequences of some heads.
 
 Backward is autograd's: collectives are differentiable and stand in the graph of every rank, also where a rank has no
 use for what it gets, or the others would wait for it.

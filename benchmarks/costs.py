@@ -1,0 +1,214 @@
+"""What a step over ranks costs: a model of compute, latency and bandwidth, fitted to small measurements.
+
+A step of L_w windowed and L_f full layers on a text of T tokens over n ranks takes
+
+    t = a + (b + d L_f) T / n + c L_f T² / n
+      + L_w (λ + e T / n)                      if n > 1: the answer F to the state before, and small messages
+      + 3 α (L_w (⌈log₂ n⌉ − 1) + 4 L_f)       three passes: composing maps of more ranks, four exchanges of heads
+      + (L_w m n + L_f f T / n) / β            bytes: maps of all ranks, heads for tokens
+      + 3 · 2 P (n − 1) / (n β)                FSDP: parameters in bfloat16 twice, gradients in float32 once
+
+a, b: windowed steps of one GPU at two lengths; c, d: what full layers add there; λ, e: a windowed layer in two shares
+beside the same share alone; α, β: a small and a large all-to-all. Nothing is fitted to the rows that are predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import table
+
+Row = dict[str, Any]
+WINDOWED, HYBRID, HEADS = "KA window 8", "KA 3:1", "softmax, all-to-all"
+# Between hosts, assumed, not measured: 400 Gbit/s a GPU at 80 %, and the latency of a switched network.
+HOST, NETWORK_BYTES_PER_MS, NETWORK_LATENCY_MS = 8, 40e6, 0.02
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds, tokens and bytes; see above."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    extra: float  # λ
+    e: float
+    alpha: float
+    beta: float
+    map_bytes: float  # m, of a windowed layer and another rank
+    token_bytes: float  # f, of a full layer and a token, with n → ∞
+
+    def step(self, tokens: float, ranks: int, windowed: int, full: int, parameters: int) -> tuple[float, float]:
+        """Milliseconds of a step, and of them what is communication."""
+        share = tokens / ranks
+        compute = self.a + (self.b + self.d * full) * share + self.c * full * tokens * share
+        if ranks == 1:
+            return compute, 0.0
+        others = ranks - 1
+        sent = windowed * self.map_bytes * others + full * self.token_bytes * share * others / ranks
+        sent += 3 * 2 * parameters * others / ranks
+        waits = 3 * self.alpha * (windowed * math.ceil(math.log2(ranks) - 1) + 4 * full)
+        messages = sent / self.beta + waits
+        return compute + windowed * (self.extra + self.e * share) + messages, messages
+
+
+def fit(rows: list[Row]) -> Costs:
+    """The constants, from the rows of the parts "calibration", "messages" and "a windowed layer"."""
+    steps = {(row["arm"], row["tokens"]): row for row in rows if row["part"] == "calibration"}
+    short, long = sorted({tokens for _, tokens in steps})
+    windowed = {T: statistics.median(steps[WINDOWED, T]["ms"]) for T in (short, long)}
+    b = (windowed[long] - windowed[short]) / (long - short)
+    full = steps[HYBRID, short]["full_layers"]
+    more = {T: (statistics.median(steps[HYBRID, T]["ms"]) - windowed[T]) / full for T in (short, long)}
+    c = (more[long] / long - more[short] / short) / (long - short)
+    small, large = sorted((row for row in rows if row["part"] == "messages"), key=lambda row: row["bytes"])
+    layers = [row for row in rows if row["part"] == "a windowed layer"]
+    ranks = large["ranks"]
+    shared = {row["tokens"]: row for row in layers if row["ranks"] > 1}
+    extra = {row["tokens"]: shared[row["tokens"]]["ms"] - row["ms"] for row in layers if row["ranks"] == 1}
+    first, *_, last = sorted(extra)
+    e = (extra[last] - extra[first]) / (last - first)
+    sizes = [row for row in rows if row["part"] == "long texts" and row["arm"] == HEADS and row["ranks"] > 1]
+    return Costs(
+        a=windowed[short] - b * short,
+        b=b,
+        c=c,
+        d=more[short] / short - c * short,
+        extra=extra[first] - e * first,
+        e=e,
+        alpha=small["ms"],
+        beta=(large["bytes"] - small["bytes"]) / (large["ms"] - small["ms"]),
+        map_bytes=shared[first]["bytes_sent"] / (ranks - 1),
+        token_bytes=_token_bytes(sizes[0]) if sizes else math.nan,
+    )
+
+
+def _token_bytes(row: Row) -> float:
+    ranks = row["ranks"]
+    return row["bytes_sent"] / row["full_layers"] / (row["tokens"] / ranks) * ranks / (ranks - 1)
+
+
+def beyond(costs: Costs) -> Costs:
+    """Between hosts, at the assumed network."""
+    return replace(costs, alpha=costs.alpha + NETWORK_LATENCY_MS, beta=min(costs.beta, NETWORK_BYTES_PER_MS))
+
+
+def report(found: Row) -> str:
+    """The tables, in Markdown."""
+    return "\n\n".join(section for section in _sections(found["machine"], found["rows"]) if section) + "\n"
+
+
+def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
+    counts = sorted({row["ranks"] for row in rows})
+    yield "# Training over GPUs"
+    yield f"Written by `python -m benchmarks.ranks`. {machine}. GPUs: {', '.join(map(str, counts))}."
+    yield "## Data parallel"
+    yield _data([row for row in rows if row["part"] == "data parallel"])
+    yield "## One long text in shares"
+    yield (
+        "A step: forward, backward with recomputed layers, AdamW; FSDP2, bfloat16. Bytes: what the first "
+        "GPU sends to the others for attention in a step."
+    )
+    long = [row for row in rows if row["part"] == "long texts"]
+    yield _long(long)
+    if {row["part"] for row in rows} >= {"calibration", "messages", "a windowed layer"}:
+        costs = fit(rows)
+        yield "## The cost model"
+        yield _constants(costs)
+        yield _judged(costs, long)
+        yield "## More ranks, by the model"
+        yield (
+            f"The 47 M model, 131,072 tokens a rank. Hosts of {HOST} GPUs; between them "
+            f"{NETWORK_BYTES_PER_MS / 1e6:.0f} GB/s a GPU and {1e3 * NETWORK_LATENCY_MS:.0f} µs a message, which are "
+            "assumed and not measured."
+        )
+        yield _larger(costs, next(row for row in rows if row["part"] == "calibration"))
+
+
+def _data(rows: list[Row]) -> str:
+    alone = {row["way"]: row["tokens_per_s"] for row in rows if row["ranks"] == 1}
+    cells = []
+    for row in rows:
+        speed = row["tokens_per_s"]
+        share = speed / row["ranks"] / alone[row["way"]]
+        cells.append([row["model"], row["arm"], row["way"], str(row["ranks"]), f"{speed:,.0f}", f"{100 * share:.1f} %"])
+    return table(["model", "attention", "", "GPUs", "tokens/s", "of one GPU's, a GPU"], cells)
+
+
+def _long(rows: list[Row]) -> str:
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["tokens"], row["model"], row["arm"], row["ranks"])):
+        start = [f"{row['tokens']:,}", row["model"], row["arm"], str(row["ranks"])]
+        if "skipped" in row:
+            cells.append([*start, f"not measured: {row['skipped']}", "", "", ""])
+            continue
+        sent = [f"{x:,.0f}" if x else "" for x in _bytes_of_layers(row, rows)]
+        cells.append([*start, f"{statistics.median(row['ms']) / 1e3:.3g}", f"{row['peak_gib']:.1f}", *sent])
+    columns = ["tokens", "model", "attention", "GPUs", "s a step", "peak GiB"]
+    return table([*columns, "bytes sent, a windowed layer", "a full layer"], cells)
+
+
+def _bytes_of_layers(row: Row, rows: list[Row]) -> tuple[float, float]:
+    """(windowed, full) of a step; a hybrid's windowed layers send what those of the windowed model do."""
+    if row["ranks"] == 1 or "ring" in row["arm"]:
+        return 0.0, 0.0
+    same = [r for r in rows if r["arm"] == WINDOWED and all(r[key] == row[key] for key in ("model", "ranks", "tokens"))]
+    windowed = same[0]["bytes_sent"] / same[0]["ka_layers"] if row["ka_layers"] and same else 0.0
+    rest = row["bytes_sent"] - windowed * row["ka_layers"]
+    return windowed, rest / row["full_layers"] if row["full_layers"] else 0.0
+
+
+def _constants(costs: Costs) -> str:
+    microseconds = {
+        "a step that computes nothing (a)": 1e3 * costs.a,
+        "a token, windowed layers (b)": 1e3 * costs.b,
+        "1,000 tokens squared, a full layer (c)": 1e9 * costs.c,
+        "a token, a full layer in the place of a windowed one (d)": 1e3 * costs.d,
+        "a windowed layer in shares (λ)": 1e3 * costs.extra,
+        "a token of it (e)": 1e3 * costs.e,
+        "a small message (α)": 1e3 * costs.alpha,
+    }
+    cells = [[name, f"{value:.4g} µs"] for name, value in microseconds.items()]
+    cells += [["bandwidth of a GPU to others (β)", f"{costs.beta / 1e6:.4g} GB/s"]]
+    cells += [["a windowed layer's map, to another rank (m)", f"{costs.map_bytes:,.0f} bytes"]]
+    cells += [["a token of a full layer (f)", f"{costs.token_bytes:,.0f} bytes"]]
+    return table(["constant", "measured"], cells)
+
+
+def _judged(costs: Costs, rows: list[Row]) -> str:
+    cells = []
+    for row in rows:
+        if "skipped" in row or row["model"] != "47M" or "ring" in row["arm"]:
+            continue
+        took = statistics.median(row["ms"])
+        predicted, _ = costs.step(row["tokens"], row["ranks"], row["ka_layers"], row["full_layers"], row["parameters"])
+        start = [row["arm"], f"{row['tokens']:,}", str(row["ranks"])]
+        cells.append([*start, f"{took:.4g}", f"{predicted:.4g}", f"{100 * (predicted / took - 1):+.1f} %"])
+    return table(["attention", "tokens", "GPUs", "measured ms", "predicted ms", ""], cells)
+
+
+def _larger(costs: Costs, size: Row) -> str:
+    layers, cells = size["ka_layers"] + size["full_layers"], []
+    for name, full in ((WINDOWED, 0), (HYBRID, layers // 4)):
+        for ranks in (1, 2, 8, 64, 1024):
+            tokens = ranks << 17
+            used = costs if ranks <= HOST else beyond(costs)
+            took, sent = used.step(tokens, ranks, layers - full, full, size["parameters"])
+            speed = tokens / took * 1e3
+            cells.append([name, str(ranks), f"{tokens:,}", f"{took / 1e3:.3g}", f"{100 * sent / took:.1f} %",
+                          f"{speed:,.0f}"])  # fmt: skip
+    return table(["attention", "ranks", "tokens", "s a step", "messages", "tokens/s"], cells)
+
+
+def write(folder: Path) -> str:
+    """``folder``/report.md from ``folder``/rows.json, and its text."""
+    text = report(json.loads((folder / "rows.json").read_text()))
+    (folder / "report.md").write_text(text)
+    return text

@@ -1,0 +1,349 @@
+"""Training over the GPUs of one host: data parallel, and one long text in shares, in time, memory and bytes sent.
+
+`python -m benchmarks.ranks [--processes N] [--seconds S] [--out FOLDER] [--only PART,…]`, one process a GPU (without
+GPUs two, on gloo); `--report` writes FOLDER/report.md from what is there. Rows of one GPU are taken by all processes at
+once, each by itself. A step is forward, backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32
+weights, layers recomputed in the backward pass and the loss in chunks. Rows go to FOLDER/rows.json as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from benchmarks import costs, models
+from benchmarks.harness import device_type, machine
+from ka_attention import ka_attention
+from ka_attention.hf import KAConfig, attach, sequence_parallel
+
+OUT = Path(__file__).parents[1] / "docs" / "results" / "ranks"
+CHUNK = 8192  # tokens whose logits are in memory at once
+SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+MODELS = {
+    "47M": SMALL | {"num_key_value_heads": 8},
+    "410M": LARGE | {"num_key_value_heads": 16, "vocab_size": 50304, "tie_word_embeddings": False},
+}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+WINDOWED, HYBRID, HEADS, RING = "KA window 8", "KA 3:1", "softmax, all-to-all", "softmax, ring"
+WINDOW = 8
+Row = dict[str, Any]
+
+
+class Processes:
+    """What one of the processes knows: its rank, its device, groups of one and of all, and when to stop."""
+
+    def __init__(self, rank: int, size: int, until: float, tiny: bool) -> None:
+        self.rank, self.size, self.until, self.tiny = rank, size, until, tiny
+        self.device = torch.device(device_type(), rank) if device_type() == "cuda" else torch.device("cpu")
+        alone = [dist.new_group([other]) for other in range(size)][rank]
+        self.groups = {1: alone, size: dist.group.WORLD}
+        self.meshes = {
+            1: DeviceMesh.from_group(alone, device_type()),
+            size: init_device_mesh(device_type(), (size,)),
+        }
+
+    def largest(self, x: float) -> float:
+        """Over all processes."""
+        found = torch.tensor(x, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
+
+    def is_late(self, seconds: float) -> bool:
+        return self.largest(time.time() + seconds) > self.until
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, call: Callable[[], object], repeat: int) -> list[float]:
+        """Milliseconds of the slowest process in each call, which begin together; the first of several is left out."""
+        took = []
+        for _ in range(repeat + (repeat > 1)):
+            dist.barrier()
+            start = self.now()
+            call()
+            took.append(self.largest(1e3 * (self.now() - start)))
+        return took[-repeat:]
+
+
+class Loss(nn.Module):
+    """Mean cross-entropy of the next tokens, whose logits are made CHUNK tokens at a time and made again backward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        chunks = zip(hidden.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+        losses = [checkpoint(self.summed, h, t, use_reentrant=False) for h, t in chunks]
+        return torch.stack(losses).sum() / targets.numel()
+
+    def summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="sum")
+
+
+def build(name: str, arm: str, ranks: int, own: Processes) -> Any:
+    sizes = MODELS[name] | ({**TINY, "num_key_value_heads": 2, "vocab_size": 64} if own.tiny else {})
+    with own.device:
+        model = models.build(arm if arm in models.ARMS else "softmax", **sizes)
+        if arm == HEADS:
+            attach(model, KAConfig(layers=()))
+    if arm == RING:
+        AttentionInterface.register("ring", _causal)  # without a mask function: zigzag positions would look packed
+        model.config._attn_implementation = "ring"
+    elif ranks > 1:
+        sequence_parallel(model, own.groups[ranks])
+    return model.to(own.device).train()
+
+
+def _causal(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: object, **options: Any) -> tuple[Tensor, None]:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous(), None
+
+
+def sharded(loss: Loss, mesh: DeviceMesh) -> Any:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in loss.model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(loss, mesh=mesh, mp_policy=policy)
+
+
+def data_parallel(own: Processes) -> Iterator[Row]:
+    """Tokens a second of the 410 M hybrid, 8 texts of 2,048 tokens a GPU."""
+    batch, length = (1, 64) if own.tiny else (8, 2048)
+    for ranks in sorted(own.groups):
+        for way in ("DDP", "FSDP2"):
+            loss: Any = Loss(build("410M", HYBRID, 1, own))
+            if way == "FSDP2":
+                sharded(loss, own.meshes[ranks])
+            elif ranks > 1:
+                loss = DistributedDataParallel(loss, process_group=own.groups[ranks])
+            ids = torch.randint(loss_model(loss).config.vocab_size, (batch, length + 1), device=own.device)
+            positions = torch.arange(length, device=own.device)[None].expand(batch, -1)
+            autocast = torch.autocast(own.device.type, torch.bfloat16) if way == "DDP" else nullcontext()
+            call = step(loss, (ids[:, :-1], positions, ids[:, 1:]), autocast)
+            took = own.timed(call, 8)
+            speed = ranks * batch * length / (statistics.median(took) / 1e3)
+            yield {"part": "data parallel", "model": "410M", "arm": HYBRID, "way": way, "ranks": ranks,
+                   "tokens": length, "batch": batch, "ms": took, "tokens_per_s": speed}  # fmt: skip
+            del loss, call
+
+
+def loss_model(loss: Any) -> Any:
+    return (loss.module if isinstance(loss, DistributedDataParallel) else loss).model
+
+
+def step(loss: nn.Module, inputs: tuple[Tensor, ...], around: Any) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
+
+    def call() -> None:
+        with around:
+            value = loss(*inputs)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def long_text(own: Processes, part: str, name: str, arm: str, ranks: int, length: int, repeat: int = 2) -> Row:
+    """Steps on one text of ``length`` tokens in ``ranks`` shares."""
+    row = {"part": part, "model": name, "arm": arm, "ranks": ranks, "tokens": length}
+    if own.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        model = build(name, arm, ranks, own)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = sharded(Loss(model), own.meshes[ranks])
+        text = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+        whole = text[:, :-1], torch.arange(length)[None], text[:, 1:]
+        call = _ring_step(loss, whole, own, ranks) if arm == RING else _share_step(loss, whole, own, ranks)
+        with counted() as sent:
+            took = own.timed(call, repeat)
+    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError, NotImplementedError) as error:
+        return row | {"skipped": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if own.device.type == "cuda" else 0.0
+    kinds = [layer.self_attn.ka_layer.is_ka for layer in model.model.layers] if arm != RING and arm != "softmax" else []
+    return row | {"ms": took, "peak_gib": own.largest(peak), "bytes_sent": sent[0] / (repeat + (repeat > 1)),
+                  "ka_layers": sum(kinds), "full_layers": model.config.num_hidden_layers - sum(kinds),
+                  "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+
+
+def _share_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int) -> Callable[[], None]:
+    rank = own.rank if ranks > 1 else 0
+    share = tuple(x.chunk(ranks, dim=1)[rank].to(own.device) for x in whole)
+    return step(loss, share, nullcontext())
+
+
+def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int) -> Callable[[], None]:
+    """PyTorch's context_parallel as accelerate calls it: it cuts the buffers, and reaches into attention."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
+
+    def call() -> None:
+        buffers = [x.to(own.device).clone() for x in whole]
+        with context_parallel(
+            own.meshes[ranks], buffers=buffers, buffer_seq_dims=[1] * 3, no_restore_buffers=set(buffers)
+        ):
+            loss(*buffers).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Bytes that this process sends to others for attention: all of it goes through ``all_to_all_single``."""
+    total, original = [0], dist.all_to_all_single
+
+    def counting(got: Tensor, x: Tensor, receive: list[int], send: list[int], group: Any) -> Any:
+        row = x[:1].nbytes if len(x) else 0
+        total[0] += row * (sum(send) - send[dist.get_rank(group)])
+        return original(got, x, receive, send, group)
+
+    dist.all_to_all_single = counting  # type: ignore[assignment]
+    try:
+        yield total
+    finally:
+        dist.all_to_all_single = original
+
+
+def constants(own: Processes) -> Iterator[Row]:
+    """What messages cost, and what a share costs an attention layer beside its own tokens."""
+    size, group = own.size, dist.group.WORLD
+    many = 20
+    for numbers in (256, 1 << (14 if own.tiny else 27)):
+        x = torch.ones(size, numbers // size, device=own.device, dtype=torch.bfloat16)
+        got, ones = torch.empty_like(x), [1] * size
+
+        def exchange(x: Tensor = x, got: Tensor = got, ones: list[int] = ones) -> None:
+            for _ in range(many):
+                dist.all_to_all_single(got, x, ones, ones, group)
+
+        ms = statistics.median(own.timed(exchange, 3)) / many
+        yield {"part": "messages", "ranks": size, "bytes": x[0].nbytes * (size - 1), "ms": ms}
+    heads, D = (2, 16) if own.tiny else (8, 64)
+    for tokens in (64, 128) if own.tiny else (16384, 65536, 524288):
+        shape = 1, heads, tokens, D
+        q, k, v = (torch.randn(shape, device=own.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+        gate = torch.full((heads,), 0.5, device=own.device, requires_grad=True)
+        for share in (None, group):
+            call = partial(_layer, q, k, v, gate, share)
+            with counted() as sent:
+                took = own.timed(call, 5)
+            yield {"part": "a windowed layer", "ranks": 1 if share is None else size, "tokens": tokens,
+                   "ms": statistics.median(took), "bytes_sent": sent[0] / 6}  # fmt: skip
+
+
+def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, group: Any) -> None:
+    """Forward, the forward again that a recomputed layer takes, and backward."""
+    with torch.no_grad():
+        ka_attention(q, k, v, gate=gate, window=WINDOW, group=group)
+    ka_attention(q, k, v, gate=gate, window=WINDOW, group=group).backward(torch.ones_like(q))
+
+
+def calibration(own: Processes) -> Iterator[Row]:
+    """Steps of one GPU from which the cost model is fitted; the rows it has to predict are others."""
+    for length in (64, 128) if own.tiny else (65536, 196608):
+        for arm in (WINDOWED, HYBRID):
+            yield long_text(own, "calibration", "47M", arm, 1, length)
+
+
+def long_texts(own: Processes, length: int, cases: list[tuple[str, str, int, float]]) -> Iterator[Row]:
+    """``cases``: model, arm, ranks, and the seconds that must be left."""
+    length = length >> 10 if own.tiny else length
+    for name, arm, ranks, seconds in cases:
+        if own.is_late(seconds):
+            yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length,
+                   "skipped": f"less than {seconds:.0f} s were left"}  # fmt: skip
+        else:
+            yield long_text(own, "long texts", name, arm, ranks, length, 1 if seconds > 15 else 2)
+
+
+def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
+    n = own.size
+    at_131k = [("47M", arm, ranks, 10.0) for arm in (WINDOWED, HYBRID, HEADS) for ranks in sorted({1, n})]
+    at_131k += [("410M", WINDOWED, n, 10.0)]
+    at_1m = [("47M", WINDOWED, n, 10.0), ("47M", WINDOWED, 1, 15.0), ("410M", WINDOWED, n, 20.0)]
+    at_1m += [("47M", HYBRID, n, 40.0)]
+    return {
+        "data": partial(data_parallel, own),
+        "constants": partial(constants, own),
+        "calibration": partial(calibration, own),
+        "131k": partial(long_texts, own, 1 << 17, at_131k),
+        "1m": partial(long_texts, own, 1 << 20, at_1m),
+        "ring": partial(long_texts, own, 1 << 17, [("47M", RING, n, 10.0)]),
+    }
+
+
+def work(rank: int, size: int, store: str, only: list[str] | None, until: float, tiny: bool, out: str) -> None:
+    if device_type() == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if device_type() == "cuda" else "gloo"
+    patience = timedelta(seconds=60)  # of a process that waits for another
+    dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=patience)
+    own = Processes(rank, size, until, tiny)
+    rows: list[Row] = []
+    for name, part in parts(own).items():
+        for row in part() if only is None or name in only else ():
+            rows.append(row)
+            if rank == 0:
+                print(json.dumps(row), flush=True)
+                Path(out, "rows.json").write_text(json.dumps({"machine": machine("transformers"), "rows": rows}))
+    dist.destroy_process_group()
+
+
+def measure(processes: int, only: list[str] | None, seconds: float, tiny: bool, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = processes, f"{folder}/store", only, time.time() + seconds, tiny, str(out)
+        mp.spawn(work, arguments, nprocs=processes)
+
+
+def run(out: Path = OUT) -> Iterator[str]:
+    """All parts on all GPUs, and the report."""
+    measure(max(2, torch.cuda.device_count()), None, 600.0, not torch.cuda.is_available(), out)
+    yield costs.write(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()))
+    parser.add_argument("--only", type=lambda text: text.split(","))
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin no part that would end later")
+    parser.add_argument("--tiny", action="store_true", help="models and texts of a test")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    given = parser.parse_args()
+    if not given.report:
+        measure(given.processes, given.only, given.seconds, given.tiny, given.out)
+    print(costs.write(given.out))

@@ -1,0 +1,87 @@
+"""The cost model finds the constants that made its rows, and the report says what was measured and what was not."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
+pytest.importorskip("triton", reason="the benchmarks of models need Triton")
+from benchmarks import costs, ranks
+
+TRUE = costs.Costs(
+    a=20.0, b=1e-3, c=2e-8, d=4e-4, extra=0.3, e=5e-6, alpha=0.02, beta=2e8, map_bytes=4000.0, token_bytes=1600.0
+)
+LAYERS = {costs.WINDOWED: (12, 0), costs.HYBRID: (9, 3), costs.HEADS: (0, 12)}
+
+
+def row(part, arm, count, tokens, model=TRUE):
+    windowed, full = LAYERS[arm]
+    share = tokens / count
+    sent = (windowed * model.map_bytes + full * model.token_bytes * share / count) * (count - 1)
+    return {
+        "part": part,
+        "model": "47M",
+        "arm": arm,
+        "ranks": count,
+        "tokens": tokens,
+        "ms": [model.step(tokens, count, windowed, full, 47_000_000)[0]],
+        "peak_gib": 1.0,
+        "bytes_sent": sent,
+        "ka_layers": windowed,
+        "full_layers": full,
+        "parameters": 47_000_000,
+    }
+
+
+def rows(model=TRUE):
+    found = [row("calibration", arm, 1, T, model) for T in (1 << 16, 1 << 17) for arm in (costs.WINDOWED, costs.HYBRID)]
+    for number in (256, 1 << 28):
+        found.append({"part": "messages", "ranks": 2, "bytes": number, "ms": model.alpha + number / model.beta})
+    for tokens in (1 << 14, 1 << 16, 1 << 18):
+        for count, ms in ((1, 1.0), (2, 1.0 + model.extra + model.e * tokens)):
+            sent = model.map_bytes * (count - 1)
+            found.append({"part": "a windowed layer", "ranks": count, "tokens": tokens, "ms": ms, "bytes_sent": sent})
+    long = [row("long texts", arm, count, 1 << 18, model) for arm in LAYERS for count in (1, 2)]
+    skipped = {"part": "long texts", "model": "47M", "arm": "softmax, ring", "ranks": 2, "tokens": 8, "skipped": "no"}
+    return [*found, *long, skipped]
+
+
+def test_the_constants_come_back():
+    found = costs.fit(rows())
+    assert asdict(found) == pytest.approx(asdict(TRUE), rel=1e-3)
+
+
+def test_time_grows_with_the_share_alone_but_for_messages_and_full_layers():
+    free = replace(TRUE, beta=1e30, alpha=0.0)
+    times = [free.step(n << 17, n, 12, 0, 47_000_000)[0] for n in (2, 64, 1024)]
+    assert times == pytest.approx([times[0]] * 3)
+    full = [free.step(n << 17, n, 9, 3, 47_000_000)[0] for n in (2, 4)]
+    assert full[1] - full[0] == pytest.approx(3 * TRUE.c * (1 << 17) * (2 << 17))
+    sent = [TRUE.step(n << 17, n, 12, 0, 0)[1] for n in (2, 1024)]
+    assert sent[1] - sent[0] == pytest.approx(12 * 4000 * 1022 / TRUE.beta + 3 * 0.02 * 12 * 9)
+
+
+def test_the_report_judges_predictions_and_names_what_is_missing():
+    changed = [r | {"ms": [2 * r["ms"][0]]} if r["part"] == "long texts" and "ms" in r else r for r in rows()]
+    speed = {"part": "data parallel", "model": "410M", "arm": "KA 3:1", "way": "DDP"}
+    changed += [speed | {"ranks": n, "tokens_per_s": x} for n, x in ((1, 100.0), (2, 190.0))]
+    text = costs.report({"machine": "two GPUs", "rows": changed})
+    assert text.count("-50.0 %") == 6
+    assert "95.0 %" in text
+    assert "not measured: no" in text
+    line = next(line for line in text.splitlines() if "KA 3:1" in line and "262,144" in line and " 2 |" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")][-2:] == ["4,000", "104,857,600"]
+
+
+def test_bytes_are_counted_of_what_goes_to_others(monkeypatch):
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *_: None)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    x = torch.ones(6, 5, dtype=torch.bfloat16)
+    with ranks.counted() as sent:
+        dist.all_to_all_single(x, x, [1, 2, 3], [1, 2, 3], None)
+        dist.all_to_all_single(x[:0], x[:0], [0, 0, 0], [0, 0, 0], None)
+    assert sent == [4 * 5 * 2]
