@@ -25,6 +25,7 @@ from ka_attention.hf.gates import KAGate
 from ka_attention.hf.install import PARTS, install, prepare
 from ka_attention.hf.layer import configure
 from ka_attention.hf.support import attention_modules
+from ka_attention.hf.tensor_parallel import register_styles, with_gates
 
 # The families that the Auto classes know as KA models from the start; `ka_classes` adds any other.
 FAMILIES = (
@@ -53,6 +54,7 @@ _PLAIN = "attention"  # of a model whose configuration names no types of layers
 def register() -> None:
     """Make ``attn_implementation="ka"`` and the KA model types known to transformers. May be called again."""
     register_attention()
+    register_styles()
     for family in FAMILIES:
         ka_classes(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]])
 
@@ -201,6 +203,10 @@ class KATyped:
         _refuse_other_attention(value)
 
     _attn_implementation_internal = _attn_implementation
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        return with_gates(getattr(self.ka_base, "base_model_tp_plan", None), self)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that stock classes refuse, which do not know the types of its layers."""
