@@ -4,6 +4,9 @@
 GPUs two, on gloo); `--report` writes FOLDER/report.md from what is there. Rows of one GPU are taken by all processes at
 once, each by itself. A step is forward, backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32
 weights, layers recomputed in the backward pass and the loss in chunks. Rows go to FOLDER/rows.json as they come.
+
+Of more ranks than there are GPUs one is measured, the middle one, by itself: its time and memory without the messages,
+which are counted and not sent (`OneOf`).
 """
 
 from __future__ import annotations
@@ -45,10 +48,17 @@ MODELS = {
     "47M": SMALL | {"num_key_value_heads": 8},
     "410M": LARGE | {"num_key_value_heads": 16, "vocab_size": 50304, "tie_word_embeddings": False},
 }
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
 WINDOWED, HYBRID, HEADS, RING = "KA window 8", "KA 3:1", "softmax, all-to-all", "softmax, ring"
 WINDOW = 8
 Row = dict[str, Any]
+
+
+class OneOf:
+    """A group of ``size`` processes of which there is one: messages go nowhere, and what it sends comes back."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = size // 2, size
 
 
 class Processes:
@@ -58,11 +68,18 @@ class Processes:
         self.rank, self.size, self.until, self.tiny = rank, size, until, tiny
         self.device = torch.device(device_type(), rank) if device_type() == "cuda" else torch.device("cpu")
         alone = [dist.new_group([other]) for other in range(size)][rank]
-        self.groups = {1: alone, size: dist.group.WORLD}
+        self.groups: dict[int, Any] = {1: alone, size: dist.group.WORLD}
         self.meshes = {
             1: DeviceMesh.from_group(alone, device_type()),
             size: init_device_mesh(device_type(), (size,)),
         }
+
+    def group(self, ranks: int) -> Any:
+        return self.groups.get(ranks) or OneOf(ranks)
+
+    def mesh(self, ranks: int) -> DeviceMesh:
+        """Over which parameters are sharded."""
+        return self.meshes.get(ranks) or self.meshes[1]
 
     def largest(self, x: float) -> float:
         """Over all processes."""
@@ -79,9 +96,9 @@ class Processes:
         return time.perf_counter()
 
     def timed(self, call: Callable[[], object], repeat: int) -> list[float]:
-        """Milliseconds of the slowest process in each call, which begin together; the first of several is left out."""
+        """Milliseconds of the slowest process in each of ``repeat`` calls, which begin together, after one more."""
         took = []
-        for _ in range(repeat + (repeat > 1)):
+        for _ in range(repeat + 1):
             dist.barrier()
             start = self.now()
             call()
@@ -107,7 +124,7 @@ class Loss(nn.Module):
 
 
 def build(name: str, arm: str, ranks: int, own: Processes) -> Any:
-    sizes = MODELS[name] | ({**TINY, "num_key_value_heads": 2, "vocab_size": 64} if own.tiny else {})
+    sizes = MODELS[name] | ({**TINY, "num_key_value_heads": 8, "vocab_size": 64} if own.tiny else {})
     with own.device:
         model = models.build(arm if arm in models.ARMS else "softmax", **sizes)
         if arm == HEADS:
@@ -116,7 +133,7 @@ def build(name: str, arm: str, ranks: int, own: Processes) -> Any:
         AttentionInterface.register("ring", _causal)  # without a mask function: zigzag positions would look packed
         model.config._attn_implementation = "ring"
     elif ranks > 1:
-        sequence_parallel(model, own.groups[ranks])
+        sequence_parallel(model, own.group(ranks))
     return model.to(own.device).train()
 
 
@@ -171,31 +188,31 @@ def step(loss: nn.Module, inputs: tuple[Tensor, ...], around: Any) -> Callable[[
 
 def long_text(own: Processes, part: str, name: str, arm: str, ranks: int, length: int, repeat: int = 2) -> Row:
     """Steps on one text of ``length`` tokens in ``ranks`` shares."""
-    row = {"part": part, "model": name, "arm": arm, "ranks": ranks, "tokens": length}
+    row: Row = {"part": part, "model": name, "arm": arm, "ranks": ranks, "tokens": length}
+    row["sent"] = ranks in own.groups
     if own.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        model = build(name, arm, ranks, own)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        loss = sharded(Loss(model), own.meshes[ranks])
-        text = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
-        whole = text[:, :-1], torch.arange(length)[None], text[:, 1:]
-        call = _ring_step(loss, whole, own, ranks) if arm == RING else _share_step(loss, whole, own, ranks)
         with counted() as sent:
+            model = build(name, arm, ranks, own)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            loss = sharded(Loss(model), own.mesh(ranks))
+            text = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+            whole = text[:, :-1], torch.arange(length)[None], text[:, 1:]
+            call = _ring_step(loss, whole, own, ranks) if arm == RING else _share_step(loss, whole, own, ranks)
             took = own.timed(call, repeat)
     except (RuntimeError, TypeError, ValueError, AttributeError, ImportError, NotImplementedError) as error:
         return row | {"skipped": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]}
     peak = torch.cuda.max_memory_allocated() / 2**30 if own.device.type == "cuda" else 0.0
     kinds = [layer.self_attn.ka_layer.is_ka for layer in model.model.layers] if arm != RING and arm != "softmax" else []
-    return row | {"ms": took, "peak_gib": own.largest(peak), "bytes_sent": sent[0] / (repeat + (repeat > 1)),
+    return row | {"ms": took, "peak_gib": own.largest(peak), "bytes_sent": sent[0] / (repeat + 1),
                   "ka_layers": sum(kinds), "full_layers": model.config.num_hidden_layers - sum(kinds),
                   "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 
 def _share_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int) -> Callable[[], None]:
-    rank = own.rank if ranks > 1 else 0
-    share = tuple(x.chunk(ranks, dim=1)[rank].to(own.device) for x in whole)
+    share = tuple(x.chunk(ranks, dim=1)[dist.get_rank(own.group(ranks))].to(own.device) for x in whole)
     return step(loss, share, nullcontext())
 
 
@@ -219,32 +236,46 @@ def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Bytes that this process sends to others for attention: all of it goes through ``all_to_all_single``."""
-    total, original = [0], dist.all_to_all_single
+    """Bytes that this process sends to others for attention: all of it goes through ``all_to_all_single``.
 
-    def counting(got: Tensor, x: Tensor, receive: list[int], send: list[int], group: Any) -> Any:
+    Within it groups may be `OneOf`.
+    """
+    total = [0]
+    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "get_rank", "get_world_size")}
+
+    def counting(got: Tensor, x: Tensor, receive: list[int], send: list[int], group: Any) -> None:
         row = x[:1].nbytes if len(x) else 0
         total[0] += row * (sum(send) - send[dist.get_rank(group)])
-        return original(got, x, receive, send, group)
+        if not isinstance(group, OneOf):
+            originals["all_to_all_single"](got, x, receive, send, group)
+        elif len(got) == len(x):
+            got.copy_(x)
+        else:
+            got.zero_()
 
-    dist.all_to_all_single = counting  # type: ignore[assignment]
+    def of_group(name: str, attribute: str) -> Callable[..., int]:
+        return lambda group=None: getattr(group, attribute) if isinstance(group, OneOf) else originals[name](group)
+
+    changed = counting, of_group("get_rank", "rank"), of_group("get_world_size", "size")
     try:
+        for name, function in zip(originals, changed, strict=True):
+            setattr(dist, name, function)
         yield total
     finally:
-        dist.all_to_all_single = original
+        for name, function in originals.items():
+            setattr(dist, name, function)
 
 
 def constants(own: Processes) -> Iterator[Row]:
     """What messages cost, and what a share costs an attention layer beside its own tokens."""
-    size, group = own.size, dist.group.WORLD
-    many = 20
-    for numbers in (256, 1 << (14 if own.tiny else 27)):
+    size, many = own.size, 20
+    for numbers in (256, 1 << (14 if own.tiny else 27)) if size > 1 else ():
         x = torch.ones(size, numbers // size, device=own.device, dtype=torch.bfloat16)
         got, ones = torch.empty_like(x), [1] * size
 
         def exchange(x: Tensor = x, got: Tensor = got, ones: list[int] = ones) -> None:
             for _ in range(many):
-                dist.all_to_all_single(got, x, ones, ones, group)
+                dist.all_to_all_single(got, x, ones, ones, dist.group.WORLD)
 
         ms = statistics.median(own.timed(exchange, 3)) / many
         yield {"part": "messages", "ranks": size, "bytes": x[0].nbytes * (size - 1), "ms": ms}
@@ -253,12 +284,12 @@ def constants(own: Processes) -> Iterator[Row]:
         shape = 1, heads, tokens, D
         q, k, v = (torch.randn(shape, device=own.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
         gate = torch.full((heads,), 0.5, device=own.device, requires_grad=True)
-        for share in (None, group):
-            call = partial(_layer, q, k, v, gate, share)
+        for ranks in (1, max(2, size)):
+            call = partial(_layer, q, k, v, gate, own.group(ranks) if ranks > 1 else None)
             with counted() as sent:
                 took = own.timed(call, 5)
-            yield {"part": "a windowed layer", "ranks": 1 if share is None else size, "tokens": tokens,
-                   "ms": statistics.median(took), "bytes_sent": sent[0] / 6}  # fmt: skip
+            yield {"part": "a windowed layer", "ranks": ranks, "tokens": tokens, "ms": statistics.median(took),
+                   "bytes_sent": sent[0] / 6}  # fmt: skip
 
 
 def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, group: Any) -> None:
@@ -280,25 +311,27 @@ def long_texts(own: Processes, length: int, cases: list[tuple[str, str, int, flo
     length = length >> 10 if own.tiny else length
     for name, arm, ranks, seconds in cases:
         if own.is_late(seconds):
-            yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length,
+            yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length, "sent": False,
                    "skipped": f"less than {seconds:.0f} s were left"}  # fmt: skip
         else:
-            yield long_text(own, "long texts", name, arm, ranks, length, 1 if seconds > 15 else 2)
+            yield long_text(own, "long texts", name, arm, ranks, length, 1 if seconds > 5 else 2)
 
 
 def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
-    n = own.size
-    at_131k = [("47M", arm, ranks, 10.0) for arm in (WINDOWED, HYBRID, HEADS) for ranks in sorted({1, n})]
-    at_131k += [("410M", WINDOWED, n, 10.0)]
-    at_1m = [("47M", WINDOWED, n, 10.0), ("47M", WINDOWED, 1, 15.0), ("410M", WINDOWED, n, 20.0)]
-    at_1m += [("47M", HYBRID, n, 40.0)]
+    """In the order of their importance where time is short; the seconds are those of one H200."""
+    n, counts = own.size, sorted({1, 2, 8, own.size})
+    softmax = [("47M", HEADS, ranks, 9.0) for ranks in (8, n, 1)] + [("47M", RING, n, 9.0)] * (n > 1)
+    more = [("47M", HYBRID, 8, 16.0), ("410M", WINDOWED, max(2, n), 14.0)]
     return {
-        "data": partial(data_parallel, own),
         "constants": partial(constants, own),
         "calibration": partial(calibration, own),
-        "131k": partial(long_texts, own, 1 << 17, at_131k),
-        "1m": partial(long_texts, own, 1 << 20, at_1m),
-        "ring": partial(long_texts, own, 1 << 17, [("47M", RING, n, 10.0)]),
+        "131k": partial(
+            long_texts, own, 1 << 17, [("47M", arm, ranks, 3.0) for arm in (WINDOWED, HYBRID) for ranks in counts]
+        ),
+        "1m": partial(long_texts, own, 1 << 20, [("47M", WINDOWED, ranks, 6.0) for ranks in counts]),
+        "data": partial(data_parallel, own),
+        "softmax": partial(long_texts, own, 1 << 17, list(dict.fromkeys(softmax))),
+        "1m-more": partial(long_texts, own, 1 << 20, more),
     }
 
 
@@ -331,13 +364,13 @@ def measure(processes: int, only: list[str] | None, seconds: float, tiny: bool, 
 
 def run(out: Path = OUT) -> Iterator[str]:
     """All parts on all GPUs, and the report."""
-    measure(max(2, torch.cuda.device_count()), None, 600.0, not torch.cuda.is_available(), out)
+    measure(torch.cuda.device_count() or 2, None, 600.0, not torch.cuda.is_available(), out)
     yield costs.write(out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()))
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no part that would end later")
     parser.add_argument("--tiny", action="store_true", help="models and texts of a test")

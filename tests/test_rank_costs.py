@@ -11,6 +11,7 @@ import torch.distributed as dist
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
 pytest.importorskip("triton", reason="the benchmarks of models need Triton")
 from benchmarks import costs, ranks
+from ka_attention import ka_attention
 
 TRUE = costs.Costs(
     a=20.0, b=1e-3, c=2e-8, d=4e-4, extra=0.3, e=5e-6, alpha=0.02, beta=2e8, map_bytes=4000.0, token_bytes=1600.0
@@ -27,6 +28,7 @@ def row(part, arm, count, tokens, model=TRUE):
         "model": "47M",
         "arm": arm,
         "ranks": count,
+        "sent": True,
         "tokens": tokens,
         "ms": [model.step(tokens, count, windowed, full, 47_000_000)[0]],
         "peak_gib": 1.0,
@@ -46,7 +48,15 @@ def rows(model=TRUE):
             sent = model.map_bytes * (count - 1)
             found.append({"part": "a windowed layer", "ranks": count, "tokens": tokens, "ms": ms, "bytes_sent": sent})
     long = [row("long texts", arm, count, 1 << 18, model) for arm in LAYERS for count in (1, 2)]
-    skipped = {"part": "long texts", "model": "47M", "arm": "softmax, ring", "ranks": 2, "tokens": 8, "skipped": "no"}
+    skipped = {
+        "part": "long texts",
+        "model": "47M",
+        "arm": "softmax, ring",
+        "ranks": 2,
+        "tokens": 8,
+        "sent": True,
+        "skipped": "no",
+    }
     return [*found, *long, skipped]
 
 
@@ -85,3 +95,16 @@ def test_bytes_are_counted_of_what_goes_to_others(monkeypatch):
         dist.all_to_all_single(x, x, [1, 2, 3], [1, 2, 3], None)
         dist.all_to_all_single(x[:0], x[:0], [0, 0, 0], [0, 0, 0], None)
     assert sent == [4 * 5 * 2]
+
+
+def test_one_of_many_ranks_computes_by_itself():
+    """The first ranks' shares do not reach the last one, yet every tensor is of the size that it has among others."""
+    q = torch.randn(1, 4, 12, 8, requires_grad=True)
+    for window, size in ((3, 64), (None, 4)):
+        with ranks.counted() as sent:
+            out = ka_attention(q, q, q, gate=0.5, window=window, group=ranks.OneOf(size))
+            out.sum().backward()
+        assert out.shape == q.shape
+        assert out.isfinite().all()
+        forward = 4 * 2 * 8 * 4 + (size - 1) * 4 * 2 * (2 + 8) * 4 if window else 4 * (size - 1) * q.nbytes // size
+        assert sent == [2 * forward]
