@@ -5,15 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from processes import together
-from text_shares import batches, loss_of, make_model, shifted
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from text_shares import Run, make_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,41 +17,6 @@ from ka_attention.hf import KAConfig, attach, register, sequence_parallel, share
 from ka_attention.hf.tensor_parallel import layer_of_heads, with_gates
 
 STEPS = 6
-
-
-class Run:
-    """A training that can be saved and loaded between any two steps, in any number of processes."""
-
-    def __init__(self, model, part=shifted, size=1):
-        self.model, self.part, self.size = model, part, size
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-
-    def steps(self, first, last):
-        losses = []
-        for batch in list(batches())[first:last]:
-            items = shifted(batch)["num_items_in_batch"] / self.size
-            loss = loss_of(self.model, self.part(batch) | {"num_items_in_batch": items}, items)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(loss.detach())
-        found = torch.stack(losses)
-        if self.size > 1:
-            dist.all_reduce(found)
-        return found / self.size
-
-    def state(self):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def save(self, folder):
-        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.size == 1)
-
-    def load(self, folder):
-        state = self.state()
-        dcp.load(state, checkpoint_id=folder, no_dist=self.size == 1)
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        return self
 
 
 def sharded():

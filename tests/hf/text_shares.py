@@ -1,6 +1,9 @@
-"""A small hybrid, batches for it, and its loss in float64."""
+"""A small hybrid, batches for it, its loss in float64, and a training that can be saved and loaded."""
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.hf import KAConfig, attach
@@ -43,3 +46,38 @@ def loss_of(model, batch, items):
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / items
     assert torch.isclose(out.loss.double(), loss, rtol=1e-5)
     return loss
+
+
+class Run:
+    """A training that can be saved and loaded between any two steps, in any number of processes."""
+
+    def __init__(self, model, part=shifted, size=1):
+        self.model, self.part, self.size = model, part, size
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def steps(self, first, last):
+        losses = []
+        for batch in list(batches())[first:last]:
+            items = shifted(batch)["num_items_in_batch"].item() / self.size
+            loss = loss_of(self.model, self.part(batch) | {"num_items_in_batch": items}, items)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        found = torch.stack(losses)
+        if self.size > 1:
+            dist.all_reduce(found)
+        return found / self.size
+
+    def state(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, folder):
+        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.size == 1)
+
+    def load(self, folder):
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder, no_dist=self.size == 1)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return self
