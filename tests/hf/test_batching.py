@@ -9,9 +9,10 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import make, tokens
 
-from ka_attention.hf import KAConfig, attach, detach, paged, reconfigure
+from ka_attention.hf import KAConfig, attach, detach, reconfigure
 from ka_attention.hf.batching import KABatchingManager, windows_of
 from ka_attention.hf.paged import KAPagedCache, page_name
+from ka_attention.ops import paged
 
 PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 1, 9)]
 
@@ -43,10 +44,11 @@ def test_adapters():
 
 @pytest.mark.parametrize("broken", ["first half of V", "no U"])
 def test_the_comparison_sees_a_wrong_cache(broken, monkeypatch):
+    store = paged.store
     if broken == "no U":
-        monkeypatch.setattr(paged, "cache_values", lambda v, a, gate: v.repeat_interleave(2, 1))
+        monkeypatch.setattr(paged, "store", lambda k, v, a, *others: store(k, v, v.repeat_interleave(2, 1), *others))
     else:
-        monkeypatch.setattr(paged, "cache_values", lambda v, a, gate: a * (torch.arange(8) < 4))
+        monkeypatch.setattr(paged, "store", lambda k, v, a, *others: store(k, v, a * (torch.arange(8) < 4), *others))
     with pytest.raises(AssertionError):
         serve(attach(make("llama"), KAConfig()))
 

@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer, Options
-from ka_attention.ops import cache_values, paged
+from ka_attention.ops import paged
 from ka_attention.ops.api import expand_gate, repeat_heads
 from ka_attention.ops.inputs import Past
 
@@ -80,8 +80,10 @@ def attend_paged(
         query, is_softmax = q.to(k.dtype), not layer.is_ka
         numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
         backend = "triton" if q.is_cuda else "blocked"
-        a = paged.run(query, k, v, expand_gate(gate, query), past, ends, numbers, is_softmax, backend)
-        out, u = a.to(q.dtype).transpose(1, 2).contiguous(), cache_values(v, a, gate) if layer.is_ka else v
+        gates = expand_gate(gate, query) if layer.is_ka else None
+        a = paged.run(query, k, v, gates, past, ends, numbers, is_softmax, backend)
+        paged.store(k, v, a, gates, past, place.page, place.slot, is_softmax, backend)
+        return a.to(q.dtype).transpose(1, 2).contiguous()
     for pages_of, new in zip(pool, (k, u), strict=True):
         pages_of[place.page, :, place.slot] = new[0].transpose(0, 1)
     return out
@@ -128,8 +130,8 @@ class Place(NamedTuple):
         width = group.ring or -(-longest // group.page)
         page, slot = write // group.stride, write % group.stride
         if read.numel() == 0:  # no request has a past
-            nothing = write.new_zeros(count, dtype=torch.int32)
-            return cls(nothing[:, None].expand(-1, width), nothing, page, slot)
+            nothing = write.new_zeros(count, 0, dtype=torch.int32)
+            return cls(nothing, nothing.sum(1, dtype=torch.int32), page, slot)
         begins = (read < 0).cumsum(0)
         first = torch.searchsorted(begins, torch.arange(1, count + 1, device=read.device))[:, None]
         at = first + torch.arange(1 + width, device=read.device)  # one request after the last: beyond the end

@@ -95,12 +95,29 @@ def run(
     is_softmax: bool,
     backend: str,
 ) -> Tensor:
-    """A [1, Hq, T, D] of checked arguments; ``is_softmax``: every gate is 0. Tokens after the last end give 0."""
+    """A [1, Hq, T, D] of checked arguments; ``is_softmax``: every gate is 0, whatever ``gate`` says. Tokens after the
+    last end are padding, whose A is anything.
+    """
     call = forward if dispatch.traced(q, k, v, gate) else _forward
     return call(
         q, k, v, gate, *past, cu_seqlens, options["scale"], options["window"], options["softcap"], is_softmax, backend,
         dispatch.REVISION,
     )  # fmt: skip
+
+
+def store(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    gate: Tensor | None,
+    past: Past,
+    page: Tensor,
+    slot: Tensor,
+    is_softmax: bool,
+    backend: str,
+) -> None:
+    """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``."""
+    dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax)
 
 
 def _forward(
@@ -121,6 +138,8 @@ def _forward(
     revision: str,
 ) -> Tensor:
     past, options = Past(k_pages, u_pages, block_table, cache_seqlens), (scale, window, softcap)
+    if is_softmax and backend != "triton":  # which has kernels for it
+        gate = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     with dispatch.without_autocast(q, backend):
         return dispatch.load(backend).paged(q, k, v, gate, past, cu_seqlens, *options, is_softmax)
 

@@ -13,9 +13,9 @@ from torch import Tensor, cat, contiguous_format, nan, zeros_like
 from ka_attention.ops.blocked import band, finite, full
 from ka_attention.ops.blocked.full import outputs
 from ka_attention.ops.blocked.heads import softmax_alone
-from ka_attention.ops.blocked.pages import steps
+from ka_attention.ops.blocked.pages import steps, store
 
-__all__ = ["backward", "forward", "outputs", "paged"]
+__all__ = ["backward", "forward", "outputs", "paged", "store"]
 
 
 def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save=False):

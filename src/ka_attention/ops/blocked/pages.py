@@ -25,3 +25,13 @@ def steps(q, k, v, past: Past, ends: Tensor, n: Tensor, scale, window, softcap) 
     k = torch.cat([before[0], k], dim=2)
     u = torch.cat([before[1], repeat_heads(v, before[1])], dim=2)
     return new, attend_one(q, k, repeat_heads(u, q), mask, scale, softcap=softcap)[:, :, 0].transpose(0, 1)
+
+
+def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool) -> None:
+    """K and U = V + g (A − V) of new tokens into their places of the pages; V where the gate is 0."""
+    u = v if is_softmax else a
+    if gate is not None and not is_softmax:
+        v = repeat_heads(v, a)
+        u = v + gate[..., None] * (a - v)
+    for pages, new in ((past.k_pages, k), (past.u_pages, u)):
+        pages[page, :, slot] = new[0].transpose(0, 1).to(pages.dtype)

@@ -1,11 +1,13 @@
 """The Triton backend: what docs/architecture.md asks of a backend, checked and handed to a plan."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from ka_attention.ops.triton import pasts
 from ka_attention.ops.triton.narrow import Narrow
-from ka_attention.ops.triton.pages import attend
 from ka_attention.ops.triton.tiles import choose, narrow_rows
 from ka_attention.ops.triton.wide import Wide
 
@@ -54,7 +56,17 @@ def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -
     _check(q)
     q, k, v, *pages = map(_unit_stride, (q, k, v, past.k_pages, past.u_pages))
     past = past._replace(k_pages=pages[0], u_pages=pages[1])
-    return attend(q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax)
+    options: Any = {"scale": scale, "window": window, "softcap": softcap, "save": False}
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ends: Tensor) -> Tensor:
+        return forward(q, k, v, gate, None, None, None, ends, **options)[0]
+
+    return pasts.attend(packed, q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax)
+
+
+def store(k, v, a, gate, past, page, slot, is_softmax) -> None:
+    """K and U of new tokens into their places of the pages."""
+    pasts.store(k, v, a, gate, past, page, slot, is_softmax)
 
 
 _plans: dict[tuple, Narrow | Wide] = {}

@@ -2,18 +2,13 @@
 
 A past needs no system, its U are known: ordinary attention, here in pieces of `span` tokens side by side where there
 are few rows, so that a long past is not read by one program. The new tokens of a sequence are a chain of row blocks, as
-in `forward_kernel`, whose first softmax state is that of the past.
+in `forward_kernel`, whose first softmax state is that of the past. `pasts.py` launches them.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ka_attention.ops.inputs import Past
-from ka_attention.ops.triton.plan import strides
 from ka_attention.ops.triton.primitives import inverse, load_tile, publish, scores, store_tile, wait
-from ka_attention.ops.triton.tiles import INTERPRETED, padded
 
 
 @triton.jit
@@ -112,20 +107,25 @@ def past_kernel(
 @triton.jit(do_not_specialize=["H", "N", "T", "window", "span", "width"])
 def chunk_kernel(
     Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, PART, LSE, FLAGS, A, U,
-    q_strides, k_strides, v_strides, gate_strides, kp_strides, up_strides, table_stride,
+    q_strides, k_strides, v_strides, gate_strides, kp_strides, up_strides, a_strides, table_stride,
     scale, softcap, H, N, T, window, span, S, width,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, U_GROUP: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, A_ROW: tl.constexpr,
+    GROUP: tl.constexpr, U_GROUP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, WINDOW: tl.constexpr,
-    WHOLE: tl.constexpr, PIECES: tl.constexpr, SOLVE: tl.constexpr, HAS_GATE: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, PIECES: tl.constexpr, SOLVE: tl.constexpr, CHAIN: tl.constexpr, HAS_GATE: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A of one row block, and U for the blocks after it. PIECES: `past_kernel` has read the past. Without SOLVE the
     gate is 0 and blocks do not wait.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    t = tl.atomic_add(FLAGS, 1) if SOLVE else tl.program_id(0)
-    h = t % H
-    n, r0, start, rows = _find(t // H, CU, N, BM, MOST)
+    h = tl.program_id(0) % H
+    n, r0, start, rows = _find(tl.program_id(0) // H, CU, N, BM, MOST)
+    if CHAIN:
+        # A program takes the next block of its sequence and head, so whom it waits for runs already.
+        FLAGS += (n * H + h) * 2
+        if rows > BM:
+            r0 = tl.atomic_add(FLAGS, 1) * BM
     if r0 >= rows:
         return
     row = r0 + tl.arange(0, BM)
@@ -137,7 +137,7 @@ def chunk_kernel(
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
-        for piece in range(0, tl.cdiv(length - first, span)):
+        for piece in tl.range(0, tl.cdiv(length - first, span), num_stages=3):
             at = tl.cast(piece * H + h, tl.int64) * T + start
             lse = tl.load(LSE + at + row, mask=row < rows, other=-float("inf"))
             top = tl.maximum(m, lse)
@@ -155,7 +155,7 @@ def chunk_kernel(
 
     K += h // GROUP * k_strides[1] + start * K_ROW
     V += h // GROUP * v_strides[1] + start * V_ROW
-    head = (h * tl.cast(T, tl.int64) + start) * D
+    A += h * a_strides[1] + start * A_ROW
     j = tl.maximum(r0 - window + 1, 0) // BN * BN if WINDOW else r0 * 0
     if not SOLVE:
         for c in range(j, tl.minimum(r0 + BM, rows), BN):
@@ -166,95 +166,121 @@ def chunk_kernel(
             if WINDOW:
                 seen = seen & (row[:, None] - at[None, :] < window)
             acc, m, total = _absorb(q, k, v, seen, acc, m, total, scale, softcap, SOFTCAP, DOT)
-        store_tile(A + head, acc / tl.where(total == 0.0, 1.0, total)[:, None], r0, D, rows, BM, D, BD)
-        return
-
-    flag = FLAGS + 1 + n * H + h
-    while j < r0:
-        stop = tl.minimum(wait(flag, j // BM + 1) * BM, r0)
-        for c in range(j, stop, BN):
-            at = c + tl.arange(0, BN)
-            k = load_tile(K, c, K_ROW, rows, BN, D, BD, True)
-            u = load_tile(U + head, c, D, rows, BN, D, BD, True)
-            seen = (at < stop)[None, :]
-            if WINDOW:
-                seen = seen & (row[:, None] - at[None, :] < window)
-            acc, m, total = _absorb(q, k, u, seen, acc, m, total, scale, softcap, SOFTCAP, DOT)
-        j = stop
-    i = tl.arange(0, BM)
-    k = load_tile(K, r0, K_ROW, rows, BM, D, BD, True)
-    v = load_tile(V, r0, V_ROW, rows, BM, D, BD, True)
-    s = scores(q, k, scale, softcap, SOFTCAP, DOT)
-    seen = (i[:, None] >= i[None, :]) & (row < rows)[None, :]
-    if WINDOW:
-        seen = seen & (i[:, None] - i[None, :] < window)
-    s = tl.where(seen, s, -float("inf"))
-    top = tl.maximum(m, tl.max(s, 1))
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    p = tl.math.exp2(s - shift[:, None])
-    alpha = tl.math.exp2(m - shift)
-    total = total * alpha + tl.sum(p, 1)
-    r = tl.where(total == 0.0, 0.0, 1.0 / total)
-    p = p * r[:, None]
-    d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
-    L = tl.where(i[:, None] > i[None, :], p, 0.0)
-    x = acc * (alpha * r)[:, None] + d[:, None] * v
-    if HAS_GATE:
-        g = tl.load(GATE + h * gate_strides[1] + (start + row) * gate_strides[2], mask=row < rows, other=0.0)
-        x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
-        L = L * g[None, :]
-    a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), x.to(v.dtype), x, input_precision=DOT)
-    store_tile(A + head, a, r0, D, rows, BM, D, BD)
-    if HAS_GATE:
-        store_tile(U + head, v + g[:, None] * (a - v), r0, D, rows, BM, D, BD)
-    publish(flag, r0 // BM + 1)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, scale: float,
-    window: int | None, softcap: float | None, is_softmax: bool,
-) -> Tensor:  # fmt: skip
-    """A [1, Hq, T, D], 0 after the last end. Grids follow from shapes, so that a CUDA graph serves other lengths."""
-    k_pages, u_pages, table, lengths = past
-    (_, H, T, D), N, (S, width) = q.shape, len(cu_seqlens) - 1, (k_pages.shape[2], table.shape[1])
-    a = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    interpreted = q.device == INTERPRETED
-    BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64
-    BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
-    longest = width * S if window is None else min(width * S, window - 1 + BN)  # from a multiple of BN on
-    blocks = T // BM + N
-    pieces = _pieces(blocks * H, triton.cdiv(longest, 16 if interpreted else 256), T)
-    span = triton.cdiv(triton.cdiv(longest, pieces), BN) * BN
-    precision = "half"
-    if q.dtype == torch.float32:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    constants = {
-        "Q_ROW": q.stride(2), "GROUP": H // k.shape[1], "U_GROUP": H // u_pages.shape[1], "D": D, "BD": padded(D),
-        "BM": BM, "BN": BN, "MOST": 16 if interpreted else 256, "WINDOW": window is not None, "WHOLE": S % BN == 0,
-        "SOFTCAP": softcap is not None, "num_warps": 4 if BM * padded(D) > 2048 else 2,
-    }  # fmt: skip
-    row, page, table_stride = strides(q), (strides(k_pages), strides(u_pages)), strides(table)[0]
-    part = lse = u = flags = None
-    numbers = window or 0, span, S, max(width, 1)
-    with torch.cuda.device_of(q):
-        if pieces > 1:
-            part, lse = (q.new_empty(pieces, H, T, *size, dtype=torch.float32) for size in ((D,), ()))
-            past_kernel[blocks, H, pieces](
-                q, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, row, *page, table_stride, scale,
-                softcap or 0.0, N, T, *numbers, DOT="ieee" if precision == "half" else precision, **constants,
-            )  # fmt: skip
-        if not is_softmax:
-            u = a if gate is None else torch.empty_like(a)
-            flags = torch.zeros(1 + N * H, dtype=torch.int32, device=q.device)
-        chunk_kernel[(blocks * H,)](
-            q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u,
-            row, strides(k), strides(v), strides(gate), *page, table_stride, scale, softcap or 0.0, H, N, T, *numbers,
-            K_ROW=k.stride(2), V_ROW=v.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax, HAS_GATE=gate is not None,
-            PRECISION=precision, **constants,
-        )  # fmt: skip
-    return a
+        store_tile(A, acc / tl.where(total == 0.0, 1.0, total)[:, None], r0, A_ROW, rows, BM, D, BD)
+    else:
+        if CHAIN:
+            U += h * a_strides[1] + start * A_ROW
+            while j < r0:
+                stop = tl.minimum(wait(FLAGS + 1, j // BM + 1) * BM, r0)
+                for c in range(j, stop, BN):
+                    at = c + tl.arange(0, BN)
+                    k = load_tile(K, c, K_ROW, rows, BN, D, BD, True)
+                    u = load_tile(U, c, A_ROW, rows, BN, D, BD, True)
+                    seen = (at < stop)[None, :]
+                    if WINDOW:
+                        seen = seen & (row[:, None] - at[None, :] < window)
+                    acc, m, total = _absorb(q, k, u, seen, acc, m, total, scale, softcap, SOFTCAP, DOT)
+                j = stop
+        i = tl.arange(0, BM)
+        k = load_tile(K, r0, K_ROW, rows, BM, D, BD, True)
+        v = load_tile(V, r0, V_ROW, rows, BM, D, BD, True)
+        s = scores(q, k, scale, softcap, SOFTCAP, DOT)
+        seen = (i[:, None] >= i[None, :]) & (row < rows)[None, :]
+        if WINDOW:
+            seen = seen & (i[:, None] - i[None, :] < window)
+        s = tl.where(seen, s, -float("inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        p = tl.math.exp2(s - shift[:, None])
+        alpha = tl.math.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        r = tl.where(total == 0.0, 0.0, 1.0 / total)
+        p = p * r[:, None]
+        d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
+        L = tl.where(i[:, None] > i[None, :], p, 0.0)
+        x = acc * (alpha * r)[:, None] + d[:, None] * v
+        if HAS_GATE:
+            g = tl.load(GATE + h * gate_strides[1] + (start + row) * gate_strides[2], mask=row < rows, other=0.0)
+            x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
+            L = L * g[None, :]
+        a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), x.to(v.dtype), x, input_precision=DOT)
+        store_tile(A, a, r0, A_ROW, rows, BM, D, BD)
+        if CHAIN:
+            if HAS_GATE:
+                store_tile(U, v + g[:, None] * (a - v), r0, A_ROW, rows, BM, D, BD)
+            if rows > BM:
+                publish(FLAGS + 1, r0 // BM + 1)
 
 
-def _pieces(programs: int, most: int, rows: int) -> int:
-    """Into how many pieces the longest past falls: enough programs for a GPU, and little memory between the kernels."""
-    return max(1, min(most, 8192 // programs, (1 << 17) // rows))
+@triton.jit(do_not_specialize=["T"])
+def store_kernel(
+    K, V, A, GATE, PAGE, SLOT, K_PAGES, U_PAGES, k_strides, v_strides, a_strides, gate_strides, kp_strides, up_strides,
+    T, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    SOLVE: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """K, and U = V + g (A − V), of BM tokens and one head into their places; V without SOLVE."""
+    h = tl.program_id(1)
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    page = tl.load(PAGE + t, mask=t < T, other=0)[:, None]
+    slot = tl.load(SLOT + t, mask=t < T, other=0)[:, None]
+    t = t.to(tl.int64)[:, None]
+    if h % GROUP == 0:
+        k = tl.load(K + h // GROUP * k_strides[1] + t * k_strides[2] + d, mask=inside)
+        tl.store(K_PAGES + page * kp_strides[0] + h // GROUP * kp_strides[1] + slot * kp_strides[2] + d, k, mask=inside)
+    if h % U_GROUP == 0:
+        u = tl.load(V + h // GROUP * v_strides[1] + t * v_strides[2] + d, mask=inside)
+        if SOLVE:
+            a = tl.load(A + h * a_strides[1] + t * a_strides[2] + d, mask=inside)
+            if HAS_GATE:
+                g = tl.load(GATE + h * gate_strides[1] + t * gate_strides[2], mask=t < T, other=0.0)
+                u = u + g * (a.to(tl.float32) - u)
+            else:
+                u = a
+        at = page * up_strides[0] + h // U_GROUP * up_strides[1] + slot * up_strides[2] + d
+        tl.store(U_PAGES + at, u.to(U_PAGES.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "window", "width"])
+def join_kernel(
+    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, ENDS, Q2, K2, V2, GATE2, q_strides, k_strides, v_strides,
+    gate_strides, kp_strides, up_strides, table_stride, T2, N, window, S, width, Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, MOST: tl.constexpr, HAS_GATE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The new tokens of every sequence behind the last window − 1 of its past, K and U as K and V with gate 0: BM of
+    them, of one head, from ENDS on. BACK: Q, of the new tokens alone, from Q2.
+    """
+    h = tl.program_id(1)
+    n, r0, start, rows = _find(tl.program_id(0), CU, N, BM, MOST)
+    length = tl.load(LENGTHS + n)
+    seen = tl.minimum(length, window - 1)
+    head = tl.cast(h, tl.int64) * T2 + tl.load(ENDS + n)
+    Q += h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
+    Q2 += (head + seen) * D
+    if BACK:
+        store_tile(Q, load_tile(Q2, r0, D, rows, BM, D, BD, True), r0, Q_ROW, rows, BM, D, BD)
+    else:
+        K += h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
+        V += h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
+        store_tile(Q2, load_tile(Q, r0, Q_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
+        store_tile(K2 + (head + seen) * D, load_tile(K, r0, K_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
+        store_tile(V2 + (head + seen) * D, load_tile(V, r0, V_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
+        row = r0 + tl.arange(0, BM)
+        g = tl.full([BM], 1.0, tl.float32)
+        if HAS_GATE:
+            g = tl.load(GATE + h * gate_strides[1] + (start + row) * gate_strides[2], mask=row < rows, other=0.0)
+        tl.store(GATE2 + head + seen + row, g, mask=row < rows)
+        if (r0 == 0) & (rows > 0):
+            d = tl.arange(0, BD)[None, :]
+            for j in range(0, seen, BM):
+                i = j + tl.arange(0, BM)
+                p = length - seen + i
+                page = tl.load(TABLE + n * table_stride + p // S % width, mask=i < seen, other=0).to(tl.int64)[:, None]
+                slot = (p % S)[:, None]
+                held = (i < seen)[:, None] & (d < D)
+                k = K_PAGES + h // GROUP * kp_strides[1] + page * kp_strides[0] + slot * kp_strides[2] + d
+                u = U_PAGES + h // U_GROUP * up_strides[1] + page * up_strides[0] + slot * up_strides[2] + d
+                store_tile(K2 + head * D, tl.load(k, mask=held, other=0.0), j, D, seen, BM, D, BD)
+                store_tile(V2 + head * D, tl.load(u, mask=held, other=0.0), j, D, seen, BM, D, BD)

@@ -1,0 +1,133 @@
+"""Pasts in pages: which kernels run. Grids and all else follow from shapes, so that a CUDA graph serves other lengths.
+
+Where many tokens are new, and the window is narrow or there is no past at all, the kernels for packed sequences are
+faster than those of `pages.py`. For them a past token is one more token, of gate 0, whose value is U.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ka_attention.ops.inputs import Past
+from ka_attention.ops.triton.pages import chunk_kernel, join_kernel, past_kernel, store_kernel
+from ka_attention.ops.triton.plan import strides
+from ka_attention.ops.triton.tiles import INTERPRETED, narrow_rows, padded
+
+
+def attend(
+    packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
+    scale: float, window: int | None, softcap: float | None, is_softmax: bool,
+) -> Tensor:  # fmt: skip
+    """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past."""
+    T, N, is_empty = q.shape[2], len(cu_seqlens) - 1, past.block_table.shape[1] == 0
+    if T > 4 * N and not is_softmax and (is_empty or narrow_rows(q, window, True) is not None):
+        if is_empty:
+            return packed(q, k, v, gate, F.pad(cu_seqlens, (0, 1), value=T))  # padding is one sequence more
+        return _joined(packed, q, k, v, gate, past, cu_seqlens, window or 0)
+    return _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax)
+
+
+def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
+    """What the kernels share."""
+    H, D = q.shape[1], q.shape[3]
+    groups = {"GROUP": H // k.shape[1], "U_GROUP": H // u_pages.shape[1]}
+    return {"Q_ROW": q.stride(2), "D": D, "BD": padded(D), "MOST": 16 if q.device == INTERPRETED else 256, **groups}
+
+
+def _by_pages(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, scale: float,
+    window: int | None, softcap: float | None, is_softmax: bool,
+) -> Tensor:  # fmt: skip
+    k_pages, u_pages, table, lengths = past
+    (_, H, T, D), N, (S, width) = q.shape, len(cu_seqlens) - 1, (k_pages.shape[2], table.shape[1])
+    a = q.new_empty(1, T, H, D).transpose(1, 2)
+    interpreted = q.device == INTERPRETED
+    BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64
+    BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
+    longest = width * S if window is None else min(width * S, window - 1 + BN)  # from a multiple of BN on
+    blocks, least = T // BM + N, 16 if interpreted else 256
+    pieces = _pieces(blocks * H, triton.cdiv(longest, least), T)
+    span = triton.cdiv(triton.cdiv(longest, pieces), BN) * BN
+    precision = "half"
+    if q.dtype == torch.float32:
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    constants = _constants(q, k, u_pages) | {
+        "BM": BM, "BN": BN, "WINDOW": window is not None, "WHOLE": S % BN == 0, "SOFTCAP": softcap is not None,
+        "num_warps": 4 if BM * padded(D) > 2048 else 2,
+    }  # fmt: skip
+    pages, table_stride = (strides(k_pages), strides(u_pages)), strides(table)[0]
+    part = lse = u = flags = None
+    numbers = window or 0, span, S, max(width, 1)
+    chain = not is_softmax and BM < T
+    with torch.cuda.device_of(q):
+        if pieces > 1:
+            part, lse = (q.new_empty(pieces, H, T, *size, dtype=torch.float32) for size in ((D,), ()))
+            past_kernel[blocks, H, pieces](
+                q, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, strides(q), *pages, table_stride, scale,
+                softcap or 0.0, N, T, *numbers, DOT="ieee" if precision == "half" else precision, **constants,
+            )  # fmt: skip
+        if chain:
+            u = a if gate is None else q.new_empty(1, T, H, D).transpose(1, 2)
+            flags = torch.zeros(2 * N * H, dtype=torch.int32, device=q.device)
+        chunk_kernel[(blocks * H,)](
+            q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u, strides(q), strides(k),
+            strides(v), strides(gate), *pages, strides(a), table_stride, scale, softcap or 0.0, H, N, T, *numbers,
+            K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax,
+            CHAIN=chain, HAS_GATE=gate is not None, PRECISION=precision, **constants,
+        )  # fmt: skip
+    return a
+
+
+def _pieces(programs: int, most: int, rows: int) -> int:
+    """Into how many pieces the longest past falls: enough programs for a GPU where there are few, some in any case, as
+    one past may be longer than all others together, and little memory between the kernels.
+    """
+    return max(1, min(most, max(512 // programs, min(16, 8192 // programs)), (1 << 17) // rows))
+
+
+def _joined(
+    packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
+    window: int,
+) -> Tensor:  # fmt: skip
+    """A of sequences that are made of what is in sight of their pasts and of their new tokens."""
+    k_pages, u_pages, table, lengths = past
+    (_, H, T, D), N, S = q.shape, len(cu_seqlens) - 1, k_pages.shape[2]
+    T2 = T + N * (window - 1)
+    q2, k2, v2 = q.new_zeros(3, 1, H, T2, D).unbind()
+    gate2 = torch.zeros(1, H, T2, dtype=torch.float32, device=q.device)
+    ends = F.pad(cu_seqlens, (0, 1), value=T2)
+    ends[1:-1] += lengths.clamp(max=window - 1).cumsum(0)
+    a = q.new_empty(1, T, H, D).transpose(1, 2)
+    BM = 16 if q.device == INTERPRETED else 64
+    constants = _constants(q, k, u_pages) | {"BM": BM, "HAS_GATE": gate is not None}
+    places = strides(k), strides(v), strides(gate), strides(k_pages), strides(u_pages), strides(table)[0]
+
+    def join(x: Tensor, x2: Tensor, back: bool) -> None:
+        join_kernel[T // BM + N, H](
+            x, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, ends, x2, k2, v2, gate2, strides(x), *places,
+            T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
+            **constants | {"Q_ROW": x.stride(2)},
+        )  # fmt: skip
+
+    with torch.cuda.device_of(q):
+        join(q, q2, False)
+        join(a, packed(q2, k2, v2, gate2, ends), True)
+    return a
+
+
+def store(
+    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool
+) -> None:  # fmt: skip
+    """K and U of new tokens into their places of the pool; V in U's place where the gate is 0."""
+    k_pages, u_pages = past[:2]
+    T = k.shape[2]
+    constants = {name: x for name, x in _constants(a, k, u_pages).items() if name in ("GROUP", "U_GROUP", "D", "BD")}
+    with torch.cuda.device_of(a):
+        store_kernel[triton.cdiv(T, 16), a.shape[1]](
+            k, v, a, gate, page, slot, k_pages, u_pages, *map(strides, (k, v, a, gate, k_pages, u_pages)), T, BM=16,
+            SOLVE=not is_softmax, HAS_GATE=gate is not None, num_warps=1, **constants,
+        )  # fmt: skip
