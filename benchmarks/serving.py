@@ -1,0 +1,279 @@
+"""Many requests at once to a Llama of 47 M parameters with random weights: time, memory, and how many fit.
+
+`python -m benchmarks serving` writes each row into docs/results/serving as it comes, `<device>.json`, at last the
+tables, `<device>.md`. All arms have the same shapes and run through the same kernels: softmax is the operator with its
+gate at 0. Three kinds of rows:
+
+step    one token more for each of so many requests with so much context: the model as it decodes, over pages of random
+        numbers. On a GPU a replayed CUDA graph, so the GPU's time alone; on a CPU arms take turns.
+served  transformers' continuous batching from the first request to the last token, all requests there at once: prompts
+        in chunks of 8,192 tokens at most, on a GPU with CUDA graphs and asynchronous batches. The second time counts.
+fit     requests of 32,768 tokens that nine tenths of the memory beside the model hold, from the bytes of a request; so
+        much was allocated, and written.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from benchmarks.harness import device_type, machine, medians, table
+from benchmarks.models import LLAMA
+from ka_attention.hf import KAConfig, attach
+from ka_attention.hf.batching import windows_of
+from ka_attention.hf.heads import Heads
+from ka_attention.hf.layer import Layer
+from ka_attention.hf.paged import SMALLEST, Group, KAPagedCache
+from ka_attention.hf.support import attention_modules
+
+Row = dict[str, Any]
+OUT = Path(__file__).parents[1] / "docs" / "results" / "serving"
+WINDOW, PAGE, NEW, SECONDS = 8, 256, 64, 1.0
+ARMS = {
+    "softmax": KAConfig(gate_init=0.0),
+    "softmax window": KAConfig(window=WINDOW, gate_init=0.0),
+    "KA window": KAConfig(window=WINDOW, gate="head", gate_init=0.5),
+    "KA 3:1": KAConfig(window=WINDOW, gate="head", gate_init=0.5, pattern="3:1"),
+}
+GPU: dict[str, Any] = {
+    "step": ((1, 8, 64, 256), (512, 4096, 32768, 65536)),
+    "served": ((1, 8, 64, 256), (512, 4096, 32768)),
+    "fit": 32768,
+}
+CPU: dict[str, Any] = {"step": ((1, 8), (512, 4096)), "served": ((1, 8), (512,)), "fit": 32768}
+
+
+def build(arm: str, **sizes: int) -> Any:
+    """A model with random weights, the same for all arms, in bfloat16 on a GPU."""
+    set_seed(0)
+    settings: dict[str, Any] = {**LLAMA, **sizes}
+    config: Any = LlamaConfig(**settings)
+    config._attn_implementation = "sdpa"
+    model: Any = attach(LlamaForCausalLM(config), ARMS[arm]).eval()
+    return model.to("cuda", torch.bfloat16) if torch.cuda.is_available() else model
+
+
+class Filled:
+    """What requests with ``context`` tokens each hold, in pages of random numbers, for one step of decoding."""
+
+    def __init__(self, model: Any, requests: int, context: int) -> None:
+        heads, device = Heads.of(model.config), model.device
+        windows = windows_of(model)
+        page = PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
+        self.cache = cache = KAPagedCache.__new__(KAPagedCache)
+        layers = [Layer.of(module) for module in attention_modules(model)]
+        cache.ka, cache.pool_of, cache.group_of, cache.groups = layers[0].ka, {}, {}, {}
+        order, self.bytes = torch.Generator().manual_seed(0), 0
+        for layer, window in zip(layers, windows, strict=True):
+            ring = None if window is None else -(-(window - 1) // page)
+            each = ring or context // page + 1
+            index = 0 if window is None else 1
+            if index not in cache.groups:
+                places = torch.randperm(requests * each, generator=order).view(requests, each).tolist()
+                tables = {str(i): row for i, row in enumerate(places)}
+                cache.groups[index] = Group(index, tables, page, page, ring)
+            cache.group_of[layer.index] = cache.groups[index]
+            k, u = (
+                torch.empty(requests * each, count, page, heads.dim, dtype=model.dtype, device=device).normal_()
+                for count in (heads.key, heads.query)
+            )
+            self.bytes += (k.nbytes + u.nbytes) // requests
+            cache.pool_of[layer.index] = k, u if layer.is_ka else u[:, : heads.key]
+        self.arguments = self._arguments(requests, context, device)
+
+    def _arguments(self, requests: int, context: int, device: torch.device) -> dict[str, Any]:
+        """Those of the model's forward pass, as transformers gives them."""
+        read, write = [torch.empty(0)] * 2, [torch.empty(0)] * 2
+        for group in self.cache.groups.values():
+            rows = [group.row(name, context) for name in group.tables]
+            pages = [row[context // group.page % len(row)] for row in group.tables.values()]
+            slots = torch.tensor(pages, device=device) * group.stride + context % group.page
+            read[group.index] = torch.tensor([x for row in rows for x in row], device=device)
+            write[group.index] = slots
+        return {
+            "cache": self.cache, "read_index": read, "write_index": write, "max_length_k": context + 1,
+            "cu_seq_lens_q": torch.arange(requests + 1, dtype=torch.int32, device=device),
+            "position_ids": torch.full((1, requests), context, device=device), "use_cache": False,
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        }  # fmt: skip
+
+
+def bytes_of(model: Any, context: int) -> int:
+    """Bytes that one request of ``context`` tokens takes, from the pages that it needs."""
+    heads, windows = Heads.of(model.config), windows_of(model)
+    page = PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
+    pages = [-(-context // page) if window is None else -(-(window - 1) // page) for window in windows]
+    return sum(pages) * page * (heads.key + heads.query) * heads.dim * model.dtype.itemsize
+
+
+def step(model: Any, requests: int, context: int) -> tuple[Callable[[], Tensor], Filled]:
+    """A call that decodes one token for each request and can be repeated, and what it reads."""
+    filled = Filled(model, requests, context)
+    tokens = torch.randint(model.config.vocab_size, (1, requests), device=model.device)
+    return torch.no_grad()(lambda: model(tokens, **filled.arguments).logits.argmax(-1)), filled
+
+
+def steps(counts: tuple[int, ...], contexts: tuple[int, ...], **sizes: int) -> Iterator[Row]:
+    """Rows of kind "step"; ``ms`` is None where the context does not fit the card."""
+    models = {arm: build(arm, **sizes) for arm in ARMS}
+    for context in contexts:
+        for requests in counts:
+            calls: dict[str, Callable[[], object]] = {}
+            held: dict[str, int] = {}
+            took: dict[str, float | None] = {}
+            for arm, model in models.items():
+                held[arm] = bytes_of(model, context + 1)
+                if not _fits(requests * held[arm]):
+                    took[arm] = None
+                    continue
+                call, filled = step(model, requests, context)
+                assert filled.bytes == held[arm]
+                if torch.cuda.is_available():
+                    from benchmarks.timing import replayed
+
+                    took[arm] = replayed(call)
+                    del call, filled
+                else:
+                    calls[arm] = call
+            took |= medians(calls, SECONDS) if calls else {}
+            row = {"kind": "step", "requests": requests, "context": context}
+            yield from (row | {"arm": arm, "ms": took[arm], "bytes": held[arm]} for arm in ARMS)
+
+
+def _fits(needed: int) -> bool:
+    if not torch.cuda.is_available():
+        return needed < 2 << 30
+    torch.cuda.empty_cache()
+    return needed < 0.9 * torch.cuda.mem_get_info()[0]
+
+
+def served(counts: tuple[int, ...], contexts: tuple[int, ...], new: int = NEW, **sizes: int) -> Iterator[Row]:
+    """Rows of kind "served"."""
+    for arm in ARMS:
+        model = build(arm, **sizes)
+        cuda = torch.cuda.is_available()
+        fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": max(counts)}
+        if cuda:
+            fields |= {"use_cuda_graph": True, "use_async_batching": True}
+        else:
+            pages = max(contexts) // PAGE + 1
+            fields |= {
+                "num_blocks": max(counts) * (pages if None in windows_of(model) else 1) + 8,
+                "max_memory_percent": 0.5,
+            }
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
+        manager = model.init_continuous_batching(greedy, ContinuousBatchingConfig(**fields))
+        manager.start()
+        try:
+            for context in contexts:
+                for requests in counts:
+                    if not _fits_served(model, requests, context + new):
+                        continue
+                    for _ in range(2):
+                        row = _serve(manager, requests, context, new, model.config.vocab_size)
+                    yield {"kind": "served", "arm": arm, **row}
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+        del model, manager
+        gc.collect()
+
+
+def _fits_served(model: Any, requests: int, length: int) -> bool:
+    return not torch.cuda.is_available() or requests * bytes_of(model, length) < 0.6 * torch.cuda.mem_get_info()[1]
+
+
+def _serve(manager: Any, requests: int, context: int, new: int, vocabulary: int) -> Row:
+    """All requests at once, to their last tokens."""
+    prompts = torch.randint(2, vocabulary, (requests, context)).tolist()
+    first, found = [], 0
+    start = time.perf_counter()
+    for prompt in prompts:
+        manager.add_request(prompt, record_timestamps=True)
+    while found < requests:
+        result = manager.get_result(timeout=60)
+        if result is None or result.error:
+            raise RuntimeError(f"{requests} requests of {context}: {result.error if result else 'no result in 60 s'}")
+        if result.is_finished():
+            found += 1
+            first.append(result.timestamps[0] - start)
+    seconds = time.perf_counter() - start
+    return {
+        "requests": requests, "context": context, "new": new, "requests_per_s": requests / seconds,
+        "tokens_per_s": requests * new / seconds, "first_token_s": statistics.median(first), "seconds": seconds,
+    }  # fmt: skip
+
+
+def fit(context: int, **sizes: int) -> Iterator[Row]:
+    """Rows of kind "fit"; without a GPU nothing is allocated."""
+    for arm in ARMS:
+        model = build(arm, **sizes)
+        each, free = bytes_of(model, context), None
+        row: Row = {"kind": "fit", "arm": arm, "context": context, "bytes": each, "requests": None, "allocated": None}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+            row["requests"] = int(0.9 * free / each)
+            room = torch.empty(row["requests"] * each, dtype=torch.uint8, device="cuda").fill_(1)
+            row["allocated"] = room.nbytes
+            del room
+        yield row
+
+
+SPEEDS: dict[str, tuple[str, Callable[[Row], float], str]] = {
+    "tokens a second (step)": ("step", lambda row: 1e3 * row["requests"] / row["ms"], ",.0f"),
+    "requests a second (served)": ("served", lambda row: row["requests_per_s"], ".2f"),
+    "output tokens a second (served)": ("served", lambda row: row["tokens_per_s"], ",.0f"),
+    "seconds to the first token, median (served)": ("served", lambda row: row["first_token_s"], ".3f"),
+}
+
+
+def tables(rows: list[Row]) -> Iterator[str]:
+    """The rows as Markdown."""
+    for name, (kind, value, form) in SPEEDS.items():
+        found = {(r["context"], r["requests"], r["arm"]): r for r in rows if r["kind"] == kind}
+        lines = []
+        for context, requests in sorted({key[:2] for key in found}):
+            of = {arm: found.get((context, requests, arm)) for arm in ARMS}
+            numbers = {arm: value(row) for arm, row in of.items() if row and row.get("ms", 1) is not None}
+            cells = [f"{numbers[arm]:{form}}" if arm in numbers else "no room" if of[arm] else "" for arm in ARMS]
+            both = {"KA window", "softmax window"} <= numbers.keys()
+            ratio = f"{numbers['KA window'] / numbers['softmax window']:.2f}" if both else ""
+            lines.append([f"{context:,}", str(requests), *cells, ratio])
+        if lines:
+            yield f"**{name}**\n\n" + table(["context", "requests", *ARMS, "KA / softmax, windows"], lines)
+    fits = [row for row in rows if row["kind"] == "fit"]
+    lines = [[r["arm"], f"{r['bytes']:,}", "" if r["requests"] is None else f"{r['requests']:,}"] for r in fits]
+    if lines:
+        yield f"**a request of {fits[0]['context']:,} tokens**\n\n" + table(["arm", "bytes", "fit one card"], lines)
+
+
+def run(
+    out: Path = OUT, plan: dict[str, Any] | None = None, seconds: float = 900.0, new: int = NEW, **sizes: int
+) -> Iterator[str]:
+    """All rows, each saved as it comes, and the tables; nothing new is begun after ``seconds``."""
+    plan = plan or (GPU if torch.cuda.is_available() else CPU)
+    out.mkdir(parents=True, exist_ok=True)
+    about, end = machine("transformers", "triton"), time.perf_counter() + seconds
+    rows: list[Row] = []
+    (counts, contexts), (users, lengths) = plan["step"], plan["served"]
+    parts = fit(plan["fit"], **sizes), steps(counts, contexts, **sizes), served(users, lengths, new, **sizes)
+    for row in chain(*parts):
+        rows.append(row)
+        (out / f"{device_type()}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+        if time.perf_counter() > end:
+            break
+    found = list(tables(rows))
+    (out / f"{device_type()}.md").write_text(f"# Serving\n\n{about}\n\n" + "\n\n".join(found) + "\n")
+    yield from found
