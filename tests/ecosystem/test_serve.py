@@ -85,6 +85,20 @@ def test_streaming(served):
     assert "".join(parts) == alone(served[0], "d e", 8)
 
 
+def test_a_stop_string_ends_a_text_and_no_other(served):
+    whole = alone(served[0], "d e", 24)
+    letter = whole.split()[5]
+    until = whole[: whole.index(letter) + 1]
+    with ThreadPoolExecutor(3) as pool:
+        stopped = pool.submit(ask, served, "d e", 24, stop=[letter, "no such"])
+        free = pool.submit(ask, served, "d e", 24)
+        parts = pool.submit(lambda: list(ask(served, "d e", 24, stop=letter, stream=True)))
+    assert stopped.result().choices[0].message.content == until
+    assert stopped.result().choices[0].finish_reason == "stop"
+    assert free.result().choices[0].message.content == whole
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in parts.result() if chunk.choices) == until
+
+
 def test_two_at_once(served):
     texts = ["a b c d e f", "z"]
     with ThreadPoolExecutor(2) as pool:

@@ -131,6 +131,33 @@ def test_a_window_keeps_all_but_one_of_its_tokens_however_long_the_text(monkeypa
     assert found[10 * 9] == {True: 8, False: 92}
 
 
+class Letters:
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(token + 40) for token in tokens)
+
+
+def test_stop_strings():
+    model = attach(make("llama"), KAConfig(gate_init=0.5))
+    whole = {prompt: alone(model, PROMPTS[prompt], 12)[0] for prompt in (0, 2)}
+    string = Letters().decode(whole[2][3:5], True)
+    manager = model.init_continuous_batching(greedy(max_new_tokens=12), settings(num_blocks=8))  # few: one waits
+    manager.start()
+    manager.stop_at("stopped", Letters(), [string, "no such string"])
+    for name, prompt in (("free", 2), ("stopped", 2), ("other", 0)):
+        manager.add_request(PROMPTS[prompt], request_id=name)
+    found = {}
+    while len(found) < 3:
+        result = manager.get_result(timeout=30)
+        found[result.request_id] = result.generated_tokens
+    manager.stop(block=True)
+    manager.destroy()
+    assert Letters().decode(found["stopped"], True) == Letters().decode(whole[2], True).split(string)[0] + string
+    assert found["free"] == whole[2]
+    assert found["other"] == whole[0]
+    with pytest.raises(ValueError, match=r"^stop_strings: a batch has no tokenizer"):
+        model.generate_batch(PROMPTS, greedy(stop_strings=["a"]), settings())
+
+
 def test_several_answers_to_one_prompt():
     model = attach(make("llama"), KAConfig())
     several = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=2, eos_token_id=-1, max_new_tokens=4)

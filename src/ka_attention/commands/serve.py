@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils.import_utils import is_serve_available
 from ka_attention.errors import UserError
 from ka_attention.harness import hub
 from ka_attention.hf import is_attached, register
-from ka_attention.hf.batching import check_batching
+from ka_attention.hf.batching import KABatchingManager, check_batching
 
 
 def command(source: str, arguments: list[str], *, trust_remote_code: bool = False) -> None:
@@ -25,10 +26,41 @@ def command(source: str, arguments: list[str], *, trust_remote_code: bool = Fals
         raise UserError("the server needs fastapi, uvicorn and openai; pip install 'transformers[serving]' brings them")
     register()
     make_known(source, trust_remote_code)
+    honour_stop_strings()
     from transformers.cli.transformers import app
 
     trust = ["--trust-remote-code"] * trust_remote_code
     app(["serve", source, "--continuous-batching", *trust, *arguments], standalone_mode=False)
+
+
+def honour_stop_strings() -> None:
+    """Let the server end requests to a KA model at their stop strings in batches too.
+
+    A string stays in the text that it ends, as with `generate`. Transformers' own batches do not look at them.
+    """
+    from transformers.cli.serving import utils
+
+    managers: Any = utils
+
+    class Manager(managers.CBGenerateManager):
+        def init_cb(self, model: Any, gen_config: Any) -> None:
+            gen_config = copy.deepcopy(gen_config)
+            gen_config.stop_strings = None  # those of the first request
+            super().init_cb(model, gen_config)
+
+        def generate_streaming(self, *args: Any, request_id: str, **kwargs: Any) -> Any:
+            self._mark(*args[1:], request_id)
+            return super().generate_streaming(*args, request_id=request_id, **kwargs)
+
+        def generate_non_streaming(self, *args: Any, request_id: str, **kwargs: Any) -> Any:
+            self._mark(*args[1:], request_id)
+            return super().generate_non_streaming(*args, request_id=request_id, **kwargs)
+
+        def _mark(self, processor: Any, inputs: Any, gen_config: Any, request_id: str) -> None:
+            if gen_config.stop_strings and isinstance(self._cb, KABatchingManager):
+                self._cb.stop_at(request_id, getattr(processor, "tokenizer", processor), gen_config.stop_strings)
+
+    managers.CBGenerateManager = Manager
 
 
 def make_known(source: str, trust_remote_code: bool = False) -> None:

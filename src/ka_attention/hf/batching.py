@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer
 from ka_attention.hf.paged import ARGUMENTS, SLIDING, SMALLEST, KAPagedCache, cache_config, page_name
+from ka_attention.hf.stopping import Requests, ends_with_any
 from ka_attention.hf.support import attention_modules
 
 
@@ -28,6 +30,13 @@ class KABatchingManager(ContinuousBatchingManager):
         self.sized = cache_config(model.config, windows, getattr(settings, name))
         self.ka = Layer.of(attention_modules(model)[0]).ka
         super().__init__(model, generation_config, settings, hints)
+        self.input_queue = self.requests = Requests(self.input_queue.maxsize)
+
+    def stop_at(self, request_id: str, tokenizer: Any, strings: str | Sequence[str]) -> None:
+        """Let the request that will be added by this name end with the token that completes one of the strings."""
+        self.requests.conditions[request_id] = ends_with_any(
+            tokenizer, [strings] if isinstance(strings, str) else strings
+        )
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any) -> None:
         """Nothing, as attention "ka" takes paged caches; ValueError if the model is not what it was made for."""
@@ -87,6 +96,10 @@ def _refuse(generation_config: Any, settings: Any) -> None:
     ]
     names += ["default_compile_level"] * bool(getattr(settings, "default_compile_level", 0))
     names += ["compile_config"] * (getattr(generation_config, "compile_config", None) is not None)
+    if getattr(generation_config, "stop_strings", None):
+        raise ValueError(
+            "stop_strings: a batch has no tokenizer, use stop_at of the manager that init_continuous_batching gives"
+        )
     if names:
         raise ValueError(f"{names[0]}: a KA model runs continuous batching without compilation, leave it out")
 
