@@ -49,14 +49,14 @@ def honour_stop_strings() -> None:
             super().init_cb(model, gen_config)
 
         def generate_streaming(self, *args: Any, request_id: str, **kwargs: Any) -> Any:
-            self._mark(*args[1:], request_id)
+            self._mark(args[1], args[3], request_id)
             return super().generate_streaming(*args, request_id=request_id, **kwargs)
 
         def generate_non_streaming(self, *args: Any, request_id: str, **kwargs: Any) -> Any:
-            self._mark(*args[1:], request_id)
+            self._mark(args[1], args[3], request_id)
             return super().generate_non_streaming(*args, request_id=request_id, **kwargs)
 
-        def _mark(self, processor: Any, inputs: Any, gen_config: Any, request_id: str) -> None:
+        def _mark(self, processor: Any, gen_config: Any, request_id: str) -> None:
             if gen_config.stop_strings and isinstance(self._cb, KABatchingManager):
                 self._cb.stop_at(request_id, getattr(processor, "tokenizer", processor), gen_config.stop_strings)
 

@@ -206,7 +206,12 @@ class KATyped:
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:
-        return with_gates(getattr(self.ka_base, "base_model_tp_plan", None), self)
+        plan = self.__dict__.get("base_model_tp_plan", getattr(self.ka_base, "base_model_tp_plan", None))
+        return with_gates(plan, self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        self.__dict__["base_model_tp_plan"] = plan  # transformers 5.17, for tied embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that stock classes refuse, which do not know the types of its layers."""
