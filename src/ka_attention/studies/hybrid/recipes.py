@@ -78,11 +78,12 @@ DECISIVE = (
     "3to1-ka-head-w4-gated",
     "3to1-softmax-w4-gated",
     "3to1-none-gated",
-    "3to1-conv-gated",
+    "3to1-conv-drawn-gated",
+    "canon-gated",
 )
 TABLE = (
     *DECISIVE,
-    *("full", "3to1-ka-head-w4", "3to1-softmax-w4", "3to1-conv", "canon", "canon-gated"),
+    *("full", "3to1-ka-head-w4", "3to1-softmax-w4", "3to1-conv-drawn", "3to1-conv-gated", "canon"),
     *("3to1-softmax-w1", "3to1-softmax-w1-gated"),
     *(f"3to1-{kind}-w{w}{gate}" for w in (2, 8, 16, 64) for kind in ("ka-head", "softmax") for gate in ("", "-gated")),
     *(f"3to1-{peer}-gated" for peer in ("gdn", "mamba2")),
