@@ -78,8 +78,7 @@ def fit(rows: list[Row]) -> Costs:
     extra = {row["tokens"]: shared[row["tokens"]]["ms"] - row["ms"] for row in layers if row["ranks"] == 1}
     first, *_, last = sorted(extra)
     e = (extra[last] - extra[first]) / (last - first)
-    texts = [row for row in rows if row["part"] == "long texts" and row["ranks"] > 1 and "ms" in row]
-    of_tokens = [_token_bytes(row) for row in texts if row["arm"] == HEADS]
+    sent = [row for row in rows if row["part"] == "bytes" and "full" in row]
     return Costs(
         a=windowed[short] - b * short,
         b=b,
@@ -89,8 +88,8 @@ def fit(rows: list[Row]) -> Costs:
         e=e,
         alpha=messages[0]["ms"] if messages else LINK_LATENCY_MS,
         beta=_bandwidth(*messages) if messages else LINK_BYTES_PER_MS,
-        map_bytes=shared[first]["bytes_sent"] / (shared[first]["ranks"] - 1),
-        token_bytes=of_tokens[0] if of_tokens else math.nan,
+        map_bytes=sent[-1]["windowed"] / (sent[-1]["ranks"] - 1),
+        token_bytes=_token_bytes(sent[-1]),
     )
 
 
@@ -100,7 +99,7 @@ def _bandwidth(small: Row, large: Row) -> float:
 
 def _token_bytes(row: Row) -> float:
     ranks = row["ranks"]
-    return row["bytes_sent"] / row["full_layers"] / (row["tokens"] / ranks) * ranks / (ranks - 1)
+    return row["full"] / (row["tokens"] / ranks) * ranks / (ranks - 1)
 
 
 def beyond(costs: Costs) -> Costs:
@@ -126,22 +125,22 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
     yield "## Data parallel"
     yield _data([row for row in rows if row["part"] == "data parallel"])
     yield "## One long text in shares"
-    yield (
-        "A step: forward, backward with recomputed layers, AdamW; FSDP2, bfloat16. Bytes: what one "
-        "of the measured ranks sends to the others for attention in a step."
-    )
-    long = [row for row in rows if row["part"] == "long texts"]
-    yield _long(long)
-    if {row["part"] for row in rows} >= {"calibration", "a windowed layer"}:
+    yield "A step: forward, backward with recomputed layers, AdamW; FSDP2, bfloat16."
+    yield _long([row for row in rows if row["part"] in ("calibration", "long texts") and "ms" in row])
+    yield _missing([row for row in rows if "skipped" in row])
+    yield "Bytes that one rank, the middle one, sends to all others for a layer of the 47 M model in a step, counted:"
+    yield _bytes([row for row in rows if row["part"] == "bytes"])
+    if {row["part"] for row in rows} >= {"calibration", "a windowed layer", "bytes"}:
         costs = fit(rows)
         yield "## The cost model"
         yield _constants(costs, measured)
-        yield _judged(costs, long)
+        yield _judged(costs, [row for row in rows if row["part"] == "long texts"])
         yield "## More ranks, by the model"
         yield (
             f"The 47 M model, 131,072 tokens a rank. Hosts of {HOST} GPUs; between them "
             f"{NETWORK_BYTES_PER_MS / 1e6:.0f} GB/s a GPU and {1e3 * NETWORK_LATENCY_MS:.0f} µs a message, which are "
-            "assumed and not measured."
+            "assumed and not measured. Hybrids on more ranks than the model's 8 key heads are arithmetic: all-to-all "
+            "cannot split their full layers further."
         )
         yield _larger(costs, next(row for row in rows if row["part"] == "calibration"))
 
@@ -160,23 +159,24 @@ def _long(rows: list[Row]) -> str:
     cells = []
     for row in sorted(rows, key=lambda row: (row["tokens"], row["model"], row["arm"], row["ranks"])):
         start = [f"{row['tokens']:,}", row["model"], row["arm"], _ranks(row)]
-        if "skipped" in row:
-            cells.append([*start, f"not measured: {row['skipped']}", "", "", ""])
-            continue
-        sent = [f"{x:,.0f}" if x else "" for x in _bytes_of_layers(row, rows)]
-        cells.append([*start, f"{statistics.median(row['ms']) / 1e3:.3g}", f"{row['peak_gib']:.1f}", *sent])
-    columns = ["tokens", "model", "attention", "ranks", "s a step", "peak GiB"]
-    return table([*columns, "bytes sent, a windowed layer", "a full layer"], cells)
+        cells.append([*start, f"{statistics.median(row['ms']) / 1e3:.3g}", f"{row['peak_gib']:.1f}"])
+    return table(["tokens", "model", "attention", "ranks", "s a step", "peak GiB"], cells)
 
 
-def _bytes_of_layers(row: Row, rows: list[Row]) -> tuple[float, float]:
-    """(windowed, full) of a step; a hybrid's windowed layers send what those of the windowed model do."""
-    if row["ranks"] == 1 or "ring" in row["arm"]:
-        return 0.0, 0.0
-    same = [r for r in rows if r["arm"] == WINDOWED and all(r[key] == row[key] for key in ("model", "ranks", "tokens"))]
-    windowed = same[0]["bytes_sent"] / same[0]["ka_layers"] if row["ka_layers"] and same else 0.0
-    rest = row["bytes_sent"] - windowed * row["ka_layers"]
-    return windowed, rest / row["full_layers"] if row["full_layers"] else 0.0
+def _missing(rows: list[Row]) -> str:
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        what = f"{row['arm']} {row['model']}, {row['tokens']:,} tokens, {_ranks(row)}"
+        cases.setdefault(row["skipped"], []).append(what)
+    return "\n".join(f"- Not measured, {reason}: {'; '.join(found)}." for reason, found in cases.items())
+
+
+def _bytes(rows: list[Row]) -> str:
+    cells = []
+    for row in rows:
+        full = f"{row['full']:,}" if "full" in row else "more ranks than heads"
+        cells.append([str(row["ranks"]), f"{row['tokens']:,}", f"{row['windowed']:,}", full])
+    return table(["ranks", "tokens of the text", "a windowed layer", "a full layer"], cells)
 
 
 def _constants(costs: Costs, measured: bool) -> str:
@@ -212,7 +212,7 @@ def _judged(costs: Costs, rows: list[Row]) -> str:
 
 
 def _ranks(row: Row) -> str:
-    return str(row["ranks"]) if row["sent"] else f"one of {row['ranks']}"
+    return str(row["ranks"]) if row["sent"] or row["ranks"] == 1 else f"one of {row['ranks']}"
 
 
 def _larger(costs: Costs, size: Row) -> str:

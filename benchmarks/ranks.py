@@ -1,9 +1,10 @@
 """Training over the GPUs of one host: data parallel, and one long text in shares, in time, memory and bytes sent.
 
 `python -m benchmarks.ranks [--processes N] [--seconds S] [--out FOLDER] [--only PART,…]`, one process a GPU (without
-GPUs two, on gloo); `--report` writes FOLDER/report.md from what is there. Rows of one GPU are taken by all processes at
-once, each by itself. A step is forward, backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32
-weights, layers recomputed in the backward pass and the loss in chunks. Rows go to FOLDER/rows.json as they come.
+GPUs two, on gloo). Rows go to FOLDER/rows.json as they come, those of `--only` to what is there; `--report` writes
+FOLDER/report.md from them alone. Rows of one GPU are taken by all processes at once, each by itself. A step is forward,
+backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32 weights, layers recomputed in the
+backward pass and the loss in chunks.
 
 Of more ranks than there are GPUs one is measured, the middle one, by itself: its time and memory without the messages,
 which are counted and not sent (`OneOf`).
@@ -153,12 +154,13 @@ def data_parallel(own: Processes) -> Iterator[Row]:
     batch, length = (1, 64) if own.tiny else (8, 2048)
     for ranks in sorted(own.groups):
         for way in ("DDP", "FSDP2"):
-            loss: Any = Loss(build("410M", HYBRID, 1, own))
+            model = build("410M", HYBRID, 1, own)
+            loss: Any = Loss(model)
             if way == "FSDP2":
                 sharded(loss, own.meshes[ranks])
             elif ranks > 1:
                 loss = DistributedDataParallel(loss, process_group=own.groups[ranks])
-            ids = torch.randint(loss_model(loss).config.vocab_size, (batch, length + 1), device=own.device)
+            ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=own.device)
             positions = torch.arange(length, device=own.device)[None].expand(batch, -1)
             autocast = torch.autocast(own.device.type, torch.bfloat16) if way == "DDP" else nullcontext()
             call = step(loss, (ids[:, :-1], positions, ids[:, 1:]), autocast)
@@ -166,11 +168,7 @@ def data_parallel(own: Processes) -> Iterator[Row]:
             speed = ranks * batch * length / (statistics.median(took) / 1e3)
             yield {"part": "data parallel", "model": "410M", "arm": HYBRID, "way": way, "ranks": ranks,
                    "tokens": length, "batch": batch, "ms": took, "tokens_per_s": speed}  # fmt: skip
-            del loss, call
-
-
-def loss_model(loss: Any) -> Any:
-    return (loss.module if isinstance(loss, DistributedDataParallel) else loss).model
+            del model, loss, call
 
 
 def step(loss: nn.Module, inputs: tuple[Tensor, ...], around: Any) -> Callable[[], None]:
@@ -257,9 +255,9 @@ def counted() -> Iterator[list[int]]:
         return lambda group=None: getattr(group, attribute) if isinstance(group, OneOf) else originals[name](group)
 
     changed = counting, of_group("get_rank", "rank"), of_group("get_world_size", "size")
+    for name, function in zip(originals, changed, strict=True):
+        setattr(dist, name, function)
     try:
-        for name, function in zip(originals, changed, strict=True):
-            setattr(dist, name, function)
         yield total
     finally:
         for name, function in originals.items():
@@ -292,11 +290,26 @@ def constants(own: Processes) -> Iterator[Row]:
                    "bytes_sent": sent[0] / 6}  # fmt: skip
 
 
-def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, group: Any) -> None:
+def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | float, group: Any, window: int | None = WINDOW) -> None:
     """Forward, the forward again that a recomputed layer takes, and backward."""
     with torch.no_grad():
-        ka_attention(q, k, v, gate=gate, window=WINDOW, group=group)
-    ka_attention(q, k, v, gate=gate, window=WINDOW, group=group).backward(torch.ones_like(q))
+        ka_attention(q, k, v, gate=gate, window=window, group=group)
+    ka_attention(q, k, v, gate=gate, window=window, group=group).backward(torch.ones_like(q))
+
+
+def bytes_sent(own: Processes) -> Iterator[Row]:
+    """What one rank sends for a layer of the 47 M model in a step, counted; the same on every machine."""
+    heads, D = (8, 4) if own.tiny else (8, 64)
+    for ranks in (2, 8, 64):
+        for share in (64, 1024):
+            q, k, v = (torch.randn(1, heads, share, D, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+            row: Row = {"part": "bytes", "ranks": ranks, "tokens": ranks * share}
+            for name, window in (("windowed", WINDOW), ("full", None)):
+                if window or heads % ranks == 0:
+                    with counted() as sent:
+                        _layer(q, k, v, 0.5, OneOf(ranks), window)
+                    row[name] = sent[0]
+            yield row
 
 
 def calibration(own: Processes) -> Iterator[Row]:
@@ -311,7 +324,8 @@ def long_texts(own: Processes, length: int, cases: list[tuple[str, str, int, flo
     length = length >> 10 if own.tiny else length
     for name, arm, ranks, seconds in cases:
         if own.is_late(seconds):
-            yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length, "sent": False,
+            yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length,
+                   "sent": ranks in own.groups,
                    "skipped": f"less than {seconds:.0f} s were left"}  # fmt: skip
         else:
             yield long_text(own, "long texts", name, arm, ranks, length, 1 if seconds > 5 else 2)
@@ -323,6 +337,7 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
     softmax = [("47M", HEADS, ranks, 9.0) for ranks in (8, n, 1)] + [("47M", RING, n, 9.0)] * (n > 1)
     more = [("47M", HYBRID, 8, 16.0), ("410M", WINDOWED, max(2, n), 14.0)]
     return {
+        "bytes": partial(bytes_sent, own),
         "constants": partial(constants, own),
         "calibration": partial(calibration, own),
         "131k": partial(
@@ -338,19 +353,21 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
 def work(rank: int, size: int, store: str, only: list[str] | None, until: float, tiny: bool, out: str) -> None:
     if device_type() == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
     backend = "nccl" if device_type() == "cuda" else "gloo"
     patience = timedelta(seconds=60)  # of a process that waits for another
     dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=patience)
     own = Processes(rank, size, until, tiny)
-    rows: list[Row] = []
+    file = Path(out, "rows.json")
+    found: Row = {"machine": machine("transformers"), "rows": []}
+    if only and file.exists():
+        found = json.loads(file.read_text())
+    rows: list[Row] = found["rows"]
     for name, part in parts(own).items():
         for row in part() if only is None or name in only else ():
             rows.append(row)
             if rank == 0:
                 print(json.dumps(row), flush=True)
-                Path(out, "rows.json").write_text(json.dumps({"machine": machine("transformers"), "rows": rows}))
+                file.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

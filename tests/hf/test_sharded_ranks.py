@@ -68,6 +68,7 @@ def make_llama(**ka):
     config = LlamaConfig(
         vocab_size=18, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+        tie_word_embeddings=ka.get("gate") == "token",
     )  # fmt: skip
     model = attach(LlamaForCausalLM(config), KAConfig(pattern="3:1", window=4, **ka)).double()
     for name, parameter in model.named_parameters():
