@@ -54,15 +54,15 @@ def arguments(folder, batch, **more):
         num_train_epochs=1,
         gradient_accumulation_steps=2,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=1,
         report_to=[],
         disable_tqdm=True,
         **more,
     )
 
 
-def history(trainer):
-    trainer.train()
+def history(trainer, **more):
+    trainer.train(**more)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return torch.tensor([*losses, trainer.evaluate()["eval_loss"]], dtype=torch.float64)
 
@@ -79,11 +79,12 @@ def split_model(size):
 
 
 def train(folder, number):
-    """With the Trainer, in groups of two processes."""
-    trainer = make_trainer(f"{folder}/split", 8 // dist.get_world_size(), number, split_model(2)[0])
-    found = history(trainer)
-    assert (found - torch.load(f"{folder}/expected")).abs().max() < 1e-6  # the Trainer keeps its losses in float32
-    assert trainer.get_total_train_batch_size(trainer.args) == 8
+    """With the Trainer, in groups of two processes; the second time from a checkpoint of one process."""
+    for again in ({}, {"resume_from_checkpoint": f"{folder}/whole/checkpoint-1"}):
+        trainer = make_trainer(f"{folder}/split", 8 // dist.get_world_size(), number, split_model(2)[0])
+        found = history(trainer, **again)
+        assert (found - torch.load(f"{folder}/expected")).abs().max() < 1e-6  # the Trainer keeps its losses in float32
+        assert trainer.get_total_train_batch_size(trainer.args) == 8
 
 
 # Groups read texts of their own, or there is one group and its last batches have two texts.

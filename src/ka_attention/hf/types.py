@@ -267,6 +267,7 @@ def model_class(base: Any) -> Any:
 def config_class(base: Any) -> Any:
     """One for all model classes of a configuration class, as a model type can have one only."""
     register_attention()  # for models that were unpickled
+    _let_trainers_resume()
 
     class Config(KATyped, base):
         model_type = "ka_" + base.model_type
@@ -276,6 +277,25 @@ def config_class(base: Any) -> Any:
     Config.__name__ = Config.__qualname__ = f"KA{base.__name__}"
     _name_weights_alike(Config.model_type, base.model_type)
     return Config
+
+
+@cache
+def _let_trainers_resume() -> None:
+    """Let the base class of configurations, of which no model is made, read those of KA models.
+
+    A Trainer that resumes asks it for the version of transformers that wrote the checkpoint, and nothing else.
+    """
+    checks: Any = PreTrainedConfig.__class_validators__  # type: ignore[attr-defined]  # subclasses have their own
+
+    def allowing(check: Any) -> Any:
+        def validate_layer_type(config: Any) -> None:
+            kinds = getattr(config, "layer_types", None)
+            if not kinds or not all(str(kind).startswith(_MARK) for kind in kinds):
+                check(config)
+
+        return validate_layer_type
+
+    checks[:] = [allowing(check) if check.__name__ == "validate_layer_type" else check for check in checks]
 
 
 def _new(make: Any, base: Any) -> Any:
