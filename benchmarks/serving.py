@@ -46,12 +46,13 @@ ARMS = {
     "KA window": KAConfig(window=WINDOW, gate="head", gate_init=0.5),
     "KA 3:1": KAConfig(window=WINDOW, gate="head", gate_init=0.5, pattern="3:1"),
 }
+SHORT = [(requests, context) for context in (512, 4096) for requests in (1, 8, 64, 256)]
 GPU: dict[str, Any] = {
-    "step": ((1, 8, 64, 256), (512, 4096, 32768, 65536)),
-    "served": ((1, 8, 64, 256), (512, 4096, 32768)),
+    "step": [(requests, context) for context in (512, 4096, 32768, 65536) for requests in (1, 8, 64, 256)],
+    "served": [*SHORT, (1, 32768), (8, 32768), (1, 65536)],
     "fit": 32768,
 }
-CPU: dict[str, Any] = {"step": ((1, 8), (512, 4096)), "served": ((1, 8), (512,)), "fit": 32768}
+CPU: dict[str, Any] = {"step": [(1, 512), (8, 512), (1, 4096), (8, 4096)], "served": [(1, 512), (8, 512)], "fit": 32768}
 
 
 def build(arm: str, **sizes: int) -> Any:
@@ -85,7 +86,7 @@ class Filled:
                 cache.groups[index] = Group(index, tables, page, page, ring)
             cache.group_of[layer.index] = cache.groups[index]
             k, u = (
-                torch.empty(requests * each, count, page, heads.dim, dtype=model.dtype, device=device).normal_()
+                _random((requests * each, count, page, heads.dim), model.dtype, device)
                 for count in (heads.key, heads.query)
             )
             self.bytes += (k.nbytes + u.nbytes) // requests
@@ -109,6 +110,15 @@ class Filled:
         }  # fmt: skip
 
 
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers that repeat: to draw as many as a full card holds takes longer than to read them."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    some = torch.randn(min(x.numel(), 1 << 24) // shape[-1] * shape[-1], dtype=dtype, device=device)
+    for part in x.view(-1).split(len(some)):
+        part.copy_(some[: len(part)])
+    return x
+
+
 def bytes_of(model: Any, context: int) -> int:
     """Bytes that one request of ``context`` tokens takes, from the pages that it needs."""
     heads, windows = Heads.of(model.config), windows_of(model)
@@ -124,31 +134,49 @@ def step(model: Any, requests: int, context: int) -> tuple[Callable[[], Tensor],
     return torch.no_grad()(lambda: model(tokens, **filled.arguments).logits.argmax(-1)), filled
 
 
-def steps(counts: tuple[int, ...], contexts: tuple[int, ...], **sizes: int) -> Iterator[Row]:
+def steps(cases: list[tuple[int, int]], **sizes: int) -> Iterator[Row]:
     """Rows of kind "step"; ``ms`` is None where the context does not fit the card."""
     models = {arm: build(arm, **sizes) for arm in ARMS}
-    for context in contexts:
-        for requests in counts:
-            calls: dict[str, Callable[[], object]] = {}
-            held: dict[str, int] = {}
-            took: dict[str, float | None] = {}
-            for arm, model in models.items():
-                held[arm] = bytes_of(model, context + 1)
-                if not _fits(requests * held[arm]):
-                    took[arm] = None
-                    continue
-                call, filled = step(model, requests, context)
-                assert filled.bytes == held[arm]
-                if torch.cuda.is_available():
-                    from benchmarks.timing import replayed
+    for requests, context in cases:
+        calls: dict[str, Callable[[], object]] = {}
+        held: dict[str, int] = {}
+        took: dict[str, float | None] = {}
+        for arm, model in models.items():
+            held[arm] = bytes_of(model, context + 1)
+            if not _fits(requests * held[arm]):
+                took[arm] = None
+                continue
+            call, filled = step(model, requests, context)
+            assert filled.bytes == held[arm]
+            if torch.cuda.is_available():
+                took[arm] = _replayed(call)
+                del call, filled
+            else:
+                calls[arm] = call
+        took |= medians(calls, SECONDS) if calls else {}
+        row = {"kind": "step", "requests": requests, "context": context}
+        yield from (row | {"arm": arm, "ms": took[arm], "bytes": held[arm]} for arm in ARMS)
 
-                    took[arm] = replayed(call)
-                    del call, filled
-                else:
-                    calls[arm] = call
-            took |= medians(calls, SECONDS) if calls else {}
-            row = {"kind": "step", "requests": requests, "context": context}
-            yield from (row | {"arm": arm, "ms": took[arm], "bytes": held[arm]} for arm in ARMS)
+
+def _replayed(call: Callable[[], object], seconds: float = 0.05) -> float:
+    """Milliseconds of a replay of the CUDA graph of a call, the median of some that follow one another."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(took) < 5:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        graph.replay()
+        marks[1].record()
+        torch.cuda.synchronize()
+        took.append(marks[0].elapsed_time(marks[1]))
+    return statistics.median(took[1:])
 
 
 def _fits(needed: int) -> bool:
@@ -158,40 +186,34 @@ def _fits(needed: int) -> bool:
     return needed < 0.9 * torch.cuda.mem_get_info()[0]
 
 
-def served(counts: tuple[int, ...], contexts: tuple[int, ...], new: int = NEW, **sizes: int) -> Iterator[Row]:
-    """Rows of kind "served"."""
-    for arm in ARMS:
+def served(cases: list[tuple[int, int]], new: int = NEW, **sizes: int) -> Iterator[Row]:
+    """Rows of kind "served", those of windows first."""
+    most, longest = (max(numbers) for numbers in zip(*cases, strict=True))
+    for arm in sorted(ARMS, key=lambda name: "window" not in name):
         model = build(arm, **sizes)
         cuda = torch.cuda.is_available()
-        fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": max(counts)}
+        fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": most}
         if cuda:
-            fields |= {"use_cuda_graph": True, "use_async_batching": True}
+            fields |= {"use_cuda_graph": True, "use_async_batching": True, "max_memory_percent": 0.5}
         else:
-            pages = max(contexts) // PAGE + 1
+            pages = longest // PAGE + 1
             fields |= {
-                "num_blocks": max(counts) * (pages if None in windows_of(model) else 1) + 8,
+                "num_blocks": most * (pages if None in windows_of(model) else 1) + 8,
                 "max_memory_percent": 0.5,
             }
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
         manager = model.init_continuous_batching(greedy, ContinuousBatchingConfig(**fields))
         manager.start()
         try:
-            for context in contexts:
-                for requests in counts:
-                    if not _fits_served(model, requests, context + new):
-                        continue
-                    for _ in range(2):
-                        row = _serve(manager, requests, context, new, model.config.vocab_size)
-                    yield {"kind": "served", "arm": arm, **row}
+            for requests, context in cases:
+                for _ in range(2):
+                    row = _serve(manager, requests, context, new, model.config.vocab_size)
+                yield {"kind": "served", "arm": arm, **row}
         finally:
             manager.stop(block=True)
             manager.destroy()
         del model, manager
         gc.collect()
-
-
-def _fits_served(model: Any, requests: int, length: int) -> bool:
-    return not torch.cuda.is_available() or requests * bytes_of(model, length) < 0.6 * torch.cuda.mem_get_info()[1]
 
 
 def _serve(manager: Any, requests: int, context: int, new: int, vocabulary: int) -> Row:
@@ -219,7 +241,7 @@ def fit(context: int, **sizes: int) -> Iterator[Row]:
     """Rows of kind "fit"; without a GPU nothing is allocated."""
     for arm in ARMS:
         model = build(arm, **sizes)
-        each, free = bytes_of(model, context), None
+        each = bytes_of(model, context)
         row: Row = {"kind": "fit", "arm": arm, "context": context, "bytes": each, "requests": None, "allocated": None}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -267,8 +289,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     about, end = machine("transformers", "triton"), time.perf_counter() + seconds
     rows: list[Row] = []
-    (counts, contexts), (users, lengths) = plan["step"], plan["served"]
-    parts = fit(plan["fit"], **sizes), steps(counts, contexts, **sizes), served(users, lengths, new, **sizes)
+    parts = fit(plan["fit"], **sizes), steps(plan["step"], **sizes), served(plan["served"], new, **sizes)
     for row in chain(*parts):
         rows.append(row)
         (out / f"{device_type()}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))

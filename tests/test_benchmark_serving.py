@@ -37,7 +37,7 @@ def test_a_step_reads_all_that_a_request_holds(arm):
 def test_rows_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "SECONDS", 0.05)
     monkeypatch.setattr(serving, "ARMS", {name: serving.ARMS[name] for name in ("softmax window", "KA window")})
-    plan = {"step": ((2,), (20,)), "served": ((2,), (20,)), "fit": 300}
+    plan = {"step": [(2, 20)], "served": [(2, 20)], "fit": 300}
     text = "\n".join(serving.run(tmp_path, plan, new=3, **TINY))
     rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["fit"] * 2 + ["step"] * 2 + ["served"] * 2

@@ -100,7 +100,7 @@ def test_compiled_code_sees_one_operator():
     names = "past", "block_table", "cache_seqlens", "cu_seqlens"
     (k_pages, u_pages), *tables = (call.tables[name] for name in names)
     arguments = *call.new, None, k_pages.nan_to_num(), u_pages.nan_to_num(), *tables
-    torch.library.opcheck(paged.forward, (*arguments, 0.5, None, None, False, "blocked", "0"))
+    torch.library.opcheck(paged.forward, (*arguments, 0.5, None, None, False, *paged.UNBOUNDED, "blocked", "0"))
 
 
 def test_sizes_of_zero():

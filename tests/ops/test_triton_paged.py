@@ -40,7 +40,25 @@ def test_new_tokens_are_stored(kind):
         pool = (torch.zeros(8, 2, 4, 8), torch.zeros(8, 2 if is_softmax else H, 4, 8))
         past = Past(*(x.to(device) for x in pool), torch.zeros(0), torch.zeros(0))
         new = [None if x is None else x.to(device) for x in (k, v, a, gate)]
-        paged.store(*new, past, place.to(device) // 4, place.to(device) % 4, is_softmax, backend)
+        paged.store(*new, past, place.to(device) // 4, place.to(device) % 4, is_softmax, backend, (0.2, 0.7))
         found.append([x.cpu() for x in past[:2]])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+@kernels
+@pytest.mark.parametrize("seed", [3, 9, 14] if not CUDA else range(20))
+def test_gates_are_clamped(seed):
+    call = PagedCall(seed, torch.float32, *(((1, 4, 64), 300, (64,)) if CUDA else ((1, 4, 16), 24, (8,))))
+    gate = 3 * torch.rand(1, call.new[0].shape[1], call.new[0].shape[2]) - 1
+    options = {name: call.options[name] for name in ("window", "softcap")} | {"scale": 0.5}
+    found = []
+    for device, backend in (("cpu", "reference"), (DEVICE, "triton")):
+        names = "block_table", "cache_seqlens", "cu_seqlens"
+        pool, table, lengths, ends = call.tables["past"], *(call.tables[name].to(device) for name in names)
+        pool = [x.to(device) for x in pool]
+        if pool[1].shape[1] != call.new[0].shape[1]:
+            pytest.skip("values of softmax layers")
+        new = [x.to(device) for x in (*call.new, gate)]
+        found.append(paged.run(*new, Past(*pool, table, lengths), ends, options, False, backend, (0.2, 0.7)).cpu())
+    assert (found[0] - found[1]).norm() <= 5e-5 * found[0].norm()

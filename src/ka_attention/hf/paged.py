@@ -74,19 +74,28 @@ def attend_paged(
     if layer.has_adapter:
         out, u = _each(attend, module, layer, q, k, v, past, ends, options)
     else:
-        gate = layer.gate_of(module, v) if layer.is_ka else 0
         if options.dropout:
             raise ValueError(f"attention_dropout must be 0 to serve, got {options.dropout}")
         query, is_softmax = q.to(k.dtype), not layer.is_ka
         numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
         backend = "triton" if q.is_cuda else "blocked"
-        gates = expand_gate(gate, query) if layer.is_ka else None
-        a = paged.run(query, k, v, gates, past, ends, numbers, is_softmax, backend)
-        paged.store(k, v, a, gates, past, place.page, place.slot, is_softmax, backend)
+        gate, bounds = _gates(module, layer, query, v) if layer.is_ka else (None, paged.UNBOUNDED)
+        a = paged.run(query, k, v, gate, past, ends, numbers, is_softmax, backend, bounds)
+        paged.store(k, v, a, gate, past, place.page, place.slot, is_softmax, backend, bounds)
         return a.to(q.dtype).transpose(1, 2).contiguous()
     for pages_of, new in zip(pool, (k, u), strict=True):
         pages_of[place.page, :, place.slot] = new[0].transpose(0, 1)
     return out
+
+
+def _gates(module: nn.Module, layer: Layer, q: Tensor, v: Tensor) -> tuple[Tensor | None, tuple[float, float]]:
+    """The gates ``[1, Hq, N]`` of new tokens, None for 1, and the bounds that they are to be clamped to."""
+    gate = layer.gate_of(module, v, in_bounds=False)
+    learned: Any = module
+    bounds = paged.UNBOUNDED if layer.gate is not None else learned.ka_gate.bounds
+    if not isinstance(gate, Tensor):
+        return expand_gate(gate, q), bounds
+    return (gate.view(1, -1, 1).expand(q.shape[:3]) if gate.ndim == 1 else gate), bounds
 
 
 def _each(

@@ -6,6 +6,8 @@ table [N, width]: under a window it may be a ring of the last window − 1 token
 read.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,6 +16,7 @@ from ka_attention.ops import dispatch, private
 from ka_attention.ops.checks import check_tensor, kind_of
 from ka_attention.ops.inputs import Call, Options, Past
 
+UNBOUNDED = -math.inf, math.inf
 _checked = WeakTensorKeyDictionary()  # of each block_table that was right: what it was looked at with
 
 
@@ -94,14 +97,15 @@ def run(
     options: Options,
     is_softmax: bool,
     backend: str,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Tensor:
-    """A [1, Hq, T, D] of checked arguments; ``is_softmax``: every gate is 0, whatever ``gate`` says. Tokens after the
-    last end are padding, whose A is anything.
+    """A [1, Hq, T, D] of checked arguments, with ``gate`` [1, Hq, T] of any float dtype clamped to ``bounds``;
+    ``is_softmax``: every gate is 0, whatever it says. Tokens after the last end are padding, whose A is anything.
     """
     call = forward if dispatch.traced(q, k, v, gate) else _forward
     return call(
-        q, k, v, gate, *past, cu_seqlens, options["scale"], options["window"], options["softcap"], is_softmax, backend,
-        dispatch.REVISION,
+        q, k, v, gate, *past, cu_seqlens, options["scale"], options["window"], options["softcap"], is_softmax,
+        *bounds, backend, dispatch.REVISION,
     )  # fmt: skip
 
 
@@ -115,9 +119,10 @@ def store(
     slot: Tensor,
     is_softmax: bool,
     backend: str,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> None:
     """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``."""
-    dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax)
+    dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax, bounds)
 
 
 def _forward(
@@ -134,6 +139,8 @@ def _forward(
     window: int | None,
     softcap: float | None,
     is_softmax: bool,
+    low: float,
+    high: float,
     backend: str,
     revision: str,
 ) -> Tensor:
@@ -141,7 +148,7 @@ def _forward(
     if is_softmax and backend != "triton":  # which has kernels for it
         gate = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     with dispatch.without_autocast(q, backend):
-        return dispatch.load(backend).paged(q, k, v, gate, past, cu_seqlens, *options, is_softmax)
+        return dispatch.load(backend).paged(q, k, v, gate, past, cu_seqlens, *options, is_softmax, (low, high))
 
 
 forward = torch.library.custom_op("ka_attention::paged", _forward, mutates_args=())

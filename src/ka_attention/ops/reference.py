@@ -82,9 +82,10 @@ def _solve(inputs: Tensors, options) -> Tensor:
     return torch.linalg.solve_triangular(eye - L * g, x, upper=False, unitriangular=True).to(inputs.q.dtype)
 
 
-def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds) -> Tensor:
     """`dense` of each packed sequence after its own past. Tokens after the last end give 0."""
     a = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    gate = None if gate is None else gate.clamp(*bounds)
     for s, before in past.after(cu_seqlens, window, q.shape[1]):
         g = None if gate is None else gate[:, :, s]
         tensors = Tensors(q[:, :, s], k[:, :, s], v[:, :, s], g, before[0], before[1], None, None)

@@ -56,9 +56,10 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
     return grads
 
 
-def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds) -> Tensor:
     """A of packed sequences after pasts in pages, each exact; tokens after the last end give 0."""
     a = zeros_like(q, memory_format=contiguous_format)
+    gate = None if gate is None else gate.clamp(*bounds)
     single = (cu_seqlens.diff() == 1).nonzero()[:, 0]
     if len(single):
         at, found = steps(q, k, v, past, cu_seqlens, single, scale, window, softcap)

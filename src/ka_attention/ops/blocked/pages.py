@@ -27,11 +27,11 @@ def steps(q, k, v, past: Past, ends: Tensor, n: Tensor, scale, window, softcap) 
     return new, attend_one(q, k, repeat_heads(u, q), mask, scale, softcap=softcap)[:, :, 0].transpose(0, 1)
 
 
-def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool) -> None:
+def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool, bounds) -> None:
     """K and U = V + g (A − V) of new tokens into their places of the pages; V where the gate is 0."""
     u = v if is_softmax else a
     if gate is not None and not is_softmax:
         v = repeat_heads(v, a)
-        u = v + gate[..., None] * (a - v)
+        u = v + gate.clamp(*bounds)[..., None] * (a - v)
     for pages, new in ((past.k_pages, k), (past.u_pages, u)):
         pages[page, :, slot] = new[0].transpose(0, 1).to(pages.dtype)

@@ -51,7 +51,7 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
         return plan.backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved)
 
 
-def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -> Tensor:
+def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds) -> Tensor:
     """A of packed sequences after pasts in pages. Same input, same bits."""
     _check(q)
     q, k, v, *pages = map(_unit_stride, (q, k, v, past.k_pages, past.u_pages))
@@ -61,12 +61,14 @@ def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax) -
     def packed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ends: Tensor) -> Tensor:
         return forward(q, k, v, gate, None, None, None, ends, **options)[0]
 
-    return pasts.attend(packed, q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax)
+    return pasts.attend(
+        packed, q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax, bounds
+    )
 
 
-def store(k, v, a, gate, past, page, slot, is_softmax) -> None:
+def store(k, v, a, gate, past, page, slot, is_softmax, bounds) -> None:
     """K and U of new tokens into their places of the pages."""
-    pasts.store(k, v, a, gate, past, page, slot, is_softmax)
+    pasts.store(k, v, a, gate, past, page, slot, is_softmax, bounds)
 
 
 _plans: dict[tuple, Narrow | Wide] = {}

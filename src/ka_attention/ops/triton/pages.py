@@ -24,6 +24,13 @@ def _find(t, CU, N, BM: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
+def _gates(GATE, token, stride, inside, low, high):
+    """The gates of some tokens of one head, clamped."""
+    g = tl.load(GATE + token * stride, mask=inside, other=0.0).to(tl.float32)
+    return tl.minimum(tl.maximum(g, low), high)
+
+
+@triton.jit
 def _absorb(q, k, u, seen, acc, m, total, scale, softcap, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
     """One step of online softmax."""
     s = tl.where(seen, scores(q, k, scale, softcap, SOFTCAP, DOT), -float("inf"))
@@ -108,7 +115,7 @@ def past_kernel(
 def chunk_kernel(
     Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, PART, LSE, FLAGS, A, U,
     q_strides, k_strides, v_strides, gate_strides, kp_strides, up_strides, a_strides, table_stride,
-    scale, softcap, H, N, T, window, span, S, width,
+    scale, softcap, low, high, H, N, T, window, span, S, width,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, A_ROW: tl.constexpr,
     GROUP: tl.constexpr, U_GROUP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, WINDOW: tl.constexpr,
@@ -116,7 +123,7 @@ def chunk_kernel(
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A of one row block, and U for the blocks after it. PIECES: `past_kernel` has read the past. Without SOLVE the
-    gate is 0 and blocks do not wait.
+    gate is 0 and blocks do not wait. Gates are those of GATE, from low to high.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     h = tl.program_id(0) % H
@@ -198,12 +205,15 @@ def chunk_kernel(
         p = p * r[:, None]
         d = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1)
         L = tl.where(i[:, None] > i[None, :], p, 0.0)
-        x = acc * (alpha * r)[:, None] + d[:, None] * v
+        a = acc * (alpha * r)[:, None] + d[:, None] * v
+        g = tl.full([BM], 1.0, tl.float32)
         if HAS_GATE:
-            g = tl.load(GATE + h * gate_strides[1] + (start + row) * gate_strides[2], mask=row < rows, other=0.0)
-            x = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, x, input_precision=DOT)
-            L = L * g[None, :]
-        a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), x.to(v.dtype), x, input_precision=DOT)
+            g = _gates(GATE + h * gate_strides[1], start + row, gate_strides[2], row < rows, low, high)
+        if rows > 1:  # one new token has no system
+            if HAS_GATE:
+                a = tl.dot((L * (1.0 - g)[None, :]).to(v.dtype), v, a, input_precision=DOT)
+                L = L * g[None, :]
+            a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), a.to(v.dtype), a, input_precision=DOT)
         store_tile(A, a, r0, A_ROW, rows, BM, D, BD)
         if CHAIN:
             if HAS_GATE:
@@ -215,7 +225,7 @@ def chunk_kernel(
 @triton.jit(do_not_specialize=["T"])
 def store_kernel(
     K, V, A, GATE, PAGE, SLOT, K_PAGES, U_PAGES, k_strides, v_strides, a_strides, gate_strides, kp_strides, up_strides,
-    T, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    low, high, T, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     SOLVE: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     """K, and U = V + g (A − V), of BM tokens and one head into their places; V without SOLVE."""
@@ -234,8 +244,9 @@ def store_kernel(
         if SOLVE:
             a = tl.load(A + h * a_strides[1] + t * a_strides[2] + d, mask=inside)
             if HAS_GATE:
-                g = tl.load(GATE + h * gate_strides[1] + t * gate_strides[2], mask=t < T, other=0.0)
-                u = u + g * (a.to(tl.float32) - u)
+                u = u + _gates(GATE + h * gate_strides[1], t, gate_strides[2], t < T, low, high) * (
+                    a.to(tl.float32) - u
+                )
             else:
                 u = a
         at = page * up_strides[0] + h // U_GROUP * up_strides[1] + slot * up_strides[2] + d
@@ -245,7 +256,7 @@ def store_kernel(
 @triton.jit(do_not_specialize=["N", "window", "width"])
 def join_kernel(
     Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, ENDS, Q2, K2, V2, GATE2, q_strides, k_strides, v_strides,
-    gate_strides, kp_strides, up_strides, table_stride, T2, N, window, S, width, Q_ROW: tl.constexpr,
+    gate_strides, kp_strides, up_strides, table_stride, low, high, T2, N, window, S, width, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, MOST: tl.constexpr, HAS_GATE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
@@ -270,7 +281,7 @@ def join_kernel(
         row = r0 + tl.arange(0, BM)
         g = tl.full([BM], 1.0, tl.float32)
         if HAS_GATE:
-            g = tl.load(GATE + h * gate_strides[1] + (start + row) * gate_strides[2], mask=row < rows, other=0.0)
+            g = _gates(GATE + h * gate_strides[1], start + row, gate_strides[2], row < rows, low, high)
         tl.store(GATE2 + head + seen + row, g, mask=row < rows)
         if (r0 == 0) & (rows > 0):
             d = tl.arange(0, BD)[None, :]

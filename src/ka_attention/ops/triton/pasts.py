@@ -20,15 +20,16 @@ from ka_attention.ops.triton.tiles import INTERPRETED, narrow_rows, padded
 
 def attend(
     packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
-    scale: float, window: int | None, softcap: float | None, is_softmax: bool,
+    scale: float, window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past."""
     T, N, is_empty = q.shape[2], len(cu_seqlens) - 1, past.block_table.shape[1] == 0
     if T > 4 * N and not is_softmax and (is_empty or narrow_rows(q, window, True) is not None):
         if is_empty:
+            gate = None if gate is None else gate.float().clamp(*bounds)
             return packed(q, k, v, gate, F.pad(cu_seqlens, (0, 1), value=T))  # padding is one sequence more
-        return _joined(packed, q, k, v, gate, past, cu_seqlens, window or 0)
-    return _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax)
+        return _joined(packed, q, k, v, gate, past, cu_seqlens, window or 0, bounds)
+    return _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds)
 
 
 def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
@@ -40,14 +41,16 @@ def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
 
 def _by_pages(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, scale: float,
-    window: int | None, softcap: float | None, is_softmax: bool,
+    window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     k_pages, u_pages, table, lengths = past
     (_, H, T, D), N, (S, width) = q.shape, len(cu_seqlens) - 1, (k_pages.shape[2], table.shape[1])
     a = q.new_empty(1, T, H, D).transpose(1, 2)
     interpreted = q.device == INTERPRETED
-    BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64
+    BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64 if D <= 128 else 32
     BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
+    if BM == 16 and window is not None:
+        BN = min(BN, max(16, triton.next_power_of_2(window)))
     longest = width * S if window is None else min(width * S, window - 1 + BN)  # from a multiple of BN on
     blocks, least = T // BM + N, 16 if interpreted else 256
     pieces = _pieces(blocks * H, triton.cdiv(longest, least), T)
@@ -75,8 +78,8 @@ def _by_pages(
             flags = torch.zeros(2 * N * H, dtype=torch.int32, device=q.device)
         chunk_kernel[(blocks * H,)](
             q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u, strides(q), strides(k),
-            strides(v), strides(gate), *pages, strides(a), table_stride, scale, softcap or 0.0, H, N, T, *numbers,
-            K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax,
+            strides(v), strides(gate), *pages, strides(a), table_stride, scale, softcap or 0.0, *bounds, H, N, T,
+            *numbers, K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax,
             CHAIN=chain, HAS_GATE=gate is not None, PRECISION=precision, **constants,
         )  # fmt: skip
     return a
@@ -91,7 +94,7 @@ def _pieces(programs: int, most: int, rows: int) -> int:
 
 def _joined(
     packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
-    window: int,
+    window: int, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     """A of sequences that are made of what is in sight of their pasts and of their new tokens."""
     k_pages, u_pages, table, lengths = past
@@ -109,7 +112,7 @@ def _joined(
     def join(x: Tensor, x2: Tensor, back: bool) -> None:
         join_kernel[T // BM + N, H](
             x, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, ends, x2, k2, v2, gate2, strides(x), *places,
-            T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
+            *bounds, T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
             **constants | {"Q_ROW": x.stride(2)},
         )  # fmt: skip
 
@@ -120,7 +123,8 @@ def _joined(
 
 
 def store(
-    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool
+    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool,
+    bounds: tuple[float, float],
 ) -> None:  # fmt: skip
     """K and U of new tokens into their places of the pool; V in U's place where the gate is 0."""
     k_pages, u_pages = past[:2]
@@ -128,6 +132,6 @@ def store(
     constants = {name: x for name, x in _constants(a, k, u_pages).items() if name in ("GROUP", "U_GROUP", "D", "BD")}
     with torch.cuda.device_of(a):
         store_kernel[triton.cdiv(T, 16), a.shape[1]](
-            k, v, a, gate, page, slot, k_pages, u_pages, *map(strides, (k, v, a, gate, k_pages, u_pages)), T, BM=16,
-            SOLVE=not is_softmax, HAS_GATE=gate is not None, num_warps=1, **constants,
+            k, v, a, gate, page, slot, k_pages, u_pages, *map(strides, (k, v, a, gate, k_pages, u_pages)), *bounds, T,
+            BM=16, SOLVE=not is_softmax, HAS_GATE=gate is not None, num_warps=1, **constants,
         )  # fmt: skip
