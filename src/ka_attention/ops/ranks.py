@@ -15,16 +15,19 @@ Backward is autograd's: collectives are differentiable and stand in the graph of
 use for what it gets, or the others would wait for it.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 Operator = Callable[..., Tensor]  # ka_attention
 Group = dist.ProcessGroup
+ROWS, MIN_ROWS = 4096, 256  # of one product with F
 
 
 def attend(
@@ -73,21 +76,28 @@ def _by_tokens(group, operator, q, k, v, gate, window, cu_seqlens, options) -> T
         raise ValueError(f"cu_seqlens must end at {ranks * T}, the tokens of all {ranks} ranks, got {ends[-1]}")
     share = share_of(rank, T, window, ends)
 
-    # The neighbour's keys come through `cat`, also where none are of use: so every rank's graph holds the message.
-    before = _from_previous(group, k[:, :, T - state :])[:, :, state - share.seen :] if state else k[:, :, :0]
-    k_past, k = torch.cat([before, k], dim=2).split([share.seen, T], dim=2)
+    (k, k_tail), (v, v_tail) = _Tail.apply(k, state), _Tail.apply(v, state)
+    before = _from_previous(group, k_tail)[:, :, state - share.seen :] if state else k_tail
     call = _Call(operator, q, k, gate, {**options, "window": window}, share)
-    own = call(v, k_past, q.new_zeros(*q.shape[:2], share.seen, q.shape[3]))
+    own = call(v, before, q.new_zeros(*q.shape[:2], share.seen, q.shape[3]))
+    if not share.seen:
+        own = _Also.apply(own, before)
     if not state or ranks == 1:
         return own
-    F = call.response(k_past, state)
-    tail = slice(T - state, T)
-    g = _tail_of_gate(gate, q, tail)
-    values = v[:, :, tail].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    c = values + g * (own[:, :, tail] - values)
-    maps = torch.cat([g * F[:, :, tail], c], dim=-1).to(torch.promote_types(q.dtype, torch.float32))
-    u = _compose(group, maps, state)
-    return own + (F @ u.to(F.dtype)).to(own.dtype)
+    own, a_tail = _Tail.apply(own, state)
+    parts = [_Tail.apply(F, state) for F in call.responses(before, state)]
+    tails = [tail for _, tail in parts] or [q.new_zeros(*q.shape[:2], state, state)]
+    g = _tail_of_gate(gate, q, slice(T - state, T))
+    values = v_tail.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    c = values + g * (a_tail - values)
+    M = g * torch.cat(tails, dim=-1)[..., :state]
+    u = _compose(group, torch.cat([M, c], dim=-1).to(torch.promote_types(q.dtype, torch.float32)), state).to(q.dtype)
+    if not parts:
+        return _Also.apply(own, u)
+    D = q.shape[3]
+    for (F, _), rows in zip(parts, u.split(D, dim=2), strict=True):
+        own = _add_product(own, F, pad(rows, (0, 0, 0, D - rows.shape[2])))
+    return own
 
 
 class _Call(NamedTuple):
@@ -112,21 +122,58 @@ class _Call(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _run(self, s: slice, v: Tensor, **how) -> Tensor:
-        gate = self.gate[:, :, s] if isinstance(self.gate, Tensor) and self.gate.ndim == 3 else self.gate
-        return self.operator(self.q[:, :, s], self.k[:, :, s], v[:, :, s], gate=gate, **how, **self.options)
+        q, k, gate = self.q, self.k, self.gate
+        if (s.start, s.stop) != (0, q.shape[2]):  # the gradient of a part is a tensor of zeros around it
+            q, k, v = q[:, :, s], k[:, :, s], v[:, :, s]
+            gate = gate[:, :, s] if isinstance(gate, Tensor) and gate.ndim == 3 else gate
+        return self.operator(q, k, v, gate=gate, **how, **self.options)
 
-    def response(self, k_past: Tensor, state: int) -> Tensor:
-        """F [B, Hq, T, state]: outputs for V = 0 and the unit states, as many at once as a head has dimensions."""
+    def responses(self, k_past: Tensor, state: int) -> Iterator[Tensor]:
+        """F for V = 0 and the unit states, [B, Hq, T, D]: as many columns at once as a head has dimensions."""
         (B, H, T, D), (seen, n, _) = self.q.shape, self.share
         if not n:
-            return self.q.new_zeros(B, H, T, state)
-        zeros, unit = torch.zeros_like(self.k[:, :, :n]), torch.eye(state, device=self.q.device, dtype=self.q.dtype)
-        columns = []
-        for first in range(0, state, D):
-            some = unit[state - seen :, first : first + D]
-            u = torch.nn.functional.pad(some, (0, D - some.shape[1])).expand(B, H, seen, D)
-            columns.append(self._run(slice(0, n), zeros, past=(k_past, u))[..., : some.shape[1]])
-        return torch.nn.functional.pad(torch.cat(columns, dim=-1), (0, 0, 0, T - n))
+            return
+        zeros = self.k.new_zeros(()).expand(self.k.shape)
+        for some in torch.eye(state, device=zeros.device, dtype=zeros.dtype)[state - seen :].split(D, dim=1):
+            u = pad(some, (0, D - some.shape[1])).expand(B, H, seen, D)
+            F = self._run(slice(0, n), zeros, past=(k_past, u))
+            yield F if n == T else pad(F, (0, 0, 0, T - n))
+
+
+class _Tail(torch.autograd.Function):
+    """x and its last n tokens, whose gradient is added to that of x in place of a tensor of zeros of its size."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n = n
+        return x.view_as(x), x[:, :, x.shape[2] - n :].clone()
+
+    @staticmethod
+    def backward(ctx, grad, tail):
+        grad = grad.clone()
+        grad[:, :, grad.shape[2] - ctx.n :] += tail
+        return grad, None
+
+
+class _Also(torch.autograd.Function):
+    """x, with y in its graph: somebody waits for the message of y's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(y)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _add_product(a: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    """a + F u, some rows at a time: the gradient of u is a sum over all rows, too long for one product."""
+    (B, H, T, D), rows = a.shape, math.gcd(a.shape[2], ROWS)
+    rows = T if rows < MIN_ROWS else rows
+    u = u[:, :, None].expand(B, H, T // rows, D, D).reshape(-1, D, D)
+    return torch.baddbmm(a.reshape(-1, rows, D), F.reshape(-1, rows, D), u).view(B, H, T, D)
 
 
 def _tail_of_gate(gate: float | Tensor, q: Tensor, tail: slice) -> float | Tensor:
