@@ -119,6 +119,21 @@ def test_what_two_arms_have_in_common_starts_alike():
     assert full.model.layers[0].self_attn.o_proj.weight.detach().std().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["3to1-gdn", "3to1-mamba2", "3to1-conv-drawn", "canon"])
+def test_convolutions_and_decays_are_drawn_by_the_seed(name):
+    def drawn(seed):
+        layer = build(arm(name), SETTINGS, LENGTH, seed).model.layers[0].self_attn
+        return torch.cat([p.flatten() for n, p in layer.named_parameters() if "proj" not in n and "gate" not in n])
+
+    first, again, other = map(drawn, (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    if name == "canon":  # the input itself, and a convolution of it
+        weight = build(arm(name), SETTINGS, LENGTH, 0).model.layers[0].self_attn.front.weight
+        assert weight[0].mean().item() == pytest.approx(1, abs=0.2)
+        assert weight[1:].abs().max().item() == pytest.approx(KERNEL**-0.5, abs=0.05)
+
+
 def test_gates_start_where_the_arm_says():
     gates = build(arm("3to1-ka-head-w4-fromspread"), SETTINGS, LENGTH, 0).model.layers[1].self_attn.ka_gate.bias
     assert gates.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
