@@ -41,14 +41,14 @@ _KIB = 1024
 def sections(recipe: HybridRecipe, results: HybridResults) -> list[Section]:
     """Every arm; differences; the way there; positions; gates; tasks."""
     arms = {name: arm(name) for name in results.arms}
-    made = [
+    made = (
         _summary(recipe, results, arms),
         _differences(results, arms),
         _way(results, arms),
         _positions(results, arms),
-    ]
-    gates = _gates(results, arms)
-    return [*made, gates] if gates else made
+        _gates(results, arms),
+    )
+    return [section for section in made if section]
 
 
 def _losses(results: HybridResults, name: str) -> list[float]:
@@ -165,26 +165,24 @@ def _came(results: HybridResults, arms: dict[str, HybridArm]) -> str:
 
 
 def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
-    """KA arms beside what else could stand in the same layers: all else alike, softmax and KA with the same window."""
-    found = []
+    """Arms to compare, all else alike: KA and what else could stand in its place; one mixer that starts in two ways.
+
+    In KA's place: other mixers, softmax with the same window, and full softmax with a convolution in front.
+    """
+    found: list[tuple[str, str]] = []
     for name, each in arms.items():
         for other, its in arms.items():
-            alike = (its.pattern, its.first, its.output_gate, its.convolution) == (
-                each.pattern, each.first, each.output_gate, each.convolution,
-            )  # fmt: skip
-            peer = its.mixer not in ("ka", "full") or (its.mixer == "ka" and its.start != each.start)
-            if (
-                each.mixer == "ka"
-                and peer
-                and alike
-                and its.window in (None, each.window)
-                and (other, name) not in found
-            ):
+            alike = (its.pattern, its.first, its.convolution) == (each.pattern, each.first, each.convolution)
+            peer = each.mixer == "ka" and its.mixer not in ("ka", "full") and its.window in (None, each.window)
+            begins = (its.mixer, its.window) == (each.mixer, each.window) and its.start != each.start
+            canon = each.mixer == "ka" and its.mixer == "full" and its.convolution == "front"
+            chosen = canon or (alike and (peer or begins))
+            if chosen and its.output_gate == each.output_gate and (other, name) not in found:
                 found.append((name, other))
     return found
 
 
-def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
+def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
     """KA beside its peers, most seeds first."""
 
     def row(name: str, other: str) -> list[str]:
@@ -192,6 +190,8 @@ def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
         return [arms[name].label, arms[other].label, _nats(found), str(len(found)), verdict(found)]
 
     pairs = sorted(_pairs(arms), key=lambda pair: -len(_paired(results, *pair)))
+    if not pairs:
+        return None
     table = Table(
         "Loss of the first less that of the second, paired by seed, ± 95 % confidence interval (below 0: first better)",
         ["arm", "against", "difference (nats)", "seeds", "its loss is"],
