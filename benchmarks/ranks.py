@@ -41,7 +41,8 @@ from benchmarks.harness import device_type, machine
 from ka_attention import ka_attention
 from ka_attention.hf import KAConfig, attach, sequence_parallel
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "ranks"
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs/results/ranks" if torch.cuda.is_available() else ROOT / "runs/ranks"
 CHUNK = 8192  # tokens whose logits are in memory at once
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -391,7 +392,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no part that would end later")
     parser.add_argument("--tiny", action="store_true", help="models and texts of a test")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=OUT, help="docs/results/ranks, without a GPU runs/ranks")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     given = parser.parse_args()
     if not given.report:
