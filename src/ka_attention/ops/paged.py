@@ -17,7 +17,7 @@ from ka_attention.ops.checks import check_tensor, kind_of
 from ka_attention.ops.inputs import Call, Options, Past
 
 UNBOUNDED = -math.inf, math.inf
-_checked = WeakTensorKeyDictionary()  # of each block_table that was right: what it was looked at with
+_checked = WeakTensorKeyDictionary()  # of each block_table that was right: what it was looked at with, and the lengths
 
 
 def attend(
@@ -68,8 +68,9 @@ def _check_places(past: Past, window: int | None) -> None:
     k_pages, _, table, lengths = past
     if dispatch.traced(table) or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    seen = private.version(table), private.version(lengths), id(lengths), k_pages.shape, window
-    if seen[0] is not None and _checked.get(table) == seen:
+    seen = private.version(table), private.version(lengths), k_pages.shape, window
+    before, with_lengths = _checked.get(table, (None, None))
+    if None not in seen[:2] and before == seen and with_lengths is lengths:
         return
     (M, _, S, _), width = k_pages.shape, table.shape[1]
     first = 0 * lengths if window is None else (lengths - window + 1).clamp(min=0)
@@ -83,8 +84,7 @@ def _check_places(past: Past, window: int | None) -> None:
     needed = (number * S < lengths[:, None]) & (first < lengths)[:, None]
     if bool((((page < 0) | (page >= M)) & needed).any()):
         raise ValueError(f"block_table must name pages of the pool, 0 to {M - 1}, for all tokens in sight")
-    if seen[0] is not None:
-        _checked[table] = seen
+    _checked[table] = seen, lengths
 
 
 def run(
