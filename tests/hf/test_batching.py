@@ -11,7 +11,7 @@ from zoo import make, tokens
 
 from ka_attention.hf import KAConfig, attach, detach, reconfigure
 from ka_attention.hf.batching import KABatchingManager, windows_of
-from ka_attention.hf.paged import KAPagedCache, page_name
+from ka_attention.hf.paged import Group, KAPagedCache, Place, page_name
 from ka_attention.ops import paged
 
 PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 1, 9)]
@@ -100,6 +100,15 @@ def test_padding_as_for_cuda_graphs(window, monkeypatch):
     monkeypatch.setattr(KABatchingManager, "_create_batch_processor", padded)
     sizes = {"q_padding_interval_size": 8, "kv_padding_interval_size": 64, "use_cuda_graph": False}
     serve(attach(make("llama"), KAConfig(window=window, gate="token", gate_init=0.5)), **sizes)
+
+
+def test_places_of_fewer_requests_than_sequences():
+    group = Group(0, {"a": [7, 3], "b": [], "c": [5]}, 4, 4, None)
+    read = torch.tensor([*group.row("a", 6), *group.row("b", 0), *group.row("c", 3), 0, 0])  # and padding
+    place = Place.read(group, read, torch.tensor([4 * 3 + 2, 4 * 9, 4 * 5 + 3]), 5, 8)
+    assert place.cache_seqlens.tolist() == [6, 0, 3, 0, 0]
+    assert [place.block_table[i].tolist()[:n] for i, n in ((0, 2), (2, 1))] == [[7, 3], [5]]
+    assert (place.page.tolist(), place.slot.tolist()) == ([3, 9, 5], [2, 0, 3])
 
 
 def test_no_masks_are_made(monkeypatch):

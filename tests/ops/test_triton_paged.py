@@ -16,9 +16,7 @@ if not KERNELS:
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(
-    "seed", range(150) if CUDA else (3, 4, 5, 9, 18, 22, 23, 33, 40)
-)  # chains, rings, pieces, all gates
+@pytest.mark.parametrize("seed", range(150) if CUDA else (1, 3, 4, 5, 18, 19))  # chains, rings, pieces, all gates
 def test_random_calls(seed, dtype):
     sizes = ((1, 4, 64, 256), 300, (8, 64, 128)) if CUDA else ((1, 4, 16), 24, (8,))
     call = PagedCall(seed, dtype, *sizes)
@@ -47,7 +45,7 @@ def test_new_tokens_are_stored(kind):
 
 
 @kernels
-@pytest.mark.parametrize("seed", [3, 9, 14] if not CUDA else range(20))
+@pytest.mark.parametrize("seed", [9] if not CUDA else range(20))
 def test_gates_are_clamped(seed):
     call = PagedCall(seed, torch.float32, *(((1, 4, 64), 300, (64,)) if CUDA else ((1, 4, 16), 24, (8,))))
     gate = 3 * torch.rand(1, call.new[0].shape[1], call.new[0].shape[2]) - 1

@@ -79,7 +79,7 @@ def _check_places(past: Past, window: int | None) -> None:
             f"cache_seqlens must be between 0 and the {width * S} tokens that a row of block_table holds (with a "
             f"window, window − 1 of them must fit), got {lengths.tolist()}"
         )
-    number = (first // max(S, 1))[:, None] + torch.arange(width + 1, device=table.device)
+    number = (first // max(S, 1))[:, None] + torch.arange(width, device=table.device)
     page = table.gather(1, number % max(width, 1)) if width else number
     needed = (number * S < lengths[:, None]) & (first < lengths)[:, None]
     if bool((((page < 0) | (page >= M)) & needed).any()):
