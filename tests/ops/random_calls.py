@@ -74,7 +74,7 @@ class Call:
         self.options = {
             "scale": choose.choice((None, None, 0.0, 0.7, -0.4)),
             "softcap": choose.choice((None, None, None, 1.5, 20.0)),
-            "window": choose.choice((None, None, 1, 2, 5, 16, 70, 400)),
+            "window": choose.choice((None, None, 1, 2, 5, 16, 40, 70, 400)),
             "attn_mask": None if ends is not None else self._mask(B, H, T, P),
             "cu_seqlens": None if ends is None else choose.choice((ends.int(), ends.int().repeat_interleave(2)[::2])),
         }

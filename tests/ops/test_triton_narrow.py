@@ -48,7 +48,7 @@ def outputs(tensors, options):
         {"window": 2},
         {"window": 17, "gate": "token", "Hkv": 2},
         {"window": 5, "gate": "signed", "P": 21, "mask": "full", "softcap": 2.0},
-        {"window": 20, "gate": "token", "P": 4},
+        {"window": 20, "gate": "token", "P": 4, "D": 24},
         {"window": 40, "P": 70, "T": 130},
         {"window": 7, "lengths": (33, 0, 1, 40), "gate": "token"},
     ],
@@ -95,23 +95,27 @@ def test_packed_sequences_stay_apart(segments, divide):
 
 
 @pytest.mark.parametrize(
-    ("window", "D", "dtype", "apart", "rows"),
+    ("window", "D", "dtype", "before"),
     [
-        (1, 64, torch.float16, False, None),
-        (2, 64, torch.float16, False, 16),
-        (17, 256, torch.bfloat16, True, 16),
-        (18, 128, torch.bfloat16, False, 32),
-        (18, 128, torch.bfloat16, True, None),
-        (65, 64, torch.bfloat16, True, 64),
-        (65, 128, torch.bfloat16, False, None),
-        (66, 64, torch.bfloat16, False, None),
-        (17, 64, torch.float32, False, 16),
-        (18, 64, torch.float32, False, None),
+        (None, 64, torch.float16, None),
+        (1, 64, torch.float16, None),
+        (2, 64, torch.float16, 16),
+        (17, 256, torch.bfloat16, 16),
+        (18, 128, torch.bfloat16, 32),
+        (33, 96, torch.bfloat16, 32),
+        (34, 128, torch.bfloat16, 64),
+        (65, 64, torch.bfloat16, 64),
+        (65, 256, torch.bfloat16, None),
+        (66, 64, torch.bfloat16, None),
+        (17, 64, torch.float32, 16),
+        (18, 64, torch.float32, None),
     ],
 )
-def test_which_windows_are_narrow(window, D, dtype, apart, rows):
+def test_which_windows_are_narrow(window, D, dtype, before):
     pytest.importorskip("triton")
     from ka_attention.ops.triton import tiles
 
-    q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 8, D))
-    assert tiles.narrow_rows(q, window, apart) == rows
+    q = SimpleNamespace(
+        device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 8, D), element_size=lambda: dtype.itemsize
+    )
+    assert tiles.narrow_reach(q, window) == before

@@ -59,7 +59,12 @@ def store_tile(X, x, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl
 @triton.jit
 def scores(x, y, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """log2(e) · scale · x yᵀ, capped: [rows of x, rows of y]."""
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return capped(tl.dot(x, tl.trans(y), input_precision=PRECISION), scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2 from the products s."""
     if SOFTCAP:
         # tanh(z) = 1 − 2 / (exp(2 z) + 1) stays exact where exp overflows.
         s = softcap * LOG2E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 * LOG2E * scale / softcap)) + 1.0))
@@ -119,8 +124,9 @@ def inverse(N, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
     For gates in [0, 1] every entry of N, of its powers and of S is a probability (the walk visits a token at most
     once), so float16, with the mantissa of tf32, cannot overflow: PRECISION "half" computes with float16 operands.
+    Matrix units round their sums towards zero. Over these factors that adds up, so "tf32x3" is float32 proper here.
     """
-    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    DOT: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     S = N
     power = N.to(tl.float16) if PRECISION == "half" else N
     for k in tl.static_range(1, 7):
