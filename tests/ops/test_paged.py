@@ -108,3 +108,10 @@ def test_sizes_of_zero():
     empty = {"cu_seqlens": torch.zeros(3, **INT), "block_table": none, "cache_seqlens": torch.zeros(2, **INT)}
     q = torch.randn(1, 2, 0, 8)
     assert ka_attention(q, q, q, past=(torch.randn(0, 2, 4, 8),) * 2, **empty).shape == q.shape
+
+
+def test_first_tokens_need_no_pages():
+    q = torch.randn(1, 2, 3, 8)
+    tables = {"cu_seqlens": torch.tensor([0, 1, 3], **INT), "cache_seqlens": torch.zeros(2, **INT)}
+    a = ka_attention(q, q, q, past=(torch.randn(0, 2, 4, 8),) * 2, block_table=torch.zeros(2, 0, **INT), **tables)
+    assert torch.allclose(a, ka_attention(q, q, q, cu_seqlens=tables["cu_seqlens"]), atol=1e-6)

@@ -12,19 +12,24 @@ def steps(q, k, v, past: Past, ends: Tensor, n: Tensor, scale, window, softcap) 
     new, lengths = ends[n], past.cache_seqlens[n].long()
     longest = int(lengths.max())
     longest = longest if window is None else min(longest, window - 1)
-    p = lengths[:, None] + torch.arange(-longest, 0, device=q.device)  # [R, longest]
-    is_real, S = p >= 0, past.k_pages.shape[2]
-    page = past.block_table[n[:, None], p.clamp(min=0) // S % max(1, past.block_table.shape[1])]
-    page = page.where(is_real, 0)
     q, k, v = (x[0, :, new].transpose(0, 1)[:, :, None] for x in (q, k, v))  # [R, H, 1, D]
-    before = [x[page, :, p % S].transpose(1, 2) for x in (past.k_pages, past.u_pages)]
-    mask = None
-    if not is_real.all():
-        before = [x.masked_fill(~is_real[:, None, :, None], 0) for x in before]  # a page nobody wrote may hold NaN
-        mask = torch.cat([is_real, is_real.new_ones(len(n), 1)], dim=1)[:, None, None]
-    k = torch.cat([before[0], k], dim=2)
-    u = torch.cat([before[1], repeat_heads(v, before[1])], dim=2)
+    u, mask = repeat_heads(v, past.u_pages), None
+    if longest:
+        p = lengths[:, None] + torch.arange(-longest, 1, device=q.device)  # [R, longest + 1], the new token last
+        is_past, S = (p >= 0) & (p < lengths[:, None]), past.k_pages.shape[2]
+        page = past.block_table[n[:, None], p.clamp(min=0) // S % past.block_table.shape[1]].where(is_past, 0)
+        mask = None if (p >= 0).all() else (p >= 0)[:, None, None]
+        k, u = (_joined(pages, page, p % S, mask, own) for pages, own in ((past.k_pages, k), (past.u_pages, u)))
     return new, attend_one(q, k, repeat_heads(u, q), mask, scale, softcap=softcap)[:, :, 0].transpose(0, 1)
+
+
+def _joined(pages: Tensor, page: Tensor, slot: Tensor, mask: Tensor | None, own: Tensor) -> Tensor:
+    """What lies in these places [R, L] of the pages, and the new token in the last: [R, H, L, D]."""
+    x = pages[page[:, None], torch.arange(pages.shape[1], device=pages.device)[:, None], slot[:, None]]
+    if mask is not None:
+        x.masked_fill_(~mask[:, 0, :, :, None], 0)  # a page nobody wrote may hold NaN
+    x[:, :, -1:] = own
+    return x
 
 
 def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool, bounds) -> None:
