@@ -7,14 +7,9 @@ from ka_attention.ops import reference
 
 
 def attend_one(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None = None,
+    q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float, window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A of one new token, [B, Hq, 1, D]: softmax attention to k [B, Hkv, S, D] with the query heads' own values
     u [B, Hq, S, D], which are U of the past and, last, V. `mask` is bool, broadcastable to [B, Hq, 1, S].
     """

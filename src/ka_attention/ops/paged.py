@@ -21,14 +21,9 @@ _checked = WeakTensorKeyDictionary()  # of each block_table that was right: what
 
 
 def attend(
-    call: Call,
-    gate: float | Tensor,
-    past: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    backend: str | None,
-) -> Tensor:
+    call: Call, gate: float | Tensor, past: tuple[Tensor, Tensor], cu_seqlens: Tensor, block_table: Tensor,
+    cache_seqlens: Tensor, backend: str | None,
+) -> Tensor:  # fmt: skip
     """`ka_attention` of a checked call with ``gate`` after pasts in pages, which are checked here."""
     q, k, v, gates = call.tensors[:4]
     window, is_softmax = call.options["window"], isinstance(gate, int | float) and gate == 0
@@ -88,17 +83,9 @@ def _check_places(past: Past, window: int | None) -> None:
 
 
 def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    past: Past,
-    cu_seqlens: Tensor,
-    options: Options,
-    is_softmax: bool,
-    backend: str,
-    bounds: tuple[float, float] = UNBOUNDED,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, options: Options,
+    is_softmax: bool, backend: str, bounds: tuple[float, float] = UNBOUNDED,
+) -> Tensor:  # fmt: skip
     """A [1, Hq, T, D] of checked arguments, with ``gate`` [1, Hq, T] of any float dtype clamped to ``bounds``;
     ``is_softmax``: every gate is 0, whatever it says. Tokens after the last end are padding, whose A is anything.
     """
@@ -110,40 +97,18 @@ def run(
 
 
 def store(
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    gate: Tensor | None,
-    past: Past,
-    page: Tensor,
-    slot: Tensor,
-    is_softmax: bool,
-    backend: str,
-    bounds: tuple[float, float] = UNBOUNDED,
-) -> None:
+    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool,
+    backend: str, bounds: tuple[float, float] = UNBOUNDED,
+) -> None:  # fmt: skip
     """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``."""
     dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax, bounds)
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    k_pages: Tensor,
-    u_pages: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    is_softmax: bool,
-    low: float,
-    high: float,
-    backend: str,
-    revision: str,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, k_pages: Tensor, u_pages: Tensor, block_table: Tensor,
+    cache_seqlens: Tensor, cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None,
+    is_softmax: bool, low: float, high: float, backend: str, revision: str,
+) -> Tensor:  # fmt: skip
     past, options = Past(k_pages, u_pages, block_table, cache_seqlens), (scale, window, softcap)
     if is_softmax and backend != "triton":  # which has kernels for it
         gate = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
