@@ -109,7 +109,7 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
         "weights_kernel": {"ROWS": 16, "CHUNK": min(D, 32), "num_warps": 1, "num_stages": 3},
         "walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 2},
         "scan_kernel": {"BD": 16, "num_warps": 1},
-        "adjoint_walk_kernel": {"BD": size, "STAGES": 3, "num_warps": 2},
+        "adjoint_walk_kernel": {"BD": size, "STAGES": 4, "num_warps": 2},
         "gradients_kernel": {"ROWS": 64, "STAGES": 1, "num_warps": max(4, D // 16)},
         "segments": 256 // D, "spans": 2 if D <= 64 else 1,
     }  # fmt: skip
@@ -117,9 +117,9 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
         return options
     return options | {
         "weights_kernel": options["weights_kernel"] | {"num_stages": 4},
-        "walk_kernel": {"BD": size, "STAGES": 4, "num_warps": 1},
+        "walk_kernel": {"BD": min(D, 128), "STAGES": 4, "num_warps": 1},
         "gradients_kernel": {"ROWS": 16, "STAGES": 3 if row <= 128 else 2, "num_warps": max(1, row // 128)},
-        "segments": 6, "spans": 16 if row <= 128 else 4,
+        "segments": 8 if row <= 128 else 4, "spans": 16 if row <= 128 else 4,
     }  # fmt: skip
 
 
