@@ -118,7 +118,7 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
     yield f"Written by `python -m benchmarks.ranks`. {machine}."
     if not measured:
         yield (
-            "**One GPU was lent.** Of more ranks than one the middle one was measured by itself: its time and memory "
+            "**There was one GPU.** Of more ranks than one the middle one was measured by itself: its time and memory "
             "are real, its messages were counted and not sent. Rows of two and four GPUs, a ring beside them, and data "
             "parallel rows of more than one GPU are missing."
         )
