@@ -82,9 +82,10 @@ def test_a_mask_keeps_apart_what_is_not_finite(name, row, given, segments, divid
 
 @kernels
 @pytest.mark.parametrize("segments", [1, 3])
-def test_packed_sequences_stay_apart(segments, divide):
+@pytest.mark.parametrize("window", [9, 20])
+def test_packed_sequences_stay_apart(window, segments, divide):
     divide(segments)
-    tensors, options = on_device(Problem(**SMALL | {"lengths": (21, 30, 19)}, window=9, dtype=torch.float32))
+    tensors, options = on_device(Problem(**SMALL | {"lengths": (21, 30, 19)}, window=window, dtype=torch.float32))
     clean = outputs(tensors, options)
     for x in tensors[:3]:
         x[:, :, 25] = float("nan")

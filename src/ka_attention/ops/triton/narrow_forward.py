@@ -330,6 +330,28 @@ def _scan(STATE, MAP, INTO, segments, d0, D: tl.constexpr, BD: tl.constexpr, BEF
     return zero
 
 
+@triton.jit
+def _scan_rows(STATE, MAP, INTO, segments, d0, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
+               REVERSE: tl.constexpr, APART: tl.constexpr, SPREAD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """`_scan`, not transposed, for states of one block: those need not be turned round to be stored."""
+    i = tl.arange(0, BEFORE)[:, None]
+    d = d0 + tl.arange(0, BD)[None, :]
+    u = tl.zeros([BEFORE, BD], STATE.dtype.element_ty)
+    zero = tl.zeros([BEFORE, BD], tl.float32)
+    for step in tl.range(0, segments, num_stages=1 if SPREAD else 4):
+        r = (segments - 1 - step if REVERSE else step) * BEFORE + i
+        c = tl.load(STATE + r * D + d, mask=d < D, other=0.0)
+        M = tl.load(MAP + r * BEFORE + tl.arange(0, BEFORE)[None, :])
+        tl.store(INTO + r * D + d, u, mask=d < D)
+        if APART:
+            zero += u.to(tl.float32) * 0.0
+        if SPREAD:
+            M = tl.where((tl.sum(u.to(tl.float32) * 0.0, 1) != 0.0)[None, :] & (M != 0.0), float("nan"), M).to(M.dtype)
+            u = tl.where(u * 0.0 == 0.0, u, 0.0).to(u.dtype)
+        u = tl.dot(M, u, c.to(tl.float32), input_precision=DOT).to(u.dtype)
+    return zero
+
+
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     STATE, MAP, INTO, segments,
@@ -345,6 +367,7 @@ def scan_kernel(
     STATE += head * D
     MAP += head * BEFORE
     INTO += head * D
-    zero = _scan(STATE, MAP, INTO, segments, d0, D, BD, BEFORE, REVERSE, APART, False, DOT)
+    scan: tl.constexpr = _scan_rows if BEFORE == BLOCK else _scan
+    zero = scan(STATE, MAP, INTO, segments, d0, D, BD, BEFORE, REVERSE, APART, False, DOT)
     if APART and tl.sum(zero) != 0.0:
-        _scan(STATE, MAP, INTO, segments, d0, D, BD, BEFORE, REVERSE, APART, True, DOT)
+        scan(STATE, MAP, INTO, segments, d0, D, BD, BEFORE, REVERSE, APART, True, DOT)

@@ -117,9 +117,10 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
         return options
     return options | {
         "weights_kernel": options["weights_kernel"] | {"num_stages": 4},
-        "walk_kernel": {"BD": min(D, 128), "STAGES": 4, "num_warps": 1},
+        "scan_kernel": {"BD": min(D, 32), "num_warps": 1},
+        "walk_kernel": {"BD": size, "STAGES": 4, "num_warps": 1},
         "gradients_kernel": {"ROWS": 16, "STAGES": 3 if row <= 128 else 2, "num_warps": max(1, row // 128)},
-        "segments": 8 if row <= 128 else 4, "spans": 16 if row <= 128 else 4,
+        "segments": 8, "spans": 16 if row <= 128 else 4,
     }  # fmt: skip
 
 
