@@ -133,11 +133,11 @@ def held_slots(model, length, monkeypatch):
 
 
 def test_a_window_keeps_all_but_one_of_its_tokens_however_long_the_text(monkeypatch):
-    found = held_slots(attach(make("llama"), KAConfig(window=9)), 92, monkeypatch)
-    assert found[2 * 9] == found[10 * 9] == {True: 8}
-    found = held_slots(attach(make("llama"), KAConfig(window=9, pattern="2:1")), 92, monkeypatch)
-    assert found[2 * 9] == {True: 8, False: 20}
-    assert found[10 * 9] == {True: 8, False: 92}
+    found = held_slots(attach(make("llama"), KAConfig(window=5)), 50, monkeypatch)
+    assert found[2 * 5] == found[10 * 5] == {True: 4}
+    found = held_slots(attach(make("llama"), KAConfig(window=5, pattern="2:1")), 50, monkeypatch)
+    assert found[2 * 5] == {True: 4, False: 12}
+    assert found[10 * 5] == {True: 4, False: 52}
 
 
 class Letters:
