@@ -106,6 +106,7 @@ def described(recipe: HybridRecipe, store: Store) -> dict[str, Json]:
 def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: TokenText, out: Path) -> TrainedArm:
     """Train one arm with one seed, and ask what its gates are and what it is without them."""
     each = arm(name)
+    trained_on = environment.describe()  # before minutes of training: it fails where the package is not installed
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = _passes(recipe.compiled and device.type == "cuda")
     settings = replace(recipe, learning_rate=rate)
@@ -141,7 +142,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
         utilisation=utilisation(work * training.tokens_per_s),
         gates=gates,
         ungated_loss=ungated,
-        trained_on=environment.describe(),
+        trained_on=trained_on,
         graphs=passes.graphs,
     )
 
