@@ -1,4 +1,6 @@
-"""The plan for narrow windows: four kernels a pass, or two where a segment is the sequence."""
+"""The plan for narrow windows: three kernels a pass, or one where a segment is the sequence."""
+
+from functools import cached_property
 
 import torch
 import triton
@@ -6,99 +8,103 @@ from torch import Tensor
 
 from ka_attention.ops.triton import tiles
 from ka_attention.ops.triton.launcher import Launch
-from ka_attention.ops.triton.narrow_backward import adjoint_walk_kernel, gradients_kernel
-from ka_attention.ops.triton.narrow_forward import scan_kernel, walk_kernel, weights_kernel
+from ka_attention.ops.triton.narrow_backward import adjoint_apply_kernel, adjoint_maps_kernel
+from ka_attention.ops.triton.narrow_forward import apply_kernel, maps_kernel, scan_kernel
 from ka_attention.ops.triton.plan import Plan, sum_groups
 
 
 class Narrow(Plan):
-    """Segments of `span` blocks, each of which reaches `before` tokens back."""
+    """Segments of `span` blocks of BM rows, BM the least that a block may have for its window."""
 
     def __init__(self, da, q, *others):
         super().__init__(da, q, *others)
-        before = tiles.narrow_reach(q, self.window)
-        assert before is not None
-        self.before, self.options, self.heads = before, tiles.narrow_options(before, q), self.B * self.H
-        blocks = triton.cdiv(self.T, tiles.NARROW_BLOCK)
-        walks = self.heads * triton.cdiv(self.D, self.options["walk_kernel"]["BD"])
-        reach = before // tiles.NARROW_BLOCK  # the walk takes as many blocks a step
-        parts = tiles.segments(self.device, walks, blocks, self.options["segments"])
-        self.span = triton.cdiv(blocks, parts * reach) * reach
-        self.segments = triton.cdiv(blocks, self.span)
-        self.width = tiles.narrow_width(before, self.save)
         apart = self.packed or self.constants["HAS_MASK"]
-        self.constants |= {"BEFORE": before, "WIDTH": self.width, "APART": apart, "WHOLE": self.segments == 1}
+        rows = tiles.narrow_rows(q, self.window, apart)
+        assert rows is not None
+        self.BM = rows
+        blocks, heads = triton.cdiv(self.T, self.BM), self.B * self.H
+        self.span = triton.cdiv(blocks, tiles.segments(self.device, heads, blocks))
+        self.segments = triton.cdiv(blocks, self.span)
+        self.width = 2 * self.BM if self.save else 0
+        self.options = tiles.narrow_options(self.BM, q)
+        self.constants["APART"] = apart
         scale, _, softcap, _ = others[-4:]
-        self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window
-        self.weights, self.gradients = self._weights(), self._gradients()
-        walk = self.v, self.gate, self.u_past
-        self.maps, self.apply = (self._walk(walk_kernel, *walk, MAPS=maps) for maps in (True, False))
-        self.adjoint_maps, self.adjoint_apply = (
-            self._walk(adjoint_walk_kernel, self.da, self.gate, MAPS=maps) for maps in (True, False)
-        )
-        scan = self.options["scan_kernel"]
-        grid = self.heads, triton.cdiv(self.D, scan["BD"])
-        self.scan, self.reverse_scan = (
-            self.launch(scan_kernel, grid, self.segments, REVERSE=reverse, **scan) for reverse in (False, True)
-        )
+        self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window, self.span, self.segments
+        self.grid = (heads * self.segments,)
 
-    def _weights(self) -> Launch:
-        """One program a tile of rows and head."""
-        options = self.options["weights_kernel"]
-        grid = (triton.cdiv(self.T, options["ROWS"]) * self.heads,)
-        strides = self.q, self.k, self.gate, self.k_past, self.mask
-        return self.launch(weights_kernel, grid, *strides, *self.numbers, **options)
-
-    def _gradients(self) -> Launch:
-        """One program for some tiles of rows and head."""
-        options = self.options["gradients_kernel"]
-        blocks = triton.cdiv(self.T, options["ROWS"])
-        span = triton.cdiv(blocks, tiles.segments(self.device, self.heads, blocks, self.options["spans"]))
-        groups = triton.cdiv(blocks, span)
+    @cached_property
+    def maps(self) -> Launch:
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self.launch(gradients_kernel, (groups * self.heads,), *strides, *self.numbers, span, groups, **options)
+        return self._launch(maps_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
 
-    def _walk(self, kernel, *strides, MAPS: bool) -> Launch:
-        """One program a segment, head and some columns of the head dimension, or, of the adjoint, of the map."""
+    @cached_property
+    def apply(self) -> Launch:
+        strides = self.v, self.gate, self.u_past
+        return self._launch(apply_kernel, *strides, self.H, self.T, self.P, self.span, self.segments)
+
+    @cached_property
+    def adjoint_maps(self) -> Launch:
+        return self._launch(adjoint_maps_kernel, self.da, self.gate, self.H, self.T, self.span, self.segments)
+
+    @cached_property
+    def adjoint_apply(self) -> Launch:
+        strides = self.da, self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
+        return self._launch(adjoint_apply_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
+
+    @cached_property
+    def scan(self) -> Launch:
+        return self._scan(reverse=False)
+
+    @cached_property
+    def reverse_scan(self) -> Launch:
+        return self._scan(reverse=True)
+
+    def _scan(self, reverse: bool) -> Launch:
+        grid = self.B * self.H, triton.cdiv(self.D, tiles.SCAN_WIDTH)
+        constants = {"BD": tiles.SCAN_WIDTH, "BM": self.BM, "REVERSE": reverse}
+        return self.launch(scan_kernel, grid, self.segments, **constants, **self.options["scan_kernel"])
+
+    def _launch(self, kernel, *numbers, **constants) -> Launch:
         options = self.options[kernel.__name__]
-        columns = triton.cdiv(self.D, options["BD"])
-        if kernel is adjoint_walk_kernel and MAPS:
-            columns += triton.cdiv(self.before, options["BD"])
-        numbers = self.H, self.T, self.P, self.span, self.segments
-        return self.launch(kernel, (self.heads * self.segments, columns), *strides, *numbers, MAPS=MAPS, **options)
+        return self.launch(kernel, self.grid, *numbers, BM=self.BM, **constants, **options)
 
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
-        if not self.save:
-            saved = q.new_empty(*q.shape[:3], self.width)
-        self.weights(q, k, gate, k_past, mask, self.starts(cu_seqlens), lse, saved)
-        into = state = maps = None
+        state, maps = self._room(q)
+        if self.segments > 1 and not self.save:
+            saved = q.new_empty(*q.shape[:3], 2 * self.BM)
+        self.maps(q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, saved, state, maps)
         if self.segments > 1:
-            into, state, maps = self._room(q)
-            self.maps(v, gate, u_past, saved, None, None, state, maps)
+            into = torch.empty_like(state)
             self.scan(state, maps, into)
-        self.apply(v, gate, u_past, saved, into, a, None, None)
+            self.apply(v, gate, u_past, saved, into, a)
 
     def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
-        y, into = torch.empty_like(a), None
+        state, maps = self._room(q)
+        into = torch.empty_like(state)
+        if self.segments > 1:
+            self.adjoint_maps(da, gate, saved, state, maps)
+            self.reverse_scan(state, maps, into)
+        dq, dk, dv = (torch.empty_like(a) for _ in range(3))
+        dgate = None if gate is None else torch.empty_like(lse)
         dk_past = du_past = None
         if u_past is not None:  # a window does not reach all cached tokens
             dk_past, du_past = (q.new_zeros(u_past.shape) for _ in range(2))
-        if self.segments > 1:
-            into, state, maps = self._room(q)
-            self.adjoint_maps(da, gate, saved, None, None, state, maps, None)
-            self.reverse_scan(state, maps, into)
-            del state, maps  # their memory serves for the gradients
-        self.adjoint_apply(da, gate, saved, into, y, None, None, du_past)
-        dq, dk, dv = (torch.empty_like(a) for _ in range(3))
-        dgate = None if gate is None else torch.empty_like(lse)
-        self.gradients(
-            q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), a, lse, y, dq, dk, dv, dgate, dk_past
-        )
+        self.adjoint_apply(
+            da, q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, into,
+            dq, dk, dv, dgate, dk_past, du_past,
+        )  # fmt: skip
         if dk_past is not None:
             dk_past = sum_groups(dk_past, k_past)
         return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, dk_past, du_past
 
-    def _room(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each segment the state before it and c, [before, D], and M, [before, before]."""
-        heads = self.B, self.H, self.segments, self.before
-        return q.new_empty(*heads, self.D), q.new_empty(*heads, self.D), q.new_empty(*heads, self.before)
+    def _room(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """For the maps of the segments: c [B, H, segments, BM, D] and M [B, H, segments, BM, BM]."""
+        heads = self.B, self.H, self.segments if self.segments > 1 else 0, self.BM
+        return q.new_empty(*heads, self.D), q.new_empty(*heads, self.BM)
+
+    def _starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        """The first token of each token's sequence, int32 [T]. Packed sequences are one sequence with a mask."""
+        if cu_seqlens is None:
+            return None
+        tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)

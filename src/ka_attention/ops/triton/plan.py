@@ -20,7 +20,7 @@ class Plan:
         self.da, self.q, self.k, self.v, self.gate = map(strides, (da, q, k, v, gate))
         self.k_past, self.u_past, self.mask = map(strides, (k_past, u_past, mask))
         self.precision = "half"
-        if q.dtype == torch.float32:  # three tf32 products hold what one of float32 does
+        if q.dtype == torch.float32:  # three tf32 products are as exact as one of float32
             self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.constants: dict[str, Any] = {
             "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
@@ -29,18 +29,11 @@ class Plan:
             "SOFTCAP": softcap is not None, "SAVE": save, "PRECISION": self.precision,
         }  # fmt: skip
 
-    def starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The first token of each token's sequence, int32 [T]: packed sequences are one sequence with a mask."""
-        if cu_seqlens is None:
-            return None
-        tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-        return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)
-
     def launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], *numbers, **constants) -> Launch:
         """`kernel` with those of all constants that it takes; what it takes of Triton stands in `constants`."""
         available = self.constants | constants
         chosen = {name: available[name] for name in kernel.arg_names if name in available}
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        options = {name: constants[name] for name in ("num_warps", "num_stages")}
         return Launch(kernel, grid, *numbers, **chosen, **options)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ka_attention.ops.triton.launcher import Launch
 from ka_attention.ops.triton.plan import strides
-from ka_attention.ops.triton.primitives import LOG2E
+from ka_attention.ops.triton.primitives import capped
 from ka_attention.ops.triton.tiles import padded
 
 MOST_ROWS = 64  # slots read at once
@@ -75,7 +75,7 @@ def step_kernel(
     VALUES += b * values_strides[0] + h // SHARED * values_strides[1]
     first = tl.maximum(last + 1 - columns, 0)  # the position of the mask's first column
 
-    top = _score(tl.sum(q * k.to(tl.float32), 0), scale, softcap, SOFTCAP)
+    top = capped(tl.sum(q * k.to(tl.float32), 0), scale, softcap, SOFTCAP)
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
         top = tl.where(tl.load(MASK + (last - first) * mask_strides[2]) != 0, top, float("-inf"))
@@ -91,7 +91,7 @@ def step_kernel(
         rows = seen[:, None] & inside[None, :]
         slot = tl.cast(slot, tl.int64)[:, None]
         keys = tl.load(KEYS + slot * keys_strides[2] + d[None, :], mask=rows, other=0.0).to(tl.float32)
-        s = tl.where(seen, _score(tl.sum(keys * q[None, :], 1), scale, softcap, SOFTCAP), float("-inf"))
+        s = tl.where(seen, capped(tl.sum(keys * q[None, :], 1), scale, softcap, SOFTCAP), float("-inf"))
         higher = tl.maximum(top, tl.max(s, 0))
         base = tl.where(higher > float("-inf"), higher, 0.0)
         w = tl.math.exp2(s - base)
@@ -113,12 +113,3 @@ def step_kernel(
     u = tl.where(gate == 0, v, tl.where(gate == 1, a.to(tl.float32), v + gate * (a.to(tl.float32) - v)))
     if h % SHARED == 0:
         tl.store(VALUES + slot * values_strides[2] + d, u.to(VALUES.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _score(s, scale, softcap, SOFTCAP: tl.constexpr):
-    """log2(e) · scale · s, capped."""
-    if SOFTCAP:
-        return softcap * LOG2E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 * LOG2E * scale / softcap)) + 1.0))
-    else:
-        return s * (scale * LOG2E)
