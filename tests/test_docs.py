@@ -31,5 +31,12 @@ def test_links_of_the_front_page_lead_somewhere():
             assert (ROOT / link).exists(), f"{name}: {link}"
 
 
+def test_no_line_of_a_page_is_taken_for_a_comment():
+    """A line that begins with % is one to MyST, and missing from the site."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        begins = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("%")]
+        assert not begins, f"{page.name}: {begins[0]}"
+
+
 def test_lines_of_findings_are_short():
     assert max(map(len, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").splitlines())) <= 120

@@ -309,11 +309,21 @@ def _look(each: HybridArm) -> dict[str, Any]:
     marker = MARKERS.get(each.window, "*")
     filled = {} if each.output_gate else {"fillstyle": "none"}
     return {
-        "color": COLOURS[each.mixer],
+        "color": _colour(each),
         "marker": marker,
         "linestyle": "--" if each.pattern == "all" else "-",
         **filled,
     }
+
+
+def _colour(each: HybridArm) -> tuple[float, ...]:
+    """That of its mixer, lighter where gates or convolutions start otherwise or a convolution stands in front."""
+    from matplotlib.colors import to_rgb
+
+    lighter = {"drawn": 0.5, "spread": 0.7, 0.0: 0.45 if each.mixer == "ka" else 0.0}.get(each.start, 0.0)
+    if each.convolution:
+        lighter = 0.5
+    return tuple(1 - (1 - part) * (1 - lighter) for part in to_rgb(COLOURS[each.mixer]))
 
 
 def _axes(ax: Any, x: str, y: str = "validation loss (nats)") -> None:
