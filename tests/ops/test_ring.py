@@ -8,6 +8,7 @@ import torch
 from test_triton import CUDA, DEVICE, KERNELS, in_the_interpreter, kernels
 
 from ka_attention import ka_attention
+from ka_attention.ops import ring
 from ka_attention.ops.ring import ring_step
 
 if not KERNELS:
@@ -70,6 +71,21 @@ def test_steps_give_what_the_whole_text_gives(name):
         gate = gate.clamp(0, 1)
     whole = ka_attention(q, k, v, gate=gate, attn_mask=seen, scale=0.25, **options)
     assert torch.allclose(decode(ring_step, *given)[0], whole, atol=1e-13)
+
+
+def test_what_the_kernel_does_not_give_is_left_to_pytorch():
+    def fits(which=None, dtype=torch.float32):
+        q, k, v, keys, values = torch.ones(5, 1, 2, 1, 8, dtype=dtype).unbind()
+        tensors = {"q": q, "k": k, "v": v, "gate": torch.ones(2)}
+        if which:
+            tensors[which].requires_grad_()
+        return ring._is_for_the_kernel(tensors["q"], tensors["k"], tensors["v"], (keys, values), tensors["gate"])
+
+    assert [fits(dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)] == [True, True, False]
+    for which in ("q", "k", "v", "gate"):  # the kernel would lose their gradients without a word
+        assert not fits(which)
+        with torch.no_grad():
+            assert fits(which)
 
 
 @kernels

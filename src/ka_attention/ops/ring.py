@@ -28,8 +28,8 @@ def ring_step(
 ) -> Tensor:
     """A of one new token, [B, Hq, 1, D]; its key and its U are in the ring then, in place.
 
-    On a GPU this is one kernel, as a step of a narrow window is a few thousand numbers; elsewhere, and where a
-    compiler or autograd is to see it, PyTorch's operators.
+    On a GPU this is one kernel, as a step of a narrow window is a few thousand numbers; elsewhere, in float64, and
+    where a compiler or autograd is to see it, PyTorch's operators.
 
     Args:
         q: query, [B, Hq, 1, D]; k, v: key and value, [B, Hkv, 1, D].
@@ -40,8 +40,7 @@ def ring_step(
         mask: bool [B or 1, Hq or 1, 1, L], its columns the last L positions, at least `window` of them or all.
         scale, softcap: as in `ka_attention`.
     """
-    observed = dispatch.traced(q, k, v, *ring) or (torch.is_grad_enabled() and q.requires_grad)
-    if q.device.type == "cuda" and not observed:
+    if q.device.type == "cuda" and _is_for_the_kernel(q, k, v, ring, gate):
         from ka_attention.ops.triton.ring import step
 
         return step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
@@ -62,6 +61,13 @@ def ring_step(
     if isinstance(gate, Tensor) or gate != 0:
         values.index_copy_(2, slot, cache_values(v, a, gate))
     return a
+
+
+def _is_for_the_kernel(q: Tensor, k: Tensor, v: Tensor, ring: tuple[Tensor, Tensor], gate: float | Tensor) -> bool:
+    """Whether the kernel, which computes in float32 and has no gradient, gives what PyTorch's operators give."""
+    tensors = [q, k, v, *ring, *([gate] if isinstance(gate, Tensor) else [])]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return q.dtype != torch.float64 and not trains and not dispatch.traced(*tensors)
 
 
 def _for_heads(x: Tensor, like: Tensor) -> Tensor:

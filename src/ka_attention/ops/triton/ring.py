@@ -11,6 +11,7 @@ from ka_attention.ops.triton.primitives import capped
 from ka_attention.ops.triton.tiles import padded
 
 MOST_ROWS = 64  # slots read at once
+MAX_LAUNCHES = 1024
 
 _launches: dict[tuple, Launch] = {}
 
@@ -25,6 +26,8 @@ def step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap) -> Te
     key = (q.device, *layout, number, bounds, window, scale, softcap)
     launch = _launches.get(key)
     if launch is None:
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
         launch = _launches[key] = _launch(tensors, number, bounds, window, scale, softcap)
     a = torch.empty_like(q, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(q):
