@@ -8,7 +8,7 @@ import torch
 from test_triton import CUDA, DEVICE, KERNELS, in_the_interpreter, kernels
 
 from ka_attention import ka_attention
-from ka_attention.ops import ring
+from ka_attention.ops import dispatch, ring
 from ka_attention.ops.ring import ring_step
 
 if not KERNELS:
@@ -92,14 +92,13 @@ def test_what_the_kernel_does_not_give_is_left_to_pytorch():
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_does_the_step(name, monkeypatch):
     from ka_attention.ops.triton import ring as module
-    from ka_attention.ops.triton.ring import step
 
     monkeypatch.setattr(module, "_launches", {})
     if name.startswith("more slots"):
         monkeypatch.setattr(module, "MOST_ROWS", 4)
 
     def kernel(q, k, v, ring, count, *, gate, bounds, window, mask, scale, softcap):
-        return step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
+        return dispatch.load("triton").step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
 
     given = text(**CASES[name])
     truth = decode(ring_step, *given)

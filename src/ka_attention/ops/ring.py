@@ -41,9 +41,7 @@ def ring_step(
         scale, softcap: as in `ka_attention`.
     """
     if q.device.type == "cuda" and _is_for_the_kernel(q, k, v, ring, gate):
-        from ka_attention.ops.triton.ring import step
-
-        return step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
+        return dispatch.load("triton").step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
     keys, values = ring
     slots = torch.arange(keys.shape[2], device=q.device)
     last = count - 1
