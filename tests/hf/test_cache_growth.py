@@ -9,7 +9,7 @@ import torch
 from test_cache import CONFIGS, TINY, attached, largest, parallel, run
 from zoo import make, tokens
 
-from ka_attention.hf import KACache, KAConfig, attention_modules, reconfigure, use
+from ka_attention.hf import KACache, KAConfig, KAStaticCache, attention_modules, reconfigure, use
 from ka_attention.hf.adapters import LinearAdapter
 from ka_attention.hf.cache.layers import KADynamicLayer
 
@@ -130,6 +130,16 @@ def test_the_short_way_of_a_step_leaves_no_question_out():
     model.gpt_neox.layers[0].attention.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         run(model.train(), [ids[:, 2:3]], cache)
+
+    for ka in (KAConfig(window=3), KAConfig(window=3, gate_init=0.0), KAConfig(window=3, gate="head")):  # in a ring
+        model = attached("gpt_neox", ka)
+        run(model, [ids[:, :2]], cache := KAStaticCache(model.config, 4))
+        with pytest.raises(ValueError, match=r"^cu_seq_lens_q: packed sequences cannot continue a cache"):
+            run(model, [ids[:, 2:3]], cache, cu_seq_lens_q=ends)
+        run(model, [ids[:, :2]], cache := KAStaticCache(model.config, 4))
+        model.gpt_neox.layers[0].attention.attention_dropout = 0.1
+        with pytest.raises(ValueError, match="attention_dropout"):
+            run(model.train(), [ids[:, 2:3]], cache)
 
     adapters = {0: LinearAdapter(4, 8).double()}
     adapters[0].weight.data.mul_(0.5)

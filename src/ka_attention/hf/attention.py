@@ -143,6 +143,8 @@ def _ring_step(
 ) -> Tensor:
     """One new token of a layer whose past lies in a ring, ``[B, 1, Hq, D]``. A gate of 0 leaves an adapter V's slot."""
     _refuse_dropout(options)
+    if options.ends is not None:
+        raise ValueError("cu_seq_lens_q: packed sequences cannot continue a cache, got a token for a ring of slots")
     adapter = _adapter_of(module, layer)
     key, v, count = state.layer.pending
     gate = layer.gate_of(module, v, in_bounds=False) if layer.is_ka and adapter is None else 0.0
