@@ -1,6 +1,7 @@
 """The hybrid study: a tiny run in two processes, continued with more arms and seeds; its report; what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from ka_attention.harness.statements import Depo
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
-from ka_attention.studies.hybrid.study import HYBRID
+from ka_attention.studies.hybrid.results import TrainedArm
+from ka_attention.studies.hybrid.study import HYBRID, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
 
 SETTINGS = """vocab_size=512 hidden_size=32 heads=2 intermediate_size=320 layers=4 sequence_length=32 batch_size=2
@@ -123,6 +125,23 @@ def test_seeds_that_were_trained_before_count(run):
     recipe, out = run
     found = HYBRID.run(recipe, Store(out, {}), 1)
     assert {len(seeds) for seeds in found.arms.values()} == {2}
+
+
+def test_an_arm_that_was_trained_on_other_tokens_is_refused(run, tmp_path):
+    recipe, out = run
+    shutil.copytree(out, tmp_path / "out")
+    fewer = read(recipe, Store(tmp_path / "out", {}))
+    fewer = replace(fewer, train=replace(fewer.train, tokens=fewer.train.tokens - 1))
+    other = train_arm(recipe, "full-gated", recipe.learning_rate, 1, fewer, tmp_path)
+    (tmp_path / "out" / "parts" / "full-gated" / "seed1.json").unlink()
+    store = Store(tmp_path / "out", {})
+
+    def brought() -> TrainedArm:
+        return other
+
+    store.part("full-gated/seed1", brought)
+    with pytest.raises(UserError, match="full-gated was trained on another text"):
+        HYBRID.run(recipe, store, 1)
 
 
 def test_another_text_is_refused(run, tmp_path):

@@ -15,7 +15,7 @@ from ka_attention.harness.mixers import KERNEL, ShortConvolution, streaming
 from ka_attention.hf import KACache
 from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm, build, count, state_bytes
 from ka_attention.studies.hybrid.recipes import RECIPES
-from ka_attention.studies.hybrid.study import step
+from ka_attention.studies.hybrid.study import decoder, step
 
 SETTINGS = LlamaSettings(vocab_size=2048, hidden_size=64, layers=4, heads=4, intermediate_size=160)
 LENGTH = 24
@@ -152,6 +152,20 @@ def test_a_model_reads_on_where_its_state_ends(name):
         found = step(model, ids[:, -1:], LENGTH - 1, cache)
     whole = model(input_ids=ids, use_cache=False).logits[:, -1:]
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["full-gated", "canon", "3to1-ka-head-w4-gated", "3to1-softmax-w1", "3to1-ka-w2+4", "3to1-conv", "all-ka-w8"],
+)
+def test_a_step_that_is_repeated_is_one_after_the_same_tokens(name):
+    model, ids = build(arm(name), SETTINGS, LENGTH, 0).eval(), tokens()[:, :-1]
+    with torch.no_grad(), streaming(model, 2, torch.float32):
+        read_on = decoder(model, ids[:, :-1])
+        found = [read_on(ids[:, -1:]) for _ in range(1 if arm(name).mixer == "conv" or name == "canon" else 3)]
+    whole = model(input_ids=ids, use_cache=False).logits[:, -1:]
+    for each in found:
+        torch.testing.assert_close(each, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_state_bytes_are_counted():

@@ -54,7 +54,7 @@ class ShortConvolution(nn.Module):
             earlier = F.pad(x, (0, 0, KERNEL - 1, 0))
         else:
             earlier = torch.cat([self.past, x], 1)
-            self.past = earlier[:, -(KERNEL - 1) :]
+            self.past.copy_(earlier[:, -(KERNEL - 1) :])
         return sum(weight[i] * earlier[:, KERNEL - 1 - i : KERNEL - 1 - i + length] for i in range(KERNEL))  # type: ignore[return-value]
 
 

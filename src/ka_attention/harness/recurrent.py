@@ -6,6 +6,8 @@ stands between the matrix products; kernels made for one of them are faster, so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,24 +33,79 @@ def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = N
         return F.pad(x, (0, 0) * (x.ndim - 3) + (0, rest)).unflatten(2, (-1, chunk))
 
     q, k, v, decay = chunks(q), chunks(k), chunks(v), chunks(decay.to(exact)).cumsum(-1)
-    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    fade = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+    fade = faded(decay[..., :, None] - decay[..., None, :], 0)
     since = decay.exp()[..., None]  # how much of S before the chunk is left
-    u, w = v, v
-    if beta is not None:
+    kept = (k * (decay[..., -1:] - decay).exp()[..., None]).to(k.dtype).mT
+    if beta is None:
+        total = decay[..., -1].cumsum(-1)
+        weight = faded((total - decay[..., -1])[..., :, None] - total[..., None, :], -1)
+        u, states = v, (weight.to(v.dtype) @ (kept @ v).flatten(-2)).unflatten(-1, (k.shape[-1], v.shape[-1]))
+    else:
         weight = chunks(beta.to(exact))
         solution = inverse((weight[..., None] * (k @ k.mT) * fade).tril(-1)) * weight[..., None, :]
-        u, w = solution.to(v.dtype) @ v, (solution * since.mT).to(k.dtype) @ k
-    kept = (k * (decay[..., -1:] - decay).exp()[..., None]).to(k.dtype).mT
-    state, states, found = torch.zeros((), dtype=exact, device=q.device), [], []
-    state = state.expand(*q.shape[:2], k.shape[-1], v.shape[-1])
-    for n in range(q.shape[2]):
-        now = u[:, :, n] if beta is None or n == 0 else u[:, :, n] - w[:, :, n] @ state.to(v.dtype)
-        states.append(state.to(v.dtype))
-        found.append(now)
-        state = since[:, :, n, -1:] * state + kept[:, :, n] @ now
-    out = (q * since).to(q.dtype) @ torch.stack(states, 2) + (q @ k.mT * fade).to(v.dtype) @ torch.stack(found, 2)
+        w = (solution * since.mT).to(k.dtype) @ k
+        states, u = walk(solution.to(v.dtype) @ v, w, kept, since[..., -1, 0])
+    out = (q * since).to(q.dtype) @ states + (q @ k.mT * fade).to(v.dtype) @ u
     return out.flatten(2, 3)[:, :, :length]
+
+
+def faded(exponents: Tensor, diagonal: int) -> Tensor:
+    """Their exponentials where a row may see a column: up to this diagonal."""
+    seen = torch.ones(exponents.shape[-2:], dtype=torch.bool, device=exponents.device).tril(diagonal)
+    return exponents.masked_fill(~seen, -torch.inf).exp()
+
+
+def _walk(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
+    """S before each chunk n, and ``x_n = u_n − w_n S_n``, where ``S_{n+1} = fade_n S_n + kept_n x_n`` and S_0 = 0.
+
+    u ``[B, H, N, C, V]``, w ``[B, H, N, C, K]``, kept ``[B, H, N, K, C]``, fade ``[B, H, N]``. An operator of its own:
+    a compiler would unroll the chunks for a minute, and keep a copy of all of them for each one's gradient.
+    """
+    states, found = u.new_empty(*kept.shape[:4], u.shape[-1]), u.new_empty(u.shape)
+    state = fade.new_zeros(*kept.shape[:2], kept.shape[3], u.shape[-1])
+    for n in range(u.shape[2]):
+        states[:, :, n] = state
+        found[:, :, n] = u[:, :, n] - w[:, :, n] @ states[:, :, n]
+        state = (fade[:, :, n, None, None] * state).add_(kept[:, :, n] @ found[:, :, n])
+    return states, found
+
+
+def _walk_back(
+    by_states: Tensor, by_found: Tensor, w: Tensor, kept: Tensor, fade: Tensor, states: Tensor, found: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by u, w, kept and fade."""
+    later, by_u = states.new_empty(states.shape), found.new_empty(found.shape)
+    by_state = fade.new_zeros(*kept.shape[:2], kept.shape[3], found.shape[-1])
+    for n in reversed(range(found.shape[2])):
+        later[:, :, n] = by_state
+        by_u[:, :, n] = by_found[:, :, n] + kept[:, :, n].mT @ later[:, :, n]
+        by_state = (fade[:, :, n, None, None] * by_state).add_(by_states[:, :, n])
+        by_state -= w[:, :, n].mT @ by_u[:, :, n]
+    by_fade = (later.to(fade.dtype) * states).sum((-1, -2))
+    return by_u, -by_u @ states.mT, later @ found.mT, by_fade
+
+
+walk = torch.library.custom_op("ka_attention::walk", _walk, mutates_args=())
+walk_back = torch.library.custom_op("ka_attention::walk_back", _walk_back, mutates_args=())
+
+
+@walk.register_fake
+def _(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(*kept.shape[:4], u.shape[-1]), u.new_empty(u.shape)
+
+
+@walk_back.register_fake
+def _(
+    by_states: Tensor, by_found: Tensor, w: Tensor, kept: Tensor, fade: Tensor, states: Tensor, found: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (found, w, kept, fade))  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[1:], *output)
+
+
+walk.register_autograd(lambda ctx, *by: walk_back(*by, *ctx.saved_tensors), setup_context=_keep)
 
 
 def inverse(below: Tensor) -> Tensor:

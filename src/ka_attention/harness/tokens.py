@@ -49,10 +49,11 @@ class TokenFile:
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokens."""
-        digest = hashlib.sha256()
+        digest, left = hashlib.sha256(), 2 * self.tokens
         with self.path.open("rb") as file:
-            while chunk := file.read(HASHED_AT_ONCE):
+            while chunk := file.read(min(HASHED_AT_ONCE, left)):
                 digest.update(chunk)
+                left -= len(chunk)
         return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ class TrainedArm:
     ungated_loss: of the trained model with its gates set to 0, which makes it softmax attention.
     trained_on:   versions, hardware and date (`harness.environment`): arms may be added on another machine.
     graphs:       whether its steps ran as CUDA graphs.
+    text:         SHA-256 of the tokens it was trained on, on which its batches depend; None in records without it.
     """
 
     parameters: int
@@ -29,6 +30,7 @@ class TrainedArm:
     ungated_loss: float | None
     trained_on: dict[str, Json]
     graphs: bool
+    text: str | None = None
 
     @property
     def loss(self) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from ka_attention.errors import UserError
 from ka_attention.harness import environment, workers
-from ka_attention.harness.fast import Passes
+from ka_attention.harness.fast import Passes, captured
 from ka_attention.harness.mixers import convolution_bytes, streaming
 from ka_attention.harness.models import attention
 from ka_attention.harness.pretraining import (
@@ -32,7 +32,7 @@ from ka_attention.harness.records import Json
 from ka_attention.harness.store import Store
 from ka_attention.harness.timing import now
 from ka_attention.harness.tokens import TokenText, enough, prepare
-from ka_attention.hf import KACache, cache_bytes
+from ka_attention.hf import KACache, KAStaticCache, cache_bytes
 from ka_attention.report.document import Section
 from ka_attention.studies.hybrid import report, tasks
 from ka_attention.studies.hybrid.models import HybridArm, arm, build, count, state_bytes
@@ -69,6 +69,8 @@ class HybridStudy:
         for name in arms:  # with the seeds that were trained before, where they are more
             count = next(n for n in itertools.count(seeds) if not store.done(part(name, n).name))
             trained[name] = tuple(store.part(*_flat(part(name, seed))) for seed in range(count))
+            if any(one.text not in (None, text.description["fingerprint"][0]) for one in trained[name]):
+                raise UserError(f"--out: {store.out}/parts/{name} was trained on another text; delete it")
         decoding = {name: store.part(f"{name}/decoding", decode, recipe, name) for name in arms}
         return HybridResults(text.description, rates, trained, decoding, tasks.teach(recipe, store, seeds))
 
@@ -107,6 +109,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
     """Train one arm with one seed, and ask what its gates are and what it is without them."""
     each = arm(name)
     trained_on = environment.describe()  # before minutes of training: it fails where the package is not installed
+    tokens = text.train.fingerprint()
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = _passes(recipe.compiled and device.type == "cuda")
     settings = replace(recipe, learning_rate=rate)
@@ -144,6 +147,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
         ungated_loss=ungated,
         trained_on=trained_on,
         graphs=passes.graphs,
+        text=tokens,
     )
 
 
@@ -186,38 +190,62 @@ def _passes(compiled: bool) -> Passes:
 def decode(recipe: HybridRecipe, name: str) -> Decoding:
     """Bytes of an arm's state after ``sequence_length`` tokens, and the time of a decoding step; weights are random.
 
-    The state is kept in bfloat16 on CUDA, else float32. A step is one token for each of ``decode_batch`` sequences, run
-    as PyTorch runs it, without graphs; the median counts, after as many steps that do not. Recurrent mixers are not
-    decoded here.
+    The state is kept in bfloat16 on CUDA, else float32. A step is one token for each of ``decode_batch`` sequences
+    after ``sequence_length`` others, through a cache of fixed size; on CUDA the replay of a graph. The median of
+    ``decode_steps`` counts, after as many that do not. Recurrent mixers are not decoded here.
     """
     each = arm(name)
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    computed = state_bytes(each, recipe, recipe.sequence_length, dtype.itemsize)
+    length, batch = recipe.sequence_length, recipe.decode_batch
+    computed = state_bytes(each, recipe, length, dtype.itemsize)
     if not each.attends and each.mixer not in ("conv", "none"):
         return Decoding(computed, None, None)
-    model: Any = build(each, recipe, recipe.sequence_length, 0).to(device, dtype).eval()
-    batch = recipe.decode_batch
-    cache_: Any = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache()
+    model: Any = build(each, recipe, length, 0).to(device, dtype).eval()
+    past, token = (torch.zeros(batch, n, dtype=torch.long, device=device) for n in (length, 1))
+    with streaming(model, batch, dtype):
+        grown: Any = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache()
+        step(model, past, 0, grown)
+        measured = (_filled(grown) + convolution_bytes(model)) // batch
+    del grown
     seconds = []
     with streaming(model, batch, dtype):
-        step(model, torch.zeros(batch, recipe.sequence_length, dtype=torch.long, device=device), 0, cache_)
-        measured = (_filled(cache_) + convolution_bytes(model)) // batch
-        for i in range(2 * recipe.decode_steps):
+        read_on = decoder(model, past)
+        read_on = captured(read_on, token) if device.type == "cuda" else read_on
+        for _ in range(2 * recipe.decode_steps):
             began = now(device)
-            step(model, torch.zeros(batch, 1, dtype=torch.long, device=device), recipe.sequence_length + i, cache_)
+            read_on(token)
             seconds.append(now(device) - began)
     return Decoding(computed, measured, statistics.median(seconds[recipe.decode_steps :]))
 
 
-def step(model: Any, ids: torch.Tensor, position: int, cache_: Any) -> torch.Tensor:
+def decoder(model: Any, past: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of one more token ``[B, 1]`` after ``past`` ``[B, T]`` that gives its logits, at every call those
+    after T tokens: through a cache of fixed size, without a word from the device, so that a CUDA graph can hold it."""
+    length, layers = past.shape[1], model.config.num_hidden_layers
+    kind: Any = KAStaticCache if model.config._attn_implementation == "ka" else StaticCache
+    cache_ = kind(config=model.config, max_cache_len=length + 1)
+    step(model, past, 0, cache_)
+    counters = torch.full((layers,), length, device=past.device)  # one tensor: setting them back is one kernel
+    for counter, layer in zip(counters, cache_.layers, strict=True):
+        layer.cumulative_length = counter
+    all_seen = torch.ones(len(past), 1, 1, length + 1, dtype=torch.bool, device=past.device)
+
+    def read_on(token: torch.Tensor) -> torch.Tensor:
+        counters.fill_(length)
+        return step(model, token, length, cache_, all_seen)
+
+    return read_on
+
+
+def step(model: Any, ids: torch.Tensor, position: int, cache_: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The next tokens' logits. Not by way of the model, whose mask asks a first layer that may keep no tokens."""
     x = model.model.embed_tokens(ids)
     positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
     embeddings = model.model.rotary_emb(x, position_ids=positions)
     for layer in model.model.layers:
         mixed, _ = layer.self_attn(
-            layer.input_layernorm(x), position_embeddings=embeddings, attention_mask=None, past_key_values=cache_
+            layer.input_layernorm(x), position_embeddings=embeddings, attention_mask=mask, past_key_values=cache_
         )
         x = x + mixed
         x = x + layer.mlp(layer.post_attention_layernorm(x))
