@@ -6,9 +6,11 @@ gate at 0. Three kinds of rows:
 
 step    one token more for each of so many requests with so much context: the model as it decodes, over pages of random
         numbers. On a GPU a replayed CUDA graph, so the GPU's time alone; on a CPU arms take turns.
-served  transformers' continuous batching from the first request to the last token, all requests there at once: prompts
-        in chunks of 8,192 tokens at most, on a GPU with CUDA graphs and asynchronous batches. The arms take turns, the
-        fastest of three times counts: in the others graphs are captured.
+served  transformers' continuous batching from the first request to the last token: prompts in chunks of 8,192 tokens
+        at most, on a GPU with CUDA graphs and asynchronous batches. All requests are there before the first batch is
+        made, so that the batches are the same each time: on a GPU it is done until no graph is captured, and then the
+        arms take turns. ``seconds`` and ``first_token_s`` are medians, ``captured`` is how many graphs were captured
+        while they were taken (0).
 fit     requests of 32,768 tokens that nine tenths of the memory beside the model hold, from the bytes of a request; so
         much was allocated, and written.
 """
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -40,7 +44,7 @@ from ka_attention.hf.support import attention_modules
 
 Row = dict[str, Any]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "serving"
-WINDOW, PAGE, NEW, SECONDS = 8, 256, 64, 1.0
+WINDOW, PAGE, NEW, SECONDS, SHARE = 8, 256, 64, 1.0, 0.2
 ARMS = {
     "softmax": KAConfig(gate_init=0.0),
     "softmax window": KAConfig(window=WINDOW, gate_init=0.0),
@@ -50,7 +54,7 @@ ARMS = {
 SHORT = [(requests, context) for context in (512, 4096) for requests in (1, 8, 64, 256)]
 GPU: dict[str, Any] = {
     "step": [(requests, context) for context in (512, 4096, 32768, 65536) for requests in (1, 8, 64, 256)],
-    "served": [*SHORT, (1, 32768), (8, 32768), (1, 65536)],
+    "served": [*SHORT, (1, 32768), (8, 32768), (1, 65536), (8, 65536)],
     "fit": 32768,
 }
 CPU: dict[str, Any] = {"step": [(1, 512), (8, 512), (1, 4096), (8, 4096)], "served": [(1, 512), (8, 512)], "fit": 32768}
@@ -188,54 +192,92 @@ def _fits(needed: int) -> bool:
 
 
 def served(cases: list[tuple[int, int]], new: int = NEW, **sizes: int) -> Iterator[Row]:
-    """Rows of kind "served": the fastest of three times, in which the arms take turns."""
+    """Rows of kind "served": medians of times in which the arms take turns."""
     most, longest = (max(numbers) for numbers in zip(*cases, strict=True))
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
-    managers = {}
-    for arm in ARMS:
-        model = build(arm, **sizes)
-        fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": most}
-        if torch.cuda.is_available():
-            fields |= {"use_cuda_graph": True, "use_async_batching": True, "max_memory_percent": 0.25}
-        else:
-            pages = longest // PAGE + 1
-            fields |= {"num_blocks": most * (pages if None in windows_of(model) else 1) + 8, "max_memory_percent": 0.5}
-        managers[arm] = model.init_continuous_batching(greedy, ContinuousBatchingConfig(**fields))
-        managers[arm].start()
-    vocabulary = model.config.vocab_size
+    servers: dict[str, Server] = {}
     try:
+        for arm in ARMS:
+            model = build(arm, **sizes)
+            fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": most}
+            if torch.cuda.is_available():
+                fields |= {"use_cuda_graph": True, "use_async_batching": True, "max_memory_percent": SHARE}
+            else:
+                pages = longest // PAGE + 1
+                blocks = most * (pages if None in windows_of(model) else 1) + 8
+                fields |= {"num_blocks": blocks, "max_memory_percent": 0.5}
+            servers[arm] = Server(model.init_continuous_batching(greedy, ContinuousBatchingConfig(**fields)))
         for requests, context in cases:
-            rows: dict[str, list[Row]] = {arm: [] for arm in ARMS}
-            for _ in range(3):
-                for arm, manager in managers.items():
-                    rows[arm].append(_serve(manager, requests, context, new, vocabulary))
-            for arm in ARMS:
-                yield {"kind": "served", "arm": arm, **min(rows[arm], key=lambda row: row["seconds"])}
+            arms = [arm for arm in ARMS if requests * (context + new) <= servers[arm].tokens]
+            rows: dict[str, list[Row]] = {arm: [] for arm in arms}
+            for arm in arms:
+                for _ in range(8):
+                    if not servers[arm].serve(requests, context, new)["captured"]:
+                        break
+            end = time.perf_counter() + SECONDS
+            while time.perf_counter() < end or len(rows[arms[0]]) < 3:
+                for arm in arms:
+                    rows[arm].append(servers[arm].serve(requests, context, new))
+            yield from ({"kind": "served", "arm": arm, **_median(rows[arm])} for arm in arms)
     finally:
-        for manager in managers.values():
-            manager.stop(block=True)
-            manager.destroy()
+        for server in servers.values():
+            server.manager.stop(block=True)
+            server.manager.destroy()
 
 
-def _serve(manager: Any, requests: int, context: int, new: int, vocabulary: int) -> Row:
-    """All requests at once, to their last tokens."""
-    prompts = torch.randint(2, vocabulary, (requests, context)).tolist()
-    first, found = [], 0
-    start = time.perf_counter()
-    for prompt in prompts:
-        manager.add_request(prompt, record_timestamps=True)
-    while found < requests:
-        result = manager.get_result(timeout=60)
-        if result is None or result.error:
-            raise RuntimeError(f"{requests} requests of {context}: {result.error if result else 'no result in 60 s'}")
-        if result.is_finished():
-            found += 1
-            first.append(result.timestamps[0] - start)
-    seconds = time.perf_counter() - start
-    return {
-        "requests": requests, "context": context, "new": new, "requests_per_s": requests / seconds,
-        "tokens_per_s": requests * new / seconds, "first_token_s": statistics.median(first), "seconds": seconds,
-    }  # fmt: skip
+class Server:
+    """A started manager, which begins a batch only while nobody is adding requests."""
+
+    def __init__(self, manager: Any) -> None:
+        self.manager, self.adding, self.captured = manager, threading.Lock(), 0
+        manager.warmup()
+        processor = manager.batch_processor
+        prepare, runner = processor.prepare_next_batch, processor.model_runner
+        capture = runner._capture_graph
+
+        def wait_and_prepare() -> bool:
+            with self.adding:
+                return prepare()
+
+        def count_and_capture(*arguments: Any) -> None:
+            self.captured += 1
+            capture(*arguments)
+
+        processor.prepare_next_batch, runner._capture_graph = wait_and_prepare, count_and_capture
+        is_full = any(group.ring is None for group in processor.cache.groups.values())
+        self.tokens = processor.cache.num_blocks * PAGE if is_full else math.inf
+        self.vocabulary = manager.model.config.vocab_size
+        manager.start()
+
+    def serve(self, requests: int, context: int, new: int) -> Row:
+        """All requests at once, to their last tokens."""
+        prompts = torch.randint(2, self.vocabulary, (requests, context)).tolist()
+        first, found, captured = [], 0, self.captured
+        with self.adding:
+            for prompt in prompts:
+                self.manager.add_request(prompt, record_timestamps=True)
+            start = time.perf_counter()
+        while found < requests:
+            result = self.manager.get_result(timeout=60)
+            if result is None or result.error:
+                reason = result.error if result else "no result in 60 s"
+                raise RuntimeError(f"{requests} requests of {context}: {reason}")
+            if result.is_finished():
+                found += 1
+                first.append(result.timestamps[0] - start)
+        seconds, captured = time.perf_counter() - start, self.captured - captured
+        return {
+            "requests": requests, "context": context, "new": new, "seconds": seconds,
+            "first_token_s": statistics.median(first), "captured": captured,
+        }  # fmt: skip
+
+
+def _median(rows: list[Row]) -> Row:
+    """The row of one case, of several times."""
+    row = rows[0] | {name: statistics.median(row[name] for row in rows) for name in ("seconds", "first_token_s")}
+    row |= {"times": len(rows), "captured": sum(row["captured"] for row in rows)}
+    speed = row["requests"] / row["seconds"]
+    return row | {"requests_per_s": speed, "tokens_per_s": speed * row["new"]}
 
 
 def fit(context: int, **sizes: int) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from ka_attention import ka_attention
 class PagedCall:
     """The call of a seed. ``options`` and ``tensors`` are those of the operator, ``expected()`` what it gives."""
 
-    def __init__(self, seed, dtype=torch.float64, page=(1, 2, 4, 16), most=40, head_dim=(4, 8)):
+    def __init__(self, seed, dtype=torch.float64, page=(1, 2, 4, 16), most=40, head_dim=(4, 8), sequences=None):
         choose = random.Random(seed)
         torch.manual_seed(seed)
         Hkv, groups, D, S = (
@@ -19,7 +19,7 @@ class PagedCall:
             choose.choice(head_dim),
             choose.choice(page),
         )
-        H, N = Hkv * groups, choose.randrange(1, 6)
+        H, N = Hkv * groups, sequences or choose.randrange(1, 6)
         new = [choose.choice((0, 1, 1, 2, 7, most)) for _ in range(N)]
         pasts = [choose.choice((0, 1, 3, S, 2 * S + 1, most)) for _ in range(N)]
         window = choose.choice((None, None, 1, 2, 5, 16, 100))

@@ -26,6 +26,14 @@ def test_random_calls(seed, dtype):
 
 
 @kernels
+@pytest.mark.parametrize("seed", range(20) if CUDA else (14, 26))  # windows of 2 and 16
+def test_more_sequences_than_a_kernel_looks_at_in_one_step(seed):
+    call = PagedCall(seed, torch.float32, *(((64,), 30, (64,), 300) if CUDA else ((4,), 30, (8,), 20)))
+    expected = call.expected()
+    assert (call(DEVICE, backend="triton").double() - expected).norm() <= 5e-5 * expected.norm()
+
+
+@kernels
 @pytest.mark.parametrize("kind", ["gate", "one", "softmax"])
 def test_new_tokens_are_stored(kind):
     torch.manual_seed(0)

@@ -103,8 +103,10 @@ class Narrow(Plan):
         return q.new_empty(*heads, self.D), q.new_empty(*heads, self.BM)
 
     def _starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The first token of each token's sequence, int32 [T]. Packed sequences are one sequence with a mask."""
-        if cu_seqlens is None:
-            return None
+        """The first token of each token's sequence, int32 [T]; a caller who has them gives [1, T] for `cu_seqlens`.
+        Packed sequences are one sequence with a mask.
+        """
+        if cu_seqlens is None or cu_seqlens.ndim == 2:
+            return cu_seqlens
         tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)

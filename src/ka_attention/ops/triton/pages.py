@@ -253,45 +253,51 @@ def store_kernel(
         tl.store(U_PAGES + at, u.to(U_PAGES.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "window", "width"])
+@triton.jit(do_not_specialize=["T2", "N", "window", "width"])
 def join_kernel(
-    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, ENDS, Q2, K2, V2, GATE2, q_strides, k_strides, v_strides,
+    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, STARTS, Q2, K2, V2, GATE2, q_strides, k_strides, v_strides,
     gate_strides, kp_strides, up_strides, table_stride, low, high, T2, N, window, S, width, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, MOST: tl.constexpr, HAS_GATE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The new tokens of every sequence behind the last window − 1 of its past, K and U as K and V with gate 0: BM of
-    them, of one head, from ENDS on. BACK: Q, of the new tokens alone, from Q2.
+    """BM rows of one head of sequences that are made of the last window − 1 tokens of a past, K and U as K and V with
+    gate 0, and of the new tokens; zeros after the last. STARTS: the first row of each row's sequence. BACK: Q, of the
+    new tokens alone, from Q2.
     """
     h = tl.program_id(1)
-    n, r0, start, rows = _find(tl.program_id(0), CU, N, BM, MOST)
-    length = tl.load(LENGTHS + n)
-    seen = tl.minimum(length, window - 1)
-    head = tl.cast(h, tl.int64) * T2 + tl.load(ENDS + n)
-    Q += h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
-    Q2 += (head + seen) * D
+    j = tl.program_id(0) * BM + tl.arange(0, BM)
+    n, before, total = j * 0, j * 0, N * 0  # of a row: its sequence, and the rows of pasts in those before
+    for i in range(0, N, MOST):
+        at = i + tl.arange(0, MOST)
+        seen = tl.minimum(tl.load(LENGTHS + at, mask=at < N, other=0), window - 1)
+        end = tl.load(CU + at + 1, mask=at < N, other=0) + total + tl.cumsum(seen, 0)
+        over = (end[None, :] <= j[:, None]) & (at < N)[None, :]
+        n += tl.sum(over.to(tl.int32), 1)
+        before += tl.sum(tl.where(over, seen[None, :], 0), 1)
+        total += tl.sum(seen)
+    start = tl.load(CU + n)
+    length = tl.load(LENGTHS + n, mask=n < N, other=0)
+    p = length - tl.minimum(length, window - 1) + j - start - before
+    is_past, is_new, d = p < length, (p >= length) & (n < N), tl.arange(0, BD)[None, :]
+    new, inside = is_new[:, None] & (d < D), (j < T2)[:, None] & (d < D)
+    t = (start + p - length).to(tl.int64)
+    Q += h * q_strides[1] + t[:, None] * Q_ROW + d
+    row = tl.cast(h, tl.int64) * T2 + j
+    to = row[:, None] * D + d
     if BACK:
-        store_tile(Q, load_tile(Q2, r0, D, rows, BM, D, BD, True), r0, Q_ROW, rows, BM, D, BD)
+        tl.store(Q, tl.load(Q2 + to, mask=new), mask=new)
     else:
-        K += h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
-        V += h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
-        store_tile(Q2, load_tile(Q, r0, Q_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
-        store_tile(K2 + (head + seen) * D, load_tile(K, r0, K_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
-        store_tile(V2 + (head + seen) * D, load_tile(V, r0, V_ROW, rows, BM, D, BD, True), r0, D, rows, BM, D, BD)
-        row = r0 + tl.arange(0, BM)
+        held, slot = is_past[:, None] & (d < D), (p % S)[:, None]
+        page = tl.load(TABLE + n * table_stride + p // S % width, mask=is_past, other=0).to(tl.int64)[:, None]
+        k = tl.load(K + h // GROUP * k_strides[1] + t[:, None] * K_ROW + d, mask=new, other=0.0)
+        v = tl.load(V + h // GROUP * v_strides[1] + t[:, None] * V_ROW + d, mask=new, other=0.0)
+        K_PAGES += h // GROUP * kp_strides[1] + page * kp_strides[0] + slot * kp_strides[2] + d
+        U_PAGES += h // U_GROUP * up_strides[1] + page * up_strides[0] + slot * up_strides[2] + d
+        tl.store(Q2 + to, tl.load(Q, mask=new, other=0.0), mask=inside)
+        tl.store(K2 + to, tl.where(held, tl.load(K_PAGES, mask=held, other=0.0), k), mask=inside)
+        tl.store(V2 + to, tl.where(held, tl.load(U_PAGES, mask=held, other=0.0), v), mask=inside)
         g = tl.full([BM], 1.0, tl.float32)
         if HAS_GATE:
-            g = _gates(GATE + h * gate_strides[1], start + row, gate_strides[2], row < rows, low, high)
-        tl.store(GATE2 + head + seen + row, g, mask=row < rows)
-        if (r0 == 0) & (rows > 0):
-            d = tl.arange(0, BD)[None, :]
-            for j in range(0, seen, BM):
-                i = j + tl.arange(0, BM)
-                p = length - seen + i
-                page = tl.load(TABLE + n * table_stride + p // S % width, mask=i < seen, other=0).to(tl.int64)[:, None]
-                slot = (p % S)[:, None]
-                held = (i < seen)[:, None] & (d < D)
-                k = K_PAGES + h // GROUP * kp_strides[1] + page * kp_strides[0] + slot * kp_strides[2] + d
-                u = U_PAGES + h // U_GROUP * up_strides[1] + page * up_strides[0] + slot * up_strides[2] + d
-                store_tile(K2 + head * D, tl.load(k, mask=held, other=0.0), j, D, seen, BM, D, BD)
-                store_tile(V2 + head * D, tl.load(u, mask=held, other=0.0), j, D, seen, BM, D, BD)
+            g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new, low, high)
+        tl.store(GATE2 + row, tl.where(is_new, g, 0.0), mask=j < T2)
+        tl.store(STARTS + j, start + before, mask=(j < T2) & (h == 0))

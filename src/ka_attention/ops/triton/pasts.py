@@ -22,7 +22,9 @@ def attend(
     packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
     scale: float, window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
-    """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past."""
+    """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past, from
+    their ends or, [1, T], the first token of each token's.
+    """
     T, N, is_empty = q.shape[2], len(cu_seqlens) - 1, past.block_table.shape[1] == 0
     if T > 4 * N and not is_softmax and (is_empty or narrow_rows(q, window, True) is not None):
         if is_empty:
@@ -100,25 +102,24 @@ def _joined(
     k_pages, u_pages, table, lengths = past
     (_, H, T, D), N, S = q.shape, len(cu_seqlens) - 1, k_pages.shape[2]
     T2 = T + N * (window - 1)
-    q2, k2, v2 = q.new_zeros(3, 1, H, T2, D).unbind()
-    gate2 = torch.zeros(1, H, T2, dtype=torch.float32, device=q.device)
-    ends = F.pad(cu_seqlens, (0, 1), value=T2)
-    ends[1:-1] += lengths.clamp(max=window - 1).cumsum(0)
+    q2, k2, v2 = q.new_empty(3, 1, H, T2, D).unbind()
+    gate2 = torch.empty(1, H, T2, dtype=torch.float32, device=q.device)
+    starts = torch.empty(1, T2, dtype=torch.int32, device=q.device)
     a = q.new_empty(1, T, H, D).transpose(1, 2)
     BM = 16 if q.device == INTERPRETED else 64
     constants = _constants(q, k, u_pages) | {"BM": BM, "HAS_GATE": gate is not None}
     places = strides(k), strides(v), strides(gate), strides(k_pages), strides(u_pages), strides(table)[0]
 
     def join(x: Tensor, x2: Tensor, back: bool) -> None:
-        join_kernel[T // BM + N, H](
-            x, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, ends, x2, k2, v2, gate2, strides(x), *places,
-            *bounds, T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
+        join_kernel[triton.cdiv(T2, BM), H](
+            x, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, starts, x2, k2, v2, gate2, strides(x),
+            *places, *bounds, T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
             **constants | {"Q_ROW": x.stride(2)},
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
         join(q, q2, False)
-        join(a, packed(q2, k2, v2, gate2, ends), True)
+        join(a, packed(q2, k2, v2, gate2, starts), True)
     return a
 
 
