@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from transformers import AttentionInterface
 
 from benchmarks import costs, models
 from benchmarks.harness import device_type, machine
+from benchmarks.messages import OneOf, counted
 from ka_attention import ka_attention
 from ka_attention.hf import KAConfig, attach, sequence_parallel
 
@@ -54,13 +55,6 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num
 WINDOWED, HYBRID, HEADS, RING = "KA window 8", "KA 3:1", "softmax, all-to-all", "softmax, ring"
 WINDOW = 8
 Row = dict[str, Any]
-
-
-class OneOf:
-    """A group of ``size`` processes of which there is one: messages go nowhere, and what it sends comes back."""
-
-    def __init__(self, size: int) -> None:
-        self.rank, self.size = size // 2, size
 
 
 class Processes:
@@ -233,38 +227,6 @@ def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int
     return call
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes that this process sends to others for attention: all of it goes through ``all_to_all_single``.
-
-    Within it groups may be `OneOf`.
-    """
-    total = [0]
-    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "get_rank", "get_world_size")}
-
-    def counting(got: Tensor, x: Tensor, receive: list[int], send: list[int], group: Any) -> None:
-        row = x[:1].nbytes if len(x) else 0
-        total[0] += row * (sum(send) - send[dist.get_rank(group)])
-        if not isinstance(group, OneOf):
-            originals["all_to_all_single"](got, x, receive, send, group)
-        elif len(got) == len(x):
-            got.copy_(x)
-        else:
-            got.zero_()
-
-    def of_group(name: str, attribute: str) -> Callable[..., int]:
-        return lambda group=None: getattr(group, attribute) if isinstance(group, OneOf) else originals[name](group)
-
-    changed = counting, of_group("get_rank", "rank"), of_group("get_world_size", "size")
-    for name, function in zip(originals, changed, strict=True):
-        setattr(dist, name, function)
-    try:
-        yield total
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
-
-
 def constants(own: Processes) -> Iterator[Row]:
     """What messages cost, and what a share costs an attention layer beside its own tokens."""
     size, many = own.size, 20
@@ -320,10 +282,10 @@ def calibration(own: Processes) -> Iterator[Row]:
             yield long_text(own, "calibration", "47M", arm, 1, length)
 
 
-def long_texts(own: Processes, length: int, cases: list[tuple[str, str, int, float]]) -> Iterator[Row]:
-    """``cases``: model, arm, ranks, and the seconds that must be left."""
-    length = length >> 10 if own.tiny else length
-    for name, arm, ranks, seconds in cases:
+def long_texts(own: Processes, cases: list[tuple[str, str, int, int, float]]) -> Iterator[Row]:
+    """``cases``: model, arm, ranks, tokens, and the seconds that must be left."""
+    for name, arm, ranks, length, seconds in cases:
+        length = length >> 10 if own.tiny else length
         if own.is_late(seconds):
             yield {"part": "long texts", "model": name, "arm": arm, "ranks": ranks, "tokens": length,
                    "sent": ranks in own.groups,
@@ -333,21 +295,34 @@ def long_texts(own: Processes, length: int, cases: list[tuple[str, str, int, flo
 
 
 def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
-    """In the order of their importance where time is short; the seconds are those of one H200."""
-    n, counts = own.size, sorted({1, 2, 8, own.size})
-    softmax = [("47M", HEADS, ranks, 9.0) for ranks in (8, n, 1)] + [("47M", RING, n, 9.0)] * (n > 1)
-    more = [("47M", HYBRID, 8, 16.0), ("410M", WINDOWED, max(2, n), 14.0)]
+    """In the order of their importance where time is short; the seconds are those of two H200."""
+    n = own.size
+    counts = [1, n] if n > 1 else [1, 2, 8]
+    most = counts[-1]
+
+    def cases(arm: str, ranks: list[int], length: int, seconds: float, name: str = "47M") -> list[tuple]:
+        return [(name, arm, count, length, seconds) for count in ranks]
+
+    rings = [case for T, s in ((1 << 17, 5.0), (1 << 18, 15.0)) for case in cases(RING, [n], T, s)] * (n > 1)
+    long = {
+        "131k": cases(WINDOWED, counts, 1 << 17, 4.0) + cases(HYBRID, counts, 1 << 17, 5.0),
+        "softmax": rings[:1] + cases(HEADS, [n], 1 << 17, 5.0) + rings[1:],
+        "262k": cases(WINDOWED, [most], 1 << 18, 4.0) + cases(HYBRID, [most], 1 << 18, 6.0),
+        "1m": cases(WINDOWED, counts, 1 << 20, 6.0),
+        "1m-410M": cases(WINDOWED, [most], 1 << 20, 30.0, "410M"),
+        "524k": cases(WINDOWED, [most], 1 << 19, 5.0) + cases(HYBRID, [most], 1 << 19, 14.0),
+        "1m-hybrid": cases(HYBRID, [most], 1 << 20, 50.0),
+        "largest": cases(WINDOWED, [1], 1 << 21, 15.0) + cases(WINDOWED, [1], 3 << 20, 25.0),
+        "softmax-1": cases(HEADS, [1], 1 << 17, 9.0),
+    }
     return {
+        "data": partial(data_parallel, own),
+        "131k": partial(long_texts, own, long.pop("131k")),
+        "softmax": partial(long_texts, own, long.pop("softmax")),
         "bytes": partial(bytes_sent, own),
         "constants": partial(constants, own),
         "calibration": partial(calibration, own),
-        "131k": partial(
-            long_texts, own, 1 << 17, [("47M", arm, ranks, 3.0) for arm in (WINDOWED, HYBRID) for ranks in counts]
-        ),
-        "1m": partial(long_texts, own, 1 << 20, [("47M", WINDOWED, ranks, 6.0) for ranks in counts]),
-        "data": partial(data_parallel, own),
-        "softmax": partial(long_texts, own, 1 << 17, list(dict.fromkeys(softmax))),
-        "1m-more": partial(long_texts, own, 1 << 20, more),
+        **{name: partial(long_texts, own, found) for name, found in long.items()},
     }
 
 
@@ -359,12 +334,12 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
     dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=patience)
     own = Processes(rank, size, until, tiny)
     file = Path(out, "rows.json")
-    found: Row = {"machine": machine("transformers"), "rows": []}
-    if only and file.exists():
-        found = json.loads(file.read_text())
-    rows: list[Row] = found["rows"]
+    rows: list[Row] = json.loads(file.read_text())["rows"] if only and file.exists() else []
+    found: Row = {"machine": machine("transformers"), "rows": rows}
     for name, part in parts(own).items():
-        for row in part() if only is None or name in only else ():
+        if only is not None and name not in only:
+            continue
+        for row in part():
             rows.append(row)
             if rank == 0:
                 print(json.dumps(row), flush=True)

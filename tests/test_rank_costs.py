@@ -105,5 +105,5 @@ def test_one_of_many_ranks_computes_by_itself():
             out.sum().backward()
         assert out.shape == q.shape
         assert out.isfinite().all()
-        forward = 4 * 2 * 8 * 4 + (size - 1) * 4 * 2 * (2 + 8) * 4 if window else 4 * (size - 1) * q.nbytes // size
-        assert sent == [2 * forward]
+        keys, others = 4 * 2 * 8 * 4, size - 1  # and the maps, then what goes back of their constants alone
+        assert sent == [2 * keys + others * 4 * 2 * (2 + 8 + 8) * 4 if window else 8 * others * q.nbytes // size]

@@ -53,6 +53,8 @@ def refusals(group):
     ):
         with pytest.raises(ValueError, match=words):
             ka_attention(**({"q": x, "k": x, "v": x} | arguments), group=group)
+    with pytest.raises(RuntimeError, match="'reference' does not take a group"):
+        ka_attention(x, x, x, window=2, group=group, backend="reference")
 
 
 def work(folder):

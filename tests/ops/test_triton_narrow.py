@@ -59,6 +59,32 @@ def test_segments(given, divide):
 
 
 @kernels
+@pytest.mark.parametrize("given", [{"window": 8, "gate": "token", "P": 7}, {"window": 16, "P": 4, "Hkv": 2}])
+def test_a_share_stops_between_kernels(given, divide):
+    """For what comes before to be known then: its map gives the U that the whole has, and b its gradient."""
+    from ka_attention.ops.triton import backward, forward, state_gradient
+    from ka_attention.ops.triton import open as start
+
+    divide(3)
+    tensors, options = on_device(Problem(**SMALL | given | {"T": 64}, dtype=torch.float32))
+    q, k, v, gate, k_past, u = tensors[:6]
+    a, lse, saved = forward(*tensors, **options, save=True)
+    u_past = torch.zeros_like(u)
+    M, c, finish = start(q, k, v, gate, k_past, u_past, **options, save=True)
+    state, values = options["window"] - 1, v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    expected = (a if gate is None else values + gate[..., None] * (a - values))[:, :, -state:]
+    assert (c + M[..., state - u.shape[2] :] @ u - expected).norm() < 1e-5 * expected.norm()
+    u_past.copy_(u)
+    found = finish()
+    assert (found[0] - a).norm() < 1e-5 * a.norm()
+    da = torch.randn_like(a)
+    b = state_gradient(da, q, k, v, gate, k_past, u_past, found[2], **options)
+    expected = backward(da, *tensors, a, lse, saved, **options)[5]
+    assert (b - expected).norm() < 1e-5 * expected.norm()
+    assert start(q[:, :, :50], k[:, :, :50], v[:, :, :50], None, k_past, u_past, **options, save=True) is None
+
+
+@kernels
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(
     ("name", "row", "given"),

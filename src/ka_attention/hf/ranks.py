@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +209,7 @@ def attend_share(
     if not layer.is_ka and window is softcap is ends is None:
         from ka_attention.ops import ranks  # a PyTorch may be built without collectives
 
-        out = ranks.attend(layer.group, _softmax, q, k, v, 0.0, None, None, {"scale": scale})
+        out = ranks.by_heads(layer.group, partial(_softmax, scale=scale), q, k, v)
     else:
         gate = layer.gate_of(module, v) if layer.is_ka else 0.0
         out = ka_attention(

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,10 +128,9 @@ def ka_attention(
     if group is not None:
         if not past is attn_mask is block_table is cache_seqlens is None:
             raise ValueError("group cannot be combined with past or attn_mask; cu_seqlens keeps sequences apart")
-        from ka_attention.ops import ranks  # a PyTorch may be built without collectives
-
-        options = {"scale": scale, "softcap": softcap, "backend": backend}
-        return ranks.attend(group, ka_attention, q, k, v, gate, window, cu_seqlens, options)
+        return _over_ranks(
+            group, normalise(q, k, v, gate, scale, window, None, None, None, softcap), gate, cu_seqlens, backend
+        )
     if block_table is not None or cache_seqlens is not None:
         if cu_seqlens is None or past is None or block_table is None or cache_seqlens is None:
             raise ValueError("block_table and cache_seqlens are given together, with cu_seqlens and past")
@@ -149,7 +149,16 @@ def ka_attention(
             a = _one_token(*call.tensors, **call.options)
         if attn_mask is None or q.device.type != "cpu" or dispatch.traced(q) or math.isfinite(a.sum().item()):
             return a  # else a weight of 0 may have met what is not finite
-    return dispatch.attend(*call, backend or ("triton" if q.device.type == "cuda" else "blocked"))
+    return dispatch.attend(*call, backend or _default(q))
+
+
+def _over_ranks(group, call: Call, gate, cu_seqlens, backend) -> Tensor:
+    from ka_attention.ops import ranks  # a PyTorch may be built without collectives
+
+    q, k, v, *_ = call.tensors
+    if call.options["window"] is None:
+        return ranks.by_heads(group, partial(ka_attention, **call.options, backend=backend), q, k, v, gate, cu_seqlens)
+    return ranks.by_tokens(group, call, cu_seqlens, backend or _default(q))
 
 
 def _is_one_token_after_a_past(call: Call) -> bool:
@@ -159,6 +168,10 @@ def _is_one_token_after_a_past(call: Call) -> bool:
         return False
     trains_gate = x.gate is not None and x.gate.requires_grad  # its gradient is 0 then, not absent
     return not trains_gate and (x.mask is None or not x.may_train)
+
+
+def _default(q: Tensor) -> str:
+    return "triton" if q.device.type == "cuda" else "blocked"
 
 
 def _one_token(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap) -> Tensor:

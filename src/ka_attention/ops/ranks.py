@@ -7,44 +7,36 @@ affine in that state u [w − 1, D] (docs/maths.md):
     u' = c  + M u,     c = U⁰ of its last w − 1 tokens;     M = g F of them
 
 Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers a rank however long the text is. Each rank
-composes the maps before its own, in log2 of their number of steps. Without a window every output depends on all keys;
-ranks exchange heads for tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole
-sequences of some heads.
+composes the maps before its own, in log2 of their number of steps. Backward goes the same way from the end, with
 
-Backward is autograd's: collectives are differentiable and stand in the graph of every rank, also where a rank has no
-use for what it gets, or the others would wait for it.
+    λ = b + Mᵀ λ',     b = Fᵀ dA,     λ: the gradient of u, λ' that of u'
+
+Kernels for narrow windows have M and c at hand in the middle of their work, and b without F (`open`, `state_gradient`
+of a backend); others compute F, by columns. Without a window every output depends on all keys; ranks exchange heads for
+tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads.
+
+Every rank takes part in every message, also where it has no use for what it gets, or the others would wait for it.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ka_attention.ops import dispatch
+from ka_attention.ops.inputs import Call, Options
+
 Operator = Callable[..., Tensor]  # ka_attention
 Group = dist.ProcessGroup
+Results = tuple[Tensor, Tensor, Tensor]  # of a backend's `forward`
+Gradients = Sequence[Any]  # of q, k, v, gate, k_past, u_past: Tensor or None
 ROWS, MIN_ROWS = 4096, 256  # of one product with F
-
-
-def attend(
-    group: Group,
-    operator: Operator,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: float | Tensor,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    options: dict,
-) -> Tensor:
-    """A of this rank's share, [B, Hq, T / ranks, D]; cu_seqlens are those of the whole text."""
-    if window is None:
-        return _by_heads(group, operator, q, k, v, gate, cu_seqlens, options)
-    return _by_tokens(group, operator, q, k, v, gate, window, cu_seqlens, options)
 
 
 class Share(NamedTuple):
@@ -66,152 +58,183 @@ def share_of(rank: int, length: int, window: int, ends: list[int]) -> Share:
     return Share(seen, carried, sorted(set(rest)))
 
 
-def _by_tokens(group, operator, q, k, v, gate, window, cu_seqlens, options) -> Tensor:
+def by_tokens(group: Group, call: Call, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    """A of this rank's share with a window, [B, Hq, T / ranks, D]; cu_seqlens are those of the whole text."""
+    q, k, v, gate, *_ = tensors = call.tensors
     rank, ranks, T = dist.get_rank(group), dist.get_world_size(group), q.shape[2]
-    state = window - 1
-    if state > T:
-        raise ValueError(f"group: each rank's share must hold window − 1 = {state} tokens at least, got {T}")
+    window = call.options["window"] or 1
+    if window - 1 > T:
+        raise ValueError(f"group: each rank's share must hold window − 1 = {window - 1} tokens at least, got {T}")
     ends = [0, ranks * T] if cu_seqlens is None else cu_seqlens.tolist()
     if ends[-1] != ranks * T:
         raise ValueError(f"cu_seqlens must end at {ranks * T}, the tokens of all {ranks} ranks, got {ends[-1]}")
-    share = share_of(rank, T, window, ends)
-
-    (k, k_tail), (v, v_tail) = _Tail.apply(k, state), _Tail.apply(v, state)
-    before = _from_previous(group, k_tail)[:, :, state - share.seen :] if state else k_tail
-    call = _Call(operator, q, k, gate, {**options, "window": window}, share)
-    own = call(v, before, q.new_zeros(*q.shape[:2], share.seen, q.shape[3]))
-    if not share.seen:
-        own = _Also.apply(own, before)
-    if not state or ranks == 1:
-        return own
-    own, a_tail = _Tail.apply(own, state)
-    parts = [_Tail.apply(F, state) for F in call.responses(before, state)]
-    tails = [tail for _, tail in parts] or [q.new_zeros(*q.shape[:2], state, state)]
-    g = _tail_of_gate(gate, q, slice(T - state, T))
-    values = v_tail.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    c = values + g * (a_tail - values)
-    M = g * torch.cat(tails, dim=-1)[..., :state]
-    u = _compose(group, torch.cat([M, c], dim=-1).to(torch.promote_types(q.dtype, torch.float32)), state).to(q.dtype)
-    if not parts:
-        return _Also.apply(own, u)
-    D = q.shape[3]
-    for (F, _), rows in zip(parts, u.split(D, dim=2), strict=True):
-        own = _add_product(own, F, pad(rows, (0, 0, 0, D - rows.shape[2])))
-    return own
+    if window == 1 or ranks == 1:
+        cu_seqlens = None if window == 1 else cu_seqlens
+        return dispatch.attend(tensors._replace(cu_seqlens=cu_seqlens), call.options, backend)
+    if backend == "reference":
+        raise RuntimeError("backend 'reference' does not take a group with a window: use 'blocked'")
+    part = _Part(group, share_of(rank, T, window, ends), call.options, backend, window - 1, tensors.may_train)
+    with dispatch.without_autocast(q, backend):
+        return _ByTokens.apply(q, k, v, gate, part)
 
 
-class _Call(NamedTuple):
-    """The operator on one share: the sequence that comes from before with its past, then those that begin here."""
+class _Part(NamedTuple):
+    """What a share is computed with besides its tensors."""
 
-    operator: Operator
-    q: Tensor
-    k: Tensor
-    gate: float | Tensor
-    options: dict
+    group: Group
     share: Share
+    options: Options
+    backend: str
+    state: int  # w − 1
+    save: bool
 
-    def __call__(self, v: Tensor, k_past: Tensor, u_past: Tensor) -> Tensor:
-        n, T = self.share.carried, self.q.shape[2]
-        parts = []
-        if n:
-            parts.append(self._run(slice(0, n), v, past=(k_past, u_past)))
-        if n < T:
-            ends = self.share.ends
-            packed = None if len(ends) == 2 else torch.tensor(ends, dtype=torch.int32, device=v.device)
-            parts.append(self._run(slice(n, T), v, cu_seqlens=packed))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    def forward(self, q, k, v, gate, k_past=None, u_past=None, ends=None) -> Results:
+        load = dispatch.load(self.backend)
+        return load.forward(q, k, v, gate, k_past, u_past, None, ends, **self.options, save=self.save)
 
-    def _run(self, s: slice, v: Tensor, **how) -> Tensor:
-        q, k, gate = self.q, self.k, self.gate
-        if (s.start, s.stop) != (0, q.shape[2]):  # the gradient of a part is a tensor of zeros around it
-            q, k, v = q[:, :, s], k[:, :, s], v[:, :, s]
-            gate = gate[:, :, s] if isinstance(gate, Tensor) and gate.ndim == 3 else gate
-        return self.operator(q, k, v, gate=gate, **how, **self.options)
-
-    def responses(self, k_past: Tensor, state: int) -> Iterator[Tensor]:
-        """F for V = 0 and the unit states, [B, Hq, T, D]: as many columns at once as a head has dimensions."""
-        (B, H, T, D), (seen, n, _) = self.q.shape, self.share
-        if not n:
-            return
-        zeros = self.k.new_zeros(()).expand(self.k.shape)
-        for some in torch.eye(state, device=zeros.device, dtype=zeros.dtype)[state - seen :].split(D, dim=1):
+    def open(self, q, k, v, gate, k_past, u_past) -> tuple[Tensor | None, Tensor, Tensor, Callable[[], Results]]:
+        """F, or None where the backend needs none, M, c, and `forward` for when u_past, now 0, holds its values."""
+        new, load = (q, k, v, gate, k_past, u_past), dispatch.load(self.backend)
+        opened = load.open(*new, **self.options, save=self.save) if hasattr(load, "open") else None
+        if opened is not None:
+            return None, *opened
+        a, *others = self.forward(*new)
+        (B, H, T, D), seen = q.shape, self.share.seen
+        columns, zeros = [], k.new_zeros(()).expand(k.shape)
+        for some in torch.eye(seen, device=q.device, dtype=q.dtype).split(D, dim=1):  # as many as a head has dimensions
             u = pad(some, (0, D - some.shape[1])).expand(B, H, seen, D)
-            F = self._run(slice(0, n), zeros, past=(k_past, u))
-            yield F if n == T else pad(F, (0, 0, 0, T - n))
+            columns.append(self.forward(q, k, zeros, gate, k_past, u)[0][..., : some.shape[1]])
+        F = torch.cat(columns, dim=-1)
+        M = F[:, :, T - self.state :].to(torch.promote_types(q.dtype, torch.float32))
+        M = pad(M if gate is None else gate[:, :, T - self.state :, None] * M, (self.state - seen, 0))
+        return F, M, self.last_u(a, q, k, v, gate), lambda: (a + F @ u_past, *others)
+
+    def last_u(self, a, q, k, v, gate) -> Tensor:
+        """U of the last w − 1 tokens; zeros before them where they are fewer."""
+        rows = min(self.state, a.shape[2])
+        tail = slice(a.shape[2] - rows, None)
+        u, v = (x[:, :, tail].to(torch.promote_types(q.dtype, torch.float32)) for x in (a, v))
+        if gate is not None:
+            u = torch.lerp(_heads(v, q), u, gate[:, :, tail, None])
+        return pad(u, (0, 0, self.state - rows, 0))
+
+    def backward(self, last: Tensor | None, da, q, k, v, gate, k_past, u_past, ends, a, *others) -> Gradients:
+        """`last` is what others give to U of the last w − 1 tokens, [B, Hq, w − 1, D]."""
+        rows, load = min(self.state, a.shape[2]), dispatch.load(self.backend)
+        tail = slice(a.shape[2] - rows, None)
+        if last is not None:
+            last, da = last[:, :, self.state - rows :], da.clone()
+            da[:, :, tail] += last if gate is None else gate[:, :, tail, None] * last
+        inputs = q, k, v, gate, k_past, u_past, None, ends, a, *others
+        grads = load.backward(da, *inputs, **self.options)
+        if last is not None and gate is not None:
+            dv = last - gate[:, :, tail, None] * last
+            grads[2][:, :, tail] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
+            grads[3][:, :, tail] += (last * (a[:, :, tail] - _heads(v[:, :, tail], q))).sum(-1)
+        return grads
+
+    def answer(self, F: Tensor | None, da, *others) -> Tensor:
+        """b = Fᵀ dA, the gradient of u_past where U of the last tokens has none from others."""
+        if F is None:
+            return dispatch.load(self.backend).state_gradient(da, *others, **self.options)
+        rows = math.gcd(da.shape[2], ROWS)  # a sum over all rows is too long for one product
+        x, F = (y.unflatten(2, (-1, rows if rows >= MIN_ROWS else da.shape[2])) for y in (da, F))
+        return (F.mT @ x).sum(2, dtype=torch.promote_types(da.dtype, torch.float32))
 
 
-class _Tail(torch.autograd.Function):
-    """x and its last n tokens, whose gradient is added to that of x in place of a tensor of zeros of its size."""
+class _ByTokens(torch.autograd.Function):
+    """A sequence that comes from the share before waits for its state; those that begin in this share wait for nobody,
+    and where there are any, the next share depends on them alone.
+    """
 
     @staticmethod
-    def forward(ctx, x, n):
-        ctx.n = n
-        return x.view_as(x), x[:, :, x.shape[2] - n :].clone()
+    def forward(ctx, q, k, v, gate, part: _Part):
+        (seen, n, ends), state, T = part.share, part.state, q.shape[2]
+        new = q, k, v, gate
+        first, rest = _at(slice(0, n), *new), _at(slice(n, T), *new)
+        k_past = _pass_on(part.group, k[:, :, T - state :], 1)[:, :, state - seen :]
+        u_past = q.new_zeros(*q.shape[:2], seen, q.shape[3])
+        F = packed = None
+        own: Any = (None,) * 3
+        if n == T:
+            F, M, c, finish = part.open(*new, k_past, u_past)
+        else:
+            packed = None if len(ends) == 2 else torch.tensor(ends, dtype=torch.int32, device=q.device)
+            own = part.forward(*rest, ends=packed)
+            c = part.last_u(own[0], *rest)
+            M, finish = c.new_zeros(*c.shape[:2], state, state), partial(part.forward, *first, k_past, u_past)
+        maps = _gather(part.group, torch.cat([M, c], dim=-1))
+        u_past.copy_(_compose(maps[: dist.get_rank(part.group)])[:, :, state - seen :])
+        carried = finish() if n else own
+        ctx.part = part
+        ctx.save_for_backward(maps[..., :state], *new, k_past, u_past, F, packed, *carried, *own)
+        return carried[0] if n in (0, T) else torch.cat([carried[0], own[0]], dim=2)
 
     @staticmethod
-    def backward(ctx, grad, tail):
-        grad = grad.clone()
-        grad[:, :, grad.shape[2] - ctx.n :] += tail
-        return grad, None
+    def backward(ctx, da):
+        part, (M, q, k, v, gate, k_past, u_past, F, packed, *results) = ctx.part, ctx.saved_tensors
+        (seen, n, _), state, T = part.share, part.state, q.shape[2]
+        new = q, k, v, gate
+        first, rest = _at(slice(0, n), *new), _at(slice(n, T), *new)
+        carried, own = results[:3], results[3:]
+        past = k_past, u_past, None
+        grads: Gradients = [None] * 4 + [torch.zeros_like(k_past), torch.zeros_like(u_past)]
+        if n == T:
+            b = part.answer(F, da, *new, k_past, u_past, carried[2])
+        else:
+            grads = part.backward(None, da[:, :, :n], *first, *past, *carried) if n else grads
+            b = grads[5]
+        b = _gather(part.group, pad(b.to(M.dtype), (0, 0, state - seen, 0)))
+        last = _compose(torch.cat([M.mT, b], dim=-1)[dist.get_rank(part.group) + 1 :].flip(0))
+        if n == T:
+            grads = part.backward(last, da, *new, *past, *carried)
+        else:
+            others = part.backward(last, da[:, :, n:], *rest, None, None, packed, *own)
+            grads = [_join(x, y) for x, y in zip(grads[:4], others, strict=False)] + list(grads[4:])
+        dk, dk_past = grads[1], grads[4]
+        dk[:, :, T - state :] += _pass_on(part.group, pad(dk_past, (0, 0, state - seen, 0)), -1)
+        return *grads[:4], None
 
 
-class _Also(torch.autograd.Function):
-    """x, with y in its graph: somebody waits for the message of y's gradient."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(y)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, torch.zeros_like(ctx.saved_tensors[0])
+def _at(s: slice, q, k, v, gate) -> tuple[Any, Any, Any, Any]:
+    return q[:, :, s], k[:, :, s], v[:, :, s], gate if gate is None else gate[:, :, s]
 
 
-def _add_product(a: Tensor, F: Tensor, u: Tensor) -> Tensor:
-    """a + F u, some rows at a time: the gradient of u is a sum over all rows, too long for one product."""
-    (B, H, T, D), rows = a.shape, math.gcd(a.shape[2], ROWS)
-    rows = T if rows < MIN_ROWS else rows
-    u = u[:, :, None].expand(B, H, T // rows, D, D).reshape(-1, D, D)
-    return torch.baddbmm(a.reshape(-1, rows, D), F.reshape(-1, rows, D), u).view(B, H, T, D)
+def _join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None or y is None else torch.cat([x, y], dim=2)
 
 
-def _tail_of_gate(gate: float | Tensor, q: Tensor, tail: slice) -> float | Tensor:
-    if not isinstance(gate, Tensor):
-        return gate
-    gate = gate[:, :, tail, None] if gate.ndim == 3 else gate.view(1, -1, 1, 1)
-    return gate.to(torch.promote_types(q.dtype, torch.float32))
+def _heads(v: Tensor, q: Tensor) -> Tensor:
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
-def _compose(group: Group, own: Tensor, state: int) -> Tensor:
-    """The state before this rank's share, [B, Hq, state, D], from the maps (M | c) of all shares."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    maps = _exchange(group, own.expand(ranks, *own.shape))
-    before = (torch.arange(ranks, device=own.device) < rank).view(-1, *[1] * own.ndim)
-    identity = torch.eye(state, own.shape[-1], device=own.device, dtype=own.dtype)  # (1 | 0)
-    maps = torch.where(before, maps, identity)
+def _compose(maps: Tensor) -> Tensor:
+    """What maps (M | c), [n, …, state, state + D], make of a state of zeros, the first one first."""
+    state = maps.shape[-2]
     while len(maps) > 1:  # neighbours become one map, (M₂ | c₂) ∘ (M₁ | c₁) = (M₂ M₁ | M₂ c₁ + c₂)
-        if len(maps) % 2:
-            maps = torch.cat([maps, identity.expand(1, *own.shape)])
-        first, second = maps[::2], maps[1::2]
-        M = second[..., :state]
-        maps = torch.cat([M @ first[..., :state], M @ first[..., state:] + second[..., state:]], dim=-1)
-    return maps[0, ..., state:]
+        paired, last = maps[: len(maps) // 2 * 2], maps[len(maps) // 2 * 2 :]
+        both = paired[1::2, ..., :state] @ paired[::2]
+        both[..., state:] += paired[1::2, ..., state:]
+        maps = torch.cat([both, last]) if len(last) else both
+    return maps.sum(0)[..., state:]  # of one map, or of none
 
 
-def _from_previous(group: Group, x: Tensor) -> Tensor:
-    """What the rank before gave as `x`, of the same shape; the first rank gets zeros."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    rows = x.movedim(2, 0).contiguous()  # sent along the first dimension
-    send = [len(rows) if other == rank + 1 else 0 for other in range(ranks)]
-    receive = [len(rows) if other == rank - 1 else 0 for other in range(ranks)]
-    if rank + 1 == ranks:
-        rows = rows[:0]
-    got = _AllToAll.apply(rows, receive, send, group)
-    return torch.cat([got.movedim(0, 2), torch.zeros_like(x[:, :, : x.shape[2] - len(got)])], dim=2)
+def _gather(group: Group, x: Tensor) -> Tensor:
+    """Everybody's x, [ranks, …]."""
+    return _exchange(group, x.expand(dist.get_world_size(group), *x.shape))
 
 
-def _by_heads(group, operator, q, k, v, gate, cu_seqlens, options) -> Tensor:
+def _pass_on(group: Group, x: Tensor, by: int) -> Tensor:
+    """x goes to the rank `by` further on; the like comes from the other side, or zeros."""
+    rank, ranks, x = dist.get_rank(group), dist.get_world_size(group), x.contiguous()
+    send, receive = ([x.numel() * (other == rank + way) for other in range(ranks)] for way in (by, -by))
+    got = torch.zeros_like(x)
+    dist.all_to_all_single(got.view(-1)[: sum(receive)], x.view(-1)[: sum(send)], receive, send, group)
+    return got
+
+
+def by_heads(group: Group, operator: Operator, q, k, v, gate=0.0, cu_seqlens=None) -> Tensor:
+    """The same for calls that need all tokens, by processes that hold whole sequences of some heads."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for name, heads in (("query", q.shape[1]), ("key", k.shape[1])):
         if heads % ranks:
@@ -222,7 +245,7 @@ def _by_heads(group, operator, q, k, v, gate, cu_seqlens, options) -> Tensor:
         else:
             gate = gate.chunk(ranks)[rank]
     q, k, v = (_heads_for_tokens(group, x) for x in (q, k, v))
-    return _tokens_for_heads(group, operator(q, k, v, gate=gate, cu_seqlens=cu_seqlens, **options))
+    return _tokens_for_heads(group, operator(q, k, v, gate=gate, cu_seqlens=cu_seqlens))
 
 
 def _heads_for_tokens(group: Group, x: Tensor) -> Tensor:
@@ -241,20 +264,16 @@ def _tokens_for_heads(group: Group, x: Tensor) -> Tensor:
 
 def _exchange(group: Group, x: Tensor) -> Tensor:
     """Entry r of x [ranks, …] goes to rank r, and comes back as the entry of who sent it."""
-    ones = [1] * len(x)
-    return _AllToAll.apply(x, ones, ones, group)
+    return _AllToAll.apply(x, group)
 
 
 class _AllToAll(torch.autograd.Function):
-    """The first send[0] entries of x go to rank 0, …; receive[0] come first, from rank 0, …"""
-
     @staticmethod
-    def forward(ctx, x, receive, send, group):
-        ctx.way_back = send, receive, group
-        got = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(got, x.contiguous(), receive, send, group)
+    def forward(ctx, x, group):
+        ctx.group, got, ones = group, torch.empty_like(x, memory_format=torch.contiguous_format), [1] * len(x)
+        dist.all_to_all_single(got, x.contiguous(), ones, ones, group)
         return got
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllToAll.apply(grad, *ctx.way_back), None, None, None
+        return _AllToAll.apply(grad, ctx.group), None

@@ -51,6 +51,28 @@ def backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved,
         return plan.backward(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved)
 
 
+def open(q, k, v, gate, k_past, u_past, *, scale, window, softcap, save):
+    """M and c of a share over ranks (`ka_attention.ops.ranks`), and the rest of `forward` for when u_past, now 0, holds
+    what was before. None for windows and lengths that do not come to a stop between kernels.
+    """
+    q, k, v, k_past = map(_unit_stride, (q, k, v, k_past))
+    tensors = q, k, v, gate, k_past, u_past
+    plan = _plan(None, *tensors, None, None, scale, window, softcap, save)
+    if not isinstance(plan, Narrow) or plan.segments == 1 or plan.T % plan.BM:
+        return None
+    with torch.cuda.device_of(q):
+        return plan.open(*tensors, *_outputs(q, plan.width))
+
+
+def state_gradient(da, q, k, v, gate, k_past, u_past, saved, *, scale, window, softcap) -> Tensor:
+    """The gradient of u_past alone, in float32; after `open`."""
+    da, q, k, v, k_past = map(_unit_stride, (da, q, k, v, k_past))
+    plan = _plan(da, q, k, v, gate, k_past, u_past, None, None, scale, window, softcap, True)
+    assert isinstance(plan, Narrow)
+    with torch.cuda.device_of(q):
+        return plan.state_gradient(da, gate, saved)
+
+
 def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds) -> Tensor:
     """A of packed sequences after pasts in pages. Same input, same bits."""
     _check(q)

@@ -1,8 +1,10 @@
 """The plan for narrow windows: three kernels a pass, or one where a segment is the sequence."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -59,9 +61,15 @@ class Narrow(Plan):
     def reverse_scan(self) -> Launch:
         return self._scan(reverse=True)
 
-    def _scan(self, reverse: bool) -> Launch:
-        grid = self.B * self.H, triton.cdiv(self.D, tiles.SCAN_WIDTH)
-        constants = {"BD": tiles.SCAN_WIDTH, "BM": self.BM, "REVERSE": reverse}
+    @cached_property
+    def wide_scan(self) -> Launch:
+        """With M beside c."""
+        return self._scan(reverse=False, width=self.D + self.BM)
+
+    def _scan(self, reverse: bool, width: int | None = None) -> Launch:
+        width = width or self.D
+        grid = self.B * self.H, triton.cdiv(width, tiles.SCAN_WIDTH)
+        constants = {"D": width, "BD": tiles.SCAN_WIDTH, "BM": self.BM, "REVERSE": reverse}
         return self.launch(scan_kernel, grid, self.segments, **constants, **self.options["scan_kernel"])
 
     def _launch(self, kernel, *numbers, **constants) -> Launch:
@@ -77,6 +85,36 @@ class Narrow(Plan):
             into = torch.empty_like(state)
             self.scan(state, maps, into)
             self.apply(v, gate, u_past, saved, into, a)
+
+    def open(self, q, k, v, gate, k_past, u_past, a, lse, saved) -> tuple[Tensor, Tensor, Callable]:
+        """A share over ranks (`backend.open`): all segments are one map more, and what each meets is affine, too."""
+        state, maps = self._room(q)
+        saved = saved if self.save else q.new_empty(*q.shape[:3], 2 * self.BM)
+        self.maps(q, k, v, gate, k_past, u_past, None, None, a, lse, saved, state, maps)
+        state = F.pad(state, (0, self.BM))
+        state[:, :, 0, :, self.D :] = maps[:, :, 0]
+        into = torch.empty_like(state)
+        self.wide_scan(state, maps, into)
+        last = slice(self.BM - self.window + 1, None)
+        both = (state[:, :, -1] + maps[:, :, -1] @ into[:, :, -1])[:, :, last].float()
+
+        def close() -> tuple[Tensor, Tensor, Tensor]:
+            before = F.pad(u_past, (0, 0, self.BM - self.P, 0))[:, :, None]
+            with torch.cuda.device_of(q):
+                self.apply(v, gate, u_past, saved, into[..., : self.D] + into[..., self.D :] @ before, a)
+            return a, lse, saved
+
+        return both[..., self.D :][..., last], both[..., : self.D], close
+
+    def state_gradient(self, da, gate, saved) -> Tensor:
+        state, maps = self._room(saved)
+        into = torch.empty_like(state)
+        self.adjoint_maps(da, gate, saved, state, maps)
+        self.reverse_scan(state, maps, into)
+        z = (state[:, :, 0] + maps[:, :, 0] @ into[:, :, 0]).float()  # of the first block
+        z = z if gate is None else gate[:, :, : self.BM, None] * z
+        f = saved[:, :, : self.BM, 2 * self.BM - self.P :].float()
+        return f.mT @ (da[:, :, : self.BM] + z)
 
     def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
         state, maps = self._room(q)
