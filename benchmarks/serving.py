@@ -11,13 +11,14 @@ served  transformers' continuous batching from the first request to the last tok
         made, so that the batches are the same each time: on a GPU it is done until no graph is captured, and then the
         arms take turns. ``seconds`` and ``first_token_s`` are medians, ``captured`` is how many graphs were captured
         while they were taken (0).
-fit     requests of 32,768 tokens that nine tenths of the memory beside the model hold, from the bytes of a request; so
-        much was allocated, and written.
+fit     requests of 32,768 tokens to which transformers' cache, of nine tenths of the memory beside the model, gives
+        blocks, one request after another until there are none.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import RequestState
 
 from benchmarks.harness import device_type, machine, medians, table
 from benchmarks.models import LLAMA
@@ -280,17 +282,33 @@ def _median(rows: list[Row]) -> Row:
     return row | {"requests_per_s": speed, "tokens_per_s": speed * row["new"]}
 
 
-def fit(context: int, **sizes: int) -> Iterator[Row]:
-    """Rows of kind "fit": the bytes of all arms are of the same room, allocated once; without a GPU there is none."""
-    each, room = {arm: bytes_of(build(arm, **sizes), context) for arm in ARMS}, 0
-    if torch.cuda.is_available():
+def fit(context: int, blocks: int | None = None, **sizes: int) -> Iterator[Row]:
+    """Rows of kind "fit": what transformers' cache gives one request after another until it has no more, of nine tenths
+    of the memory beside a model, or of so many ``blocks``.
+    """
+    for arm in ARMS:
+        model = build(arm, **sizes)
+        row = {"kind": "fit", "arm": arm, "context": context, "bytes": bytes_of(model, context + 1), "requests": None}
+        if blocks or torch.cuda.is_available():
+            fields = {"num_blocks": blocks} if blocks else {"max_memory_percent": 0.9}
+            settings = ContinuousBatchingConfig(max_batch_tokens=8192, max_requests_per_batch=256, **fields)
+            manager = model.init_continuous_batching(GenerationConfig(eos_token_id=-1), settings)
+            cache = manager._create_batch_processor().cache
+            requests = next(i for i in itertools.count() if not _given(cache, f"{i}", context + 1))
+            held = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in chain(*cache.pool_of.values())}
+            row |= {"requests": requests, "allocated": sum(x.nbytes() for x in held.values())}
+            del manager, cache, held
+        yield row
+        del model
         gc.collect()
         torch.cuda.empty_cache()
-        room = torch.empty(int(0.9 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device="cuda").fill_(1).nbytes
-        torch.cuda.empty_cache()
-    for arm in ARMS:
-        row = {"kind": "fit", "arm": arm, "context": context, "bytes": each[arm], "allocated": room or None}
-        yield row | {"requests": room // each[arm] if room else None}
+
+
+def _given(cache: Any, name: str, tokens: int) -> bool:
+    """Whether the cache had blocks for the tokens of another request."""
+    if hasattr(cache, "can_store_request_tokens"):
+        return cache.can_store_request_tokens(RequestState(name, []), tokens)
+    return cache.allocate_blocks(-(-tokens // cache.block_size), name, 0) is not None  # transformers 5.17
 
 
 SPEEDS: dict[str, tuple[str, Callable[[Row], float], str]] = {

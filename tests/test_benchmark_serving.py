@@ -34,6 +34,14 @@ def test_a_step_reads_all_that_a_request_holds(arm):
     assert changed.sum() == 1
 
 
+def test_the_cache_takes_as_many_requests_as_their_bytes_say():
+    rows = {row["arm"]: row for row in serving.fit(1000, 600, **TINY)}
+    for row in rows.values():
+        assert row["allocated"] * 0.93 <= row["requests"] * row["bytes"] <= row["allocated"]
+    assert rows["KA window"]["requests"] > 30 * rows["softmax"]["requests"] / 8
+    assert rows["KA window"]["bytes"] * 32 < rows["softmax"]["bytes"]
+
+
 def test_rows_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "SECONDS", 0.05)
     monkeypatch.setattr(serving, "ARMS", {name: serving.ARMS[name] for name in ("softmax window", "KA window")})

@@ -216,3 +216,14 @@ def test_a_kept_manager_belongs_to_one_configuration():
     with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
         model.generate_batch(PROMPTS, greedy(), settings())
     model.destroy_cached_continuous_batching_manager()
+
+
+def test_no_memory_is_set_aside_for_masks_that_nobody_makes():
+    """As for flash attention: with masks the second cache would have a fourteenth of the blocks."""
+    model = attach(make("llama"), KAConfig(gate_init=0.5))
+    found = []
+    for most in (16, 2048):
+        limits = settings(num_blocks=None, max_batch_tokens=most, max_memory_percent=0.002)
+        manager = model.init_continuous_batching(greedy(), limits)
+        found.append(manager._create_batch_processor().cache.num_blocks)
+    assert found[1] > found[0] / 2

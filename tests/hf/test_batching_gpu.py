@@ -18,7 +18,14 @@ SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "n
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # of log-probabilities; `generate` is held to the same
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["", "CUDA graphs"])
+def test_graphs_and_asynchronous_batches_are_chosen_as_for_flash_attention():
+    model = attach(LlamaForCausalLM(LlamaConfig(vocab_size=97, **SIZE)), ARMS["hybrid"]).to("cuda")
+    chosen = model.init_continuous_batching(greedy(), settings()).continuous_batching_config
+    assert chosen.use_async_batching
+    assert all(chosen.cuda_graph_booleans)
+
+
+@pytest.mark.parametrize("graphs", [False, None], ids=["", "CUDA graphs"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("arm", ARMS)
 def test_batches_generate_what_one_by_one_is_generated(arm, dtype, graphs):

@@ -29,7 +29,8 @@ class KABatchingManager(ContinuousBatchingManager):
             setattr(settings, name, max(SMALLEST, max(narrow) - 1))
         self.sized = cache_config(model.config, windows, getattr(settings, name))
         self.ka = Layer.of(attention_modules(model)[0]).ka
-        super().__init__(model, generation_config, settings, hints)
+        super().__init__(_Sized(model, self.sized), generation_config, settings, hints)  # type: ignore[arg-type]
+        self.model = model
         self.input_queue = self.requests = Requests(self.input_queue.maxsize)
 
     def stop_at(self, request_id: str, tokenizer: Any, strings: str | Sequence[str]) -> None:
@@ -40,7 +41,8 @@ class KABatchingManager(ContinuousBatchingManager):
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any) -> None:
         """Nothing, as attention "ka" takes paged caches; ValueError if the model is not what it was made for."""
-        layer = getattr(attention_modules(model)[0], "ka_layer", None)
+        whole = model._model if isinstance(model, _Sized) else model
+        layer = getattr(attention_modules(whole)[0], "ka_layer", None)
         if getattr(layer, "ka", None) is not self.ka:
             raise ValueError(
                 "model: its ka_config is not that of the batching manager it kept, call "
@@ -149,10 +151,13 @@ def _check_path(model: Any) -> None:
 
 
 class _Sized:
-    """A model whose configuration is the one that its cache is sized by."""
+    """A model whose configuration is the one that its cache is sized by, and settings not given are chosen by."""
 
     def __init__(self, model: Any, config: Any) -> None:
-        self._model, self.config = model, config
+        self._model, self.config = model.eval(), config
+
+    def eval(self) -> _Sized:
+        return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

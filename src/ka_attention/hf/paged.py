@@ -25,6 +25,7 @@ from ka_attention.ops.inputs import Past
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ARGUMENTS = ("cu_seq_lens_q", "read_index", "write_index")
+LIKE_FLASH = "like flash"  # an attention that makes no masks and copies no cache: transformers leaves room for neither
 SMALLEST = 4  # tokens of a page: transformers takes no smaller ones
 
 
@@ -44,6 +45,7 @@ def cache_config(config: Any, windows: list[int | None], page: int) -> Any:
     if heads.dim % 2:
         raise ValueError(f"head_dim: continuous batching stores halves of heads, got the odd {heads.dim}")
     sized = copy.copy(config)
+    sized.__class__ = type(type(config).__name__, (type(config),), {"_attn_implementation": LIKE_FLASH})
     sized.num_key_value_heads, sized.head_dim = heads.key + heads.query, heads.dim // 2
     sized.layer_types = [FULL if window is None else SLIDING for window in windows]
     widest = max((window for window in windows if window is not None), default=1)
