@@ -155,24 +155,18 @@ def pretrain(
     total = torch.zeros((), device=device)
 
     def work(ids: Tensor) -> Tensor:
-        with numerics(device):
-            loss = passes.loss(model, ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.add_(loss.detach())
+        return total.add_(step(model, optimizer, passes, ids[:, :-1], ids[:, 1:]))
 
     def batch(number: int) -> Tensor:
         return placed(device, train_text, order[number], length)
 
     began = now(device)
-    with _unchanged(model, optimizer):
+    with unchanged(model, optimizer):
         learn, score = passes.ready(work, batch(0)), passes.ready(partial(scores, model, passes), batch(0))
     total.zero_()
     compile_seconds = now(device) - began
     saved = folder / "checkpoint.pt"
-    step, seconds, rows = 0, 0.0, []
+    done, seconds, rows = 0, 0.0, []
     if saved.exists():
         state = torch.load(saved, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -180,33 +174,33 @@ def pretrain(
             for number, stored in zip(_numbers(optimizer), state["optimizer"], strict=True):
                 number.copy_(stored)
             total.copy_(state["total"])
-        step, seconds, rows = state["step"], state["seconds"], [from_json(Row, row) for row in state["rows"]]
+        done, seconds, rows = state["step"], state["seconds"], [from_json(Row, row) for row in state["rows"]]
     ends = settings.evaluated_at()
     checkpointed = time.perf_counter()
     with progress(label, settings.steps) as advance:
-        advance(step)
+        advance(done)
         began = now(device)
-        while step < settings.steps:
-            _set_rate(optimizer, settings.rate(step))
-            learn(batch(step))
-            step += 1
+        while done < settings.steps:
+            set_rate(optimizer, settings.rate(done))
+            learn(batch(done))
+            done += 1
             advance(1)
-            if step in ends:
+            if done in ends:
                 seconds += now(device) - began
                 octaves = evaluate(score, validation, settings, device)
-                loss, mean = mean_loss(octaves), total.item() / (step - [0, *ends][ends.index(step)])
+                loss, mean = mean_loss(octaves), total.item() / (done - [0, *ends][ends.index(done)])
                 if not (mean < 100 and loss < 100):  # also false for NaN
                     raise UserError(
-                        f"{label}: training diverged by step {step} (loss {loss:.3g}); "
+                        f"{label}: training diverged by step {done} (loss {loss:.3g}); "
                         f"try a smaller learning rate than {settings.learning_rate:g}"
                     )
-                rows.append(Row(step * settings.batch_size * length, mean, seconds, loss, octaves))
+                rows.append(Row(done * settings.batch_size * length, mean, seconds, loss, octaves))
                 total.zero_()
                 began = now(device)
-            if time.perf_counter() - checkpointed > checkpoint_seconds and step < settings.steps:
+            if time.perf_counter() - checkpointed > checkpoint_seconds and done < settings.steps:
                 seconds += now(device) - began
                 state = {"model": model.state_dict(), "optimizer": _numbers(optimizer), "total": total}
-                _save(state | {"step": step, "seconds": seconds, "rows": to_json(rows)}, saved)
+                _save(state | {"step": done, "seconds": seconds, "rows": to_json(rows)}, saved)
                 checkpointed, began = time.perf_counter(), now(device)
     saved.unlink(missing_ok=True)
     return Pretraining(
@@ -218,6 +212,17 @@ def pretrain(
         compile_seconds=compile_seconds,
         rows=tuple(rows),
     )
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, passes: Passes, ids: Tensor, targets: Tensor) -> Tensor:
+    """One step of training on tokens and targets ``[B, T]``; the loss before it."""
+    with numerics(model.device):
+        loss = passes.loss(model, ids, targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def scores(model: Any, passes: Passes, ids: Tensor) -> Tensor:
@@ -314,7 +319,8 @@ def adamw(model: Any, settings: PretrainingSettings, *, fused: bool = True) -> t
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused, capturable=fused)
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next steps, also of those that a graph holds."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -329,7 +335,7 @@ def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it steps are only tried: at the end the model is as it was, and the optimizer knows nothing."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     yield

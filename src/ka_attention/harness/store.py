@@ -62,7 +62,7 @@ class Store:
             raise UserError(
                 f"--out: {shown(self.out)} holds files that are no run of ka; name an empty or a new folder"
             )
-        self._alone(ask=True)
+        self.alone(ask=True)
         self.identify(**identity)
 
     @property
@@ -89,7 +89,7 @@ class Store:
         path = self._path(name)
         text = agreed(path.read_text(encoding="utf-8", errors="replace") if path.exists() else None)
         if text is None:
-            self._alone()
+            self.alone()
             self.identify(**self.identity)  # the folder may have become another run's meanwhile
             if main_process() and not self._marker.exists():
                 write_atomically(self._marker, json.dumps(self.identity, indent=2))
@@ -118,7 +118,8 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _alone(self, *, ask: bool = False) -> None:
+    def alone(self, *, ask: bool = False) -> None:
+        """Make the run this process's and that of those it starts; UserError where it is another's. ``ask``: look only."""
         if not agreed(not main_process() or hold(self.out / "parts" / ".lock", ask=ask)):
             raise UserError(f"--out: another process works in {shown(self.out)}; wait for it, or name another folder")
 

@@ -7,7 +7,7 @@ needs no help from an earlier one to know what stands on either side.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ from ka_attention.harness.store import Store, main_process
 from ka_attention.harness.training import train
 
 NOT_ASKED = -100  # in the place of an answer
+TRAINING, VALIDATION, TESTS = range(3)  # streams of random sequences, all different
 BATCH = 64  # sequences read at once when tested
 FEWEST = 30  # answers of a group over all seeds, below which its accuracy says nothing
 DASHES = (":", "--", "-.", "-")  # fewest layers first
@@ -186,13 +187,23 @@ def build(plan: Plan, settings: TaskSettings, seed: int) -> GPTNeoXForCausalLM:
     return plan.arm.install(model)
 
 
-def learn(plans: Mapping[str, Plan], settings: TaskSettings, store: Store, seeds: int) -> dict[str, Learned]:
-    """Train and test each planned model with every seed; in a seed all models of a task see the same sequences."""
+def learn(
+    plans: Mapping[str, Plan],
+    settings: TaskSettings,
+    store: Store,
+    seeds: int,
+    work: Callable[[Plan, TaskSettings, Store, str, int], Exam] | None = None,
+) -> dict[str, Learned]:
+    """Train and test each planned model with every seed; in a seed all models of a task see the same sequences.
+
+    work: trains and tests one model of a plan, as a part of the store by this name and with this seed; by default with
+          transformers' Trainer.
+    """
     exams: dict[str, list[Exam]] = {key: [] for key in plans}
     for seed in range(max(seeds, settings.least_seeds)):
         for key, plan in plans.items():
             part = f"seed{seed}/{key}"
-            exams[key].append(store.part(part, _learn, plan, settings, store, part, seed))
+            exams[key].append(store.part(part, work or _learn, plan, settings, store, part, seed))
     return {key: Learned(plan.name, plan.arm, plan.layers, tuple(exams[key])) for key, plan in plans.items()}
 
 
@@ -202,17 +213,22 @@ def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: in
 
     folder = store.folder(f"weights/{part}")
     model = build(plan, settings, seed)
-    training = _sequences(examples(settings.train_samples, settings.length, 0))
-    validation = _sequences(examples(settings.test_samples, settings.length, 1))
+    training = _sequences(examples(settings.train_samples, settings.length, TRAINING))
+    validation = _sequences(examples(settings.test_samples, settings.length, VALIDATION))
     label = f"{plan.name}: {plan.arm.label}, {plan.layers} layer{'s' if plan.layers > 1 else ''}"
     trained = train(model, training, validation, settings, folder, seed=seed, label=label)
     if main_process():
         shutil.rmtree(folder)  # there are many, and they are quickly trained again
-    tests = []
+    return Exam(trained.parameters, trained.seconds_per_epoch, test(model, plan.task, settings, seed))
+
+
+def test(model: Any, task: Task, settings: TaskSettings, seed: int) -> tuple[Score, ...]:
+    """What a model knows, at each of the lengths, of sequences that no training sees."""
+    scores = []
     for length in settings.test_lengths:
-        asked = examples(settings.test_samples, length, 2)
-        tests.append(accuracy(answer(model, asked.statements) == asked.answers, asked))
-    return Exam(trained.parameters, trained.seconds_per_epoch, tuple(tests))
+        asked = task.examples(settings.test_samples, length, np.random.default_rng([seed, TESTS, length]))
+        scores.append(accuracy(answer(model, asked.statements) == asked.answers, asked))
+    return tuple(scores)
 
 
 def _sequences(examples: Examples) -> Sequences:

@@ -44,6 +44,7 @@ def finish(parts: Sequence[Part], store: Store, workers: int) -> None:
             store.part(part.name, part.work, *part.arguments)
         return
     devices = _devices(workers)
+    store.alone()  # workers share what their parent holds, else the first of them would shut the others out
     context: Any = multiprocessing.get_context(START)
     tasks, messages = context.Queue(), context.Queue()
     for part in left:

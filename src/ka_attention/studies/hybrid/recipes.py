@@ -28,6 +28,7 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     tasks:           made-up tasks: dereference, depo, recall-1, recall-8, slots-3, slots-5.
     task_arms, task_layers, task_samples: which arms learn them, in how many layers, training sequences.
     task_length, task_hops: statements in a training sequence, and the most steps along a permutation.
+    task_size, task_batch, task_rate: the models' hidden size (heads have 64), sequences a step, peak learning rate.
     """
 
     name: str
@@ -47,11 +48,15 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
     task_samples: int = 6400
     task_length: int = 24
     task_hops: int = 4
+    task_size: int = 64
+    task_batch: int = 32
+    task_rate: float = 3e-3
 
     # What a continued run may have otherwise: each part says by its name what it is of.
     choices: ClassVar[tuple[str, ...]] = (
         *("summary", "arms", "gpus"),
         *("tasks", "task_arms", "task_layers", "task_samples", "task_length", "task_hops"),
+        *("task_size", "task_batch", "task_rate"),
     )
 
     def __post_init__(self) -> None:
@@ -100,7 +105,10 @@ _GPU: dict[str, Any] = {
     "decode_steps": 16,
     "tasks": TASKS,
     "task_layers": (2, 4, 8, 12),
-    "task_samples": 32 * 4000,
+    "task_samples": 256 * 6000,
+    "task_size": 256,
+    "task_batch": 256,
+    "task_rate": 1e-3,
     "task_length": 64,
     "task_hops": 16,
 }

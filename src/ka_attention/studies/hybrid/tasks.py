@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 from ka_attention.harness.arms import Arm
+from ka_attention.harness.fast import Passes
+from ka_attention.harness.pretraining import PretrainingSettings, adamw, set_rate, step, unchanged
+from ka_attention.harness.progress import bar
 from ka_attention.harness.statements import Depo, Recall, Slots
 from ka_attention.harness.statistics import mean_sd
 from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Dereference, Learned, Plan, Task, TaskSettings, draw_groups, learn
+from ka_attention.harness.tasks import (
+    TRAINING,
+    Dereference,
+    Exam,
+    Learned,
+    Plan,
+    Task,
+    TaskSettings,
+    draw_groups,
+    learn,
+    test,
+)
+from ka_attention.harness.tasks import build as build_plan
+from ka_attention.harness.timing import now
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.hybrid.models import LlamaSettings, arm, build
+from ka_attention.studies.hybrid.models import LlamaSettings, arm, build, count
 from ka_attention.studies.hybrid.recipes import HybridRecipe
 
 UNITS = {
@@ -25,6 +42,8 @@ UNITS = {
     "recall": "distance (tokens, rounded down to 2^n)",
     "slots": "position (statements)",
 }
+HEAD = 64  # the size of a head: of smaller ones 192 names cannot be told apart
+DRAWN = 8  # batches drawn at once
 LONGER = 3  # times the length of the training, in the second test
 
 
@@ -70,24 +89,66 @@ def settings(recipe: HybridRecipe) -> TaskSettings:
         test_lengths=(recipe.task_length, LONGER * recipe.task_length),
         train_samples=recipe.task_samples,
         test_samples=256,
-        batch_size=32,
-        learning_rate=3e-3,
-        heads=4,
+        batch_size=recipe.task_batch,
+        learning_rate=recipe.task_rate,
+        hidden_size=recipe.task_size,
+        heads=max(1, recipe.task_size // HEAD),
+        warmup_steps=100,
         least_seeds=1,
     )
 
 
 def teach(recipe: HybridRecipe, store: Store, seeds: int) -> dict[str, Learned]:
     """Train and test every arm of ``task_arms`` in every number of layers; parts are named by what they depend on."""
+    how = (recipe.task_length, recipe.task_hops, recipe.task_samples, recipe.task_size, recipe.task_batch)
+    said = "-".join(map(str, (*how, recipe.task_rate)))
     plans = {
-        f"tasks/{name}-{recipe.task_length}-{recipe.task_hops}-{recipe.task_samples}/{each}/{layers}": Plan(
-            name, task, TaskArm(each, arm(each).label), layers
-        )
+        f"tasks/{name}-{said}/{each}/{layers}": Plan(name, task, TaskArm(each, arm(each).label), layers)
         for name, task in tasks(recipe).items()
         for layers in recipe.task_layers
         for each in recipe.task_arms
     }
-    return learn(plans, settings(recipe), store, seeds)
+    return learn(plans, settings(recipe), store, seeds, _learn)
+
+
+def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: int) -> Exam:
+    """As models of text are trained, so as one graph a step on CUDA; sequences are drawn as they are read."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = build_plan(plan, settings, seed).to(device)
+    passes = Passes(compiled=device.type == "cuda", graphs=device.type == "cuda")
+    length, size = settings.length, settings.batch_size
+    how = PretrainingSettings(
+        sequence_length=length,
+        batch_size=size,
+        train_tokens=settings.train_samples * length,
+        validation_sequences=size,
+        evaluations=1,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+    )
+    optimizer = adamw(model, how)
+
+    def work(both: torch.Tensor) -> torch.Tensor:
+        return step(model, optimizer, passes, both[:, 0], both[:, 1])
+
+    batches = _batches(plan.task, size, length, np.random.default_rng([seed, TRAINING, length]))
+    with unchanged(model, optimizer):
+        study = passes.ready(work, next(batches).to(device))
+    began = now(device)
+    with bar(f"{plan.name}: {plan.arm.label}, {plan.layers} layers", how.steps) as advance:
+        for number in range(how.steps):
+            set_rate(optimizer, how.rate(number))
+            study(next(batches).to(device))
+            advance(1)
+    return Exam(count(model), now(device) - began, test(model, plan.task, settings, seed))
+
+
+def _batches(task: Task, size: int, length: int, random: np.random.Generator) -> Iterator[torch.Tensor]:
+    """Statements and answers ``[size, 2, length]``, without end."""
+    while True:
+        drawn = task.examples(DRAWN * size, length, random)
+        yield from torch.stack([drawn.statements, drawn.answers], 1).split(size)
 
 
 def sections(recipe: HybridRecipe, learned: Mapping[str, Learned]) -> list[Section]:
