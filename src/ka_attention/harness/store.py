@@ -119,7 +119,7 @@ class Store:
         return path
 
     def alone(self, *, ask: bool = False) -> None:
-        """Make the run this process's and that of those it starts; UserError where it is another's. ``ask``: look only."""
+        """Make the run this process's, and of those it starts; UserError where it is another's. ``ask``: only look."""
         if not agreed(not main_process() or hold(self.out / "parts" / ".lock", ask=ask)):
             raise UserError(f"--out: another process works in {shown(self.out)}; wait for it, or name another folder")
 
