@@ -113,7 +113,7 @@ def teach(recipe: HybridRecipe, store: Store, seeds: int) -> dict[str, Learned]:
 
 def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: int) -> Exam:
     """As models of text are trained, so as one graph a step on CUDA; sequences are drawn as they are read."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = build_plan(plan, settings, seed).to(device)
     passes = Passes(compiled=device.type == "cuda", graphs=device.type == "cuda")
     length, size = settings.length, settings.batch_size
