@@ -13,10 +13,19 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from ka_attention.hf import KACache, KAConfig, sequence_parallel, share
 
 
-def losses(model, part=shifted, size=1):
+PACKED = torch.tensor([3, 5, 12, 4])  # the second ends with the first of three shares, the third crosses the second
+
+
+def packed(batch):
+    """The first text as four sequences, whose positions begin again."""
+    positions = torch.cat([torch.arange(n) for n in PACKED])[None]
+    return {name: x[:1] for name, x in batch.items()} | {"position_ids": positions, "use_cache": False}
+
+
+def losses(model, part=shifted, size=1, kind=dict):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     found = []
-    for batch in batches():
+    for batch in map(kind, batches()):
         items = shifted(batch)["num_items_in_batch"].item() / size
         loss = loss_of(model, part(batch), items)
         loss.backward()
@@ -28,11 +37,12 @@ def losses(model, part=shifted, size=1):
 
 def work(folder):
     group, size = dist.group.WORLD, dist.get_world_size()
-    expected = torch.load(f"{folder}/expected")
-    model = sequence_parallel(make_model(), group)
-    found = losses(DistributedDataParallel(model), lambda batch: share(batch, group), size)
-    dist.all_reduce(found)
-    assert (found / size - expected).abs().max() < 1e-10
+    for kind in (dict, packed):
+        expected = torch.load(f"{folder}/{kind.__name__}")
+        model = sequence_parallel(make_model(), group)
+        found = losses(DistributedDataParallel(model), lambda batch: share(batch, group), size, kind)
+        dist.all_reduce(found)
+        assert (found / size - expected).abs().max() < 1e-10
 
     batch = next(batches())
     cache = {"past_key_values": KACache(model.config), "use_cache": True}
@@ -44,14 +54,17 @@ def work(folder):
         share(batch | {"attention_mask": batch["labels"] > 0}, group)
     with pytest.raises(ValueError, match="25 tokens cannot be shared out"):
         share({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, group)
+    with pytest.raises(ValueError, match="stand in one row, got 2"):
+        share(batch | {"position_ids": packed(batch)["position_ids"].expand(2, -1)}, group)
     whole = sequence_parallel(copy.deepcopy(make_model()), None)
     assert whole(**batch).logits.shape == (2, LENGTH, 17)
 
 
 def test_a_hybrid_trains_as_in_one_process(tmp_path):
-    expected = losses(make_model())
-    assert (expected[0] - expected[-1]).abs() > 1e-3
-    torch.save(expected, tmp_path / "expected")
+    for kind in (dict, packed):
+        expected = losses(make_model(), kind=kind)
+        assert (expected[0] - expected[-1]).abs() > 1e-3
+        torch.save(expected, tmp_path / kind.__name__)
     together(work, 3, tmp_path)
 
 

@@ -59,8 +59,9 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
     ranks; T must be a multiple of their number. Labels are shifted before the cut, so that the last token of a share
     is asked for the first of the next. The losses of the processes, averaged, are the loss of the whole batch.
 
-    Padding stands at the ends of texts, where no token reads it, and is not asked for (label −100). ValueError for
-    other padding, and for a length that cannot be shared out.
+    Padding stands at the ends of texts, where no token reads it, and is not asked for (label −100). Packed sequences may
+    cross from one share into the next: their ends are ``cu_seq_lens_q``, or found in ``position_ids``. ValueError for
+    other padding, for packed sequences in more than one row, and for a length that cannot be shared out.
     """
     group = _process_group(group)
     return _cut(batch, dist.get_rank(group), dist.get_world_size(group))
@@ -73,6 +74,8 @@ def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
     mask = batch.pop("attention_mask", None)
     if mask is not None:
         _check_padding(mask != 0, batch.get("labels"))
+    if "cu_seq_lens_q" not in batch and "position_ids" in batch:
+        batch |= _ends_of(batch["position_ids"])
     if "position_ids" not in batch:
         batch["position_ids"] = torch.arange(length, device=batch["input_ids"].device)[None].expand_as(
             batch["input_ids"]
@@ -84,9 +87,21 @@ def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
         name: x[:, own].contiguous() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == length else x
         for name, x in batch.items()
     }
+    if "cu_seq_lens_q" in batch:  # with a mask that hides nothing transformers does not make one of [n, n] for them
+        cut["attention_mask"] = torch.ones_like(cut["input_ids"])
     if "shift_labels" in batch:
         cut["num_items_in_batch"] = (batch["shift_labels"] != IGNORED).sum() / size
     return {**cut, "use_cache": False}
+
+
+def _ends_of(positions: Tensor) -> dict[str, Tensor]:
+    """The ends of packed sequences, which begin where positions do not rise by one: a share would not show them all."""
+    begins = (positions.diff(dim=1) != 1).nonzero()
+    if not len(begins):
+        return {}
+    if len(positions) > 1:
+        raise ValueError(f"position_ids: packed sequences stand in one row, got {len(positions)}")
+    return {"cu_seq_lens_q": F.pad(F.pad(begins[:, 1] + 1, (1, 0)), (0, 1), value=positions.shape[1]).int()}
 
 
 def _check_padding(seen: Tensor, labels: Tensor | None) -> None:
