@@ -12,7 +12,6 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.hf import KACache, KAConfig, sequence_parallel, share
 
-
 PACKED = torch.tensor([3, 5, 12, 4])  # the second ends with the first of three shares, the third crosses the second
 
 

@@ -59,9 +59,9 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
     ranks; T must be a multiple of their number. Labels are shifted before the cut, so that the last token of a share
     is asked for the first of the next. The losses of the processes, averaged, are the loss of the whole batch.
 
-    Padding stands at the ends of texts, where no token reads it, and is not asked for (label −100). Packed sequences may
-    cross from one share into the next: their ends are ``cu_seq_lens_q``, or found in ``position_ids``. ValueError for
-    other padding, for packed sequences in more than one row, and for a length that cannot be shared out.
+    Padding stands at the ends of texts, where no token reads it, and is not asked for (label −100). Packed sequences
+    may cross from one share into the next: their ends are ``cu_seq_lens_q``, or found in ``position_ids``. ValueError
+    for other padding, for packed sequences in more than one row, and for a length that cannot be shared out.
     """
     group = _process_group(group)
     return _cut(batch, dist.get_rank(group), dist.get_world_size(group))
