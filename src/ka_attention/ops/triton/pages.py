@@ -265,39 +265,50 @@ def join_kernel(
     new tokens alone, from Q2.
     """
     h = tl.program_id(1)
-    j = tl.program_id(0) * BM + tl.arange(0, BM)
-    n, before, total = j * 0, j * 0, N * 0  # of a row: its sequence, and the rows of pasts in those before
+    j0 = tl.program_id(0) * BM
+    j = j0 + tl.arange(0, BM)
+    n, first, total = N * 0, N * 0, N * 0  # the sequence of row j0, the row where it begins, rows of pasts
     for i in range(0, N, MOST):
         at = i + tl.arange(0, MOST)
         seen = tl.minimum(tl.load(LENGTHS + at, mask=at < N, other=0), window - 1)
         end = tl.load(CU + at + 1, mask=at < N, other=0) + total + tl.cumsum(seen, 0)
-        over = (end[None, :] <= j[:, None]) & (at < N)[None, :]
-        n += tl.sum(over.to(tl.int32), 1)
-        before += tl.sum(tl.where(over, seen[None, :], 0), 1)
+        over = (end <= j0) & (at < N)
+        n += tl.sum(over.to(tl.int32))
+        first = tl.maximum(first, tl.max(tl.where(over, end, 0)))
         total += tl.sum(seen)
-    start = tl.load(CU + n)
-    length = tl.load(LENGTHS + n, mask=n < N, other=0)
-    p = length - tl.minimum(length, window - 1) + j - start - before
-    is_past, is_new, d = p < length, (p >= length) & (n < N), tl.arange(0, BD)[None, :]
-    new, inside = is_new[:, None] & (d < D), (j < T2)[:, None] & (d < D)
-    t = (start + p - length).to(tl.int64)
-    Q += h * q_strides[1] + t[:, None] * Q_ROW + d
-    row = tl.cast(h, tl.int64) * T2 + j
+    total += tl.load(CU + N)
+    d, row = tl.arange(0, BD)[None, :], tl.cast(h, tl.int64) * T2 + j
     to = row[:, None] * D + d
-    if BACK:
-        tl.store(Q, tl.load(Q2 + to, mask=new), mask=new)
-    else:
-        held, slot = is_past[:, None] & (d < D), (p % S)[:, None]
-        page = tl.load(TABLE + n * table_stride + p // S % width, mask=is_past, other=0).to(tl.int64)[:, None]
-        k = tl.load(K + h // GROUP * k_strides[1] + t[:, None] * K_ROW + d, mask=new, other=0.0)
-        v = tl.load(V + h // GROUP * v_strides[1] + t[:, None] * V_ROW + d, mask=new, other=0.0)
-        K_PAGES += h // GROUP * kp_strides[1] + page * kp_strides[0] + slot * kp_strides[2] + d
-        U_PAGES += h // U_GROUP * up_strides[1] + page * up_strides[0] + slot * up_strides[2] + d
-        tl.store(Q2 + to, tl.load(Q, mask=new, other=0.0), mask=inside)
-        tl.store(K2 + to, tl.where(held, tl.load(K_PAGES, mask=held, other=0.0), k), mask=inside)
-        tl.store(V2 + to, tl.where(held, tl.load(U_PAGES, mask=held, other=0.0), v), mask=inside)
-        g = tl.full([BM], 1.0, tl.float32)
-        if HAS_GATE:
-            g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new, low, high)
-        tl.store(GATE2 + row, tl.where(is_new, g, 0.0), mask=j < T2)
-        tl.store(STARTS + j, start + before, mask=(j < T2) & (h == 0))
+    while first < tl.minimum(j0 + BM, total):
+        start, stop, length = tl.load(CU + n), tl.load(CU + n + 1), tl.load(LENGTHS + n)
+        p = tl.maximum(length - window + 1, 0) + j - first
+        is_past, is_new = (j >= first) & (p < length), (p >= length) & (p < length + stop - start)
+        new, t = is_new[:, None] & (d < D), (start + p - length).to(tl.int64)
+        q = Q + h * q_strides[1] + t[:, None] * Q_ROW + d
+        if BACK:
+            tl.store(q, tl.load(Q2 + to, mask=new), mask=new)
+        else:
+            held, both, slot = is_past[:, None] & (d < D), (is_past | is_new)[:, None] & (d < D), (p % S)[:, None]
+            page = tl.load(TABLE + n * table_stride + p // S % width, mask=is_past, other=0).to(tl.int64)[:, None]
+            k = tl.load(K + h // GROUP * k_strides[1] + t[:, None] * K_ROW + d, mask=new, other=0.0)
+            v = tl.load(V + h // GROUP * v_strides[1] + t[:, None] * V_ROW + d, mask=new, other=0.0)
+            at_k = page * kp_strides[0] + h // GROUP * kp_strides[1] + slot * kp_strides[2] + d
+            at_u = page * up_strides[0] + h // U_GROUP * up_strides[1] + slot * up_strides[2] + d
+            tl.store(Q2 + to, tl.load(q, mask=new, other=0.0), mask=both)
+            tl.store(K2 + to, tl.where(held, tl.load(K_PAGES + at_k, mask=held, other=0.0), k), mask=both)
+            tl.store(V2 + to, tl.where(held, tl.load(U_PAGES + at_u, mask=held, other=0.0), v), mask=both)
+            g = tl.full([BM], 1.0, tl.float32)
+            if HAS_GATE:
+                g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new, low, high)
+            tl.store(GATE2 + row, tl.where(is_new, g, 0.0), mask=is_past | is_new)
+            tl.store(STARTS + j, j * 0 + first, mask=(is_past | is_new) & (h == 0))
+        first += tl.minimum(length, window - 1) + stop - start
+        n += 1
+    if not BACK:
+        empty = (j >= total) & (j < T2)
+        nothing = tl.zeros([BM, BD], Q2.dtype.element_ty)
+        tl.store(Q2 + to, nothing, mask=empty[:, None] & (d < D))
+        tl.store(K2 + to, nothing, mask=empty[:, None] & (d < D))
+        tl.store(V2 + to, nothing, mask=empty[:, None] & (d < D))
+        tl.store(GATE2 + row, 0.0, mask=empty)
+        tl.store(STARTS + j, j, mask=empty & (h == 0))
