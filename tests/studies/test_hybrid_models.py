@@ -139,13 +139,15 @@ def test_gates_start_where_the_arm_says():
     assert gates.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
-@pytest.mark.parametrize("name", ["canon-gated", "3to1-ka-head-w4-qkv", "3to1-conv-gated", "3to1-none"])
+@pytest.mark.parametrize(
+    "name", ["canon-gated", "3to1-ka-head-w4-qkv", "3to1-conv-gated", "3to1-none", "3to1-gdn-gated", "3to1-mamba2"]
+)
 def test_a_model_reads_on_where_its_state_ends(name):
     model, ids = build(arm(name), SETTINGS, LENGTH, 0).eval(), tokens()[:, :-1]
     for module in model.modules():
         if isinstance(module, ShortConvolution):
             torch.nn.init.normal_(module.weight)
-    with torch.no_grad(), streaming(model, 2, torch.float32):
+    with torch.no_grad(), streaming(model, 2):
         cache = KACache(model.config) if arm(name).mixer == "ka" else DynamicCache()
         step(model, ids[:, :-2], 0, cache)
         step(model, ids[:, -2:-1], LENGTH - 2, cache)
@@ -156,13 +158,22 @@ def test_a_model_reads_on_where_its_state_ends(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["full-gated", "canon", "3to1-ka-head-w4-gated", "3to1-softmax-w1", "3to1-ka-w2+4", "3to1-conv", "all-ka-w8"],
+    [
+        "full-gated",
+        "canon",
+        "3to1-ka-head-w4-gated",
+        "3to1-softmax-w1",
+        "3to1-ka-w2+4",
+        "3to1-conv",
+        "all-ka-w8",
+        "3to1-gdn",
+    ],
 )
 def test_a_step_that_is_repeated_is_one_after_the_same_tokens(name):
     model, ids = build(arm(name), SETTINGS, LENGTH, 0).eval(), tokens()[:, :-1]
-    with torch.no_grad(), streaming(model, 2, torch.float32):
+    with torch.no_grad(), streaming(model, 2):
         read_on = decoder(model, ids[:, :-1])
-        found = [read_on(ids[:, -1:]) for _ in range(1 if arm(name).mixer == "conv" or name == "canon" else 3)]
+        found = [read_on(ids[:, -1:]) for _ in range(3 if arm(name).attends and name != "canon" else 1)]
     whole = model(input_ids=ids, use_cache=False).logits[:, -1:]
     for each in found:
         torch.testing.assert_close(each, whole, rtol=1e-4, atol=1e-5)

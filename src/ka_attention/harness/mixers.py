@@ -23,17 +23,26 @@ from ka_attention.ops import ka_attention
 KERNEL = 4  # tokens that a convolution reads, the present one included
 
 
-class ShortConvolution(nn.Module):
+class Remembering(nn.Module):
+    """What continues, within `streaming`, where its last call ended, from what it keeps in ``past``."""
+
+    past: Tensor | None = None
+
+    def nothing(self, batch: int) -> Tensor:
+        """The past before the first token, of a layer's dtype: zeros."""
+        raise NotImplementedError
+
+
+class ShortConvolution(Remembering):
     """``y_t = Σ_i w_i · x_{t−i}``, i < KERNEL, each channel apart (depthwise, causal): ``[B, T, size]`` to the same.
 
     It starts as the identity or with ``drawn`` weights, as convolutions of PyTorch do, or with the sum of the two.
-    Within `streaming` it remembers the last KERNEL − 1 inputs between calls.
+    Its past are the last KERNEL − 1 inputs.
     """
 
     def __init__(self, size: int, *, identity: bool = True, drawn: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(KERNEL, size))
-        self.past: Tensor | None = None
         self.identity, self.drawn = identity, drawn
         self.draw(torch.Generator())
 
@@ -47,6 +56,9 @@ class ShortConvolution(nn.Module):
         if self.identity:
             self.weight[0] += 1.0
 
+    def nothing(self, batch: int) -> Tensor:
+        return self.weight.new_zeros(batch, KERNEL - 1, self.weight.shape[1])
+
     def forward(self, x: Tensor) -> Tensor:
         # A sum of shifted products, which a compiler fuses with what stands around it.
         length, weight = x.shape[1], self.weight.to(x.dtype)
@@ -59,21 +71,21 @@ class ShortConvolution(nn.Module):
 
 
 @contextmanager
-def streaming(model: nn.Module, batch: int, dtype: torch.dtype) -> Iterator[None]:
-    """Within it the convolutions of ``model`` continue where their last call ended, beginning with nothing."""
-    convolutions = [module for module in model.modules() if isinstance(module, ShortConvolution)]
-    for each in convolutions:
-        each.past = each.weight.new_zeros(batch, KERNEL - 1, each.weight.shape[1], dtype=dtype)
+def streaming(model: nn.Module, batch: int) -> Iterator[None]:
+    """Within it what remembers in ``model`` continues where its last call ended, beginning with nothing."""
+    found = [module for module in model.modules() if isinstance(module, Remembering)]
+    for each in found:
+        each.past = each.nothing(batch)
     try:
         yield
     finally:
-        for each in convolutions:
+        for each in found:
             each.past = None
 
 
-def convolution_bytes(model: nn.Module) -> int:
-    """Bytes of what the convolutions remember now."""
-    pasts = [module.past for module in model.modules() if isinstance(module, ShortConvolution)]
+def remembered_bytes(model: nn.Module) -> int:
+    """Bytes of what is remembered now, keys and values apart."""
+    pasts = [module.past for module in model.modules() if isinstance(module, Remembering)]
     return sum(past.numel() * past.element_size() for past in pasts if past is not None)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ka_attention.harness.mixers import Mixer, ShortConvolution
+from ka_attention.harness.mixers import Mixer, Remembering, ShortConvolution
 
 CHUNK = 64  # tokens that meet each other directly; all before them by way of S
 STEPS = (0.001, 0.1)  # between which the steps of a new layer are drawn, evenly in the logarithm (Mamba's)
@@ -121,12 +121,29 @@ def inverse(below: Tensor) -> Tensor:
         return 2 * x - x @ (x + below @ x)  # a step of Newton's, which keeps the value and has the gradient
 
 
-class Recurrent(Mixer):
-    """What the two share: decays ``a_t = −e^r softplus(h_t W + b)`` with r and b of each head."""
+def recur(state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
+    """What `scan` gives, token by token after those that left ``state`` ``[B, H, K, V]``, which is brought forward."""
+    out = []
+    for t in range(q.shape[2]):
+        state *= decay[:, :, t, None, None].exp()
+        u = v[:, :, t, None]
+        if beta is not None:
+            u = beta[:, :, t, None, None].to(v.dtype) * (u - k[:, :, t, None] @ state)
+        state += k[:, :, t, :, None] * u
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2)
+
+
+class Recurrent(Mixer, Remembering):
+    """What the two share: decays ``a_t = −e^r softplus(h_t W + b)`` with r and b of each head. The past is S."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.rate, self.step = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
+
+    def scan(self, *inputs: Tensor) -> Tensor:
+        """Of a whole sequence, or of what comes after the past."""
+        return scan(*inputs) if self.past is None else recur(self.past, *inputs)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
@@ -153,6 +170,10 @@ class GatedDeltaNet(Recurrent):
         self.out_gate = nn.Linear(size, size, bias=False) if output_gate else None
         self.weight = nn.Parameter(torch.ones(size // heads))
 
+    def nothing(self, batch: int) -> Tensor:
+        size = len(self.weight)
+        return self.weight.new_zeros(batch, self.heads, size, size)
+
     def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         projections = self.q_proj, self.k_proj, self.v_proj
         mixed = [F.silu(convolve(p(h))) for p, convolve in zip(projections, self.convolutions, strict=True)]
@@ -161,7 +182,7 @@ class GatedDeltaNet(Recurrent):
         decay = -self.rate.exp() * F.softplus(self.a_proj(h) + self.step)
         beta = self.b_proj(h).sigmoid()
         q, k = (q * v.shape[-1] ** -0.5).to(v.dtype), k.to(v.dtype)
-        out = scan(q, k, v, decay.mT, beta.mT).transpose(1, 2)
+        out = self.scan(q, k, v, decay.mT, beta.mT).transpose(1, 2)
         return (out,) if self.out_gate is None else (out, self.out_gate(h))
 
     def after(self, *tensors: Tensor) -> Tensor:
@@ -186,6 +207,9 @@ class Mamba2(Recurrent):
         self.weight = nn.Parameter(torch.ones(self.inner))
         self.o_proj = nn.Linear(self.inner, size, bias=False)
 
+    def nothing(self, batch: int) -> Tensor:
+        return self.weight.new_zeros(batch, len(self.rate), self.state, self.head)
+
     def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         z, mixed, step = self.in_proj(h).split([self.inner, self.inner + 2 * self.state, len(self.rate)], -1)
         x, b, c = F.silu(self.convolution(mixed)).split([self.inner, self.state, self.state], -1)
@@ -193,7 +217,7 @@ class Mamba2(Recurrent):
         b, c = (y[:, None].expand(-1, len(self.rate), -1, -1) for y in (b, c))
         step = F.softplus(step + self.step)
         decay = -self.rate.exp() * step
-        out = scan(c, b, (x * step[..., None]).to(x.dtype).transpose(1, 2), decay.mT).transpose(1, 2)
+        out = self.scan(c, b, (x * step[..., None]).to(x.dtype).transpose(1, 2), decay.mT).transpose(1, 2)
         return (out + (x * self.skip[:, None]).to(x.dtype)).flatten(2), z
 
     def after(self, *tensors: Tensor) -> Tensor:

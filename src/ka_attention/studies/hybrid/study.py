@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from ka_attention.errors import UserError
 from ka_attention.harness import environment, workers
 from ka_attention.harness.fast import Passes, captured
-from ka_attention.harness.mixers import convolution_bytes, streaming
+from ka_attention.harness.mixers import remembered_bytes, streaming
 from ka_attention.harness.models import attention
 from ka_attention.harness.pretraining import (
     evaluate,
@@ -192,24 +192,22 @@ def decode(recipe: HybridRecipe, name: str) -> Decoding:
 
     The state is kept in bfloat16 on CUDA, else float32. A step is one token for each of ``decode_batch`` sequences
     after ``sequence_length`` others, through a cache of fixed size; on CUDA the replay of a graph. The median of
-    ``decode_steps`` counts, after as many that do not. Recurrent mixers are not decoded here.
+    ``decode_steps`` counts, after as many that do not.
     """
     each = arm(name)
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     length, batch = recipe.sequence_length, recipe.decode_batch
     computed = state_bytes(each, recipe, length, dtype.itemsize)
-    if not each.attends and each.mixer not in ("conv", "none"):
-        return Decoding(computed, None, None)
     model: Any = build(each, recipe, length, 0).to(device, dtype).eval()
     past, token = (torch.zeros(batch, n, dtype=torch.long, device=device) for n in (length, 1))
-    with streaming(model, batch, dtype):
+    with streaming(model, batch):
         grown: Any = KACache(model.config) if model.config._attn_implementation == "ka" else DynamicCache()
         step(model, past, 0, grown)
-        measured = (_filled(grown) + convolution_bytes(model)) // batch
+        measured = (_filled(grown) + remembered_bytes(model)) // batch
     del grown
     seconds = []
-    with streaming(model, batch, dtype):
+    with streaming(model, batch):
         read_on = decoder(model, past)
         read_on = captured(read_on, token) if device.type == "cuda" else read_on
         for _ in range(2 * recipe.decode_steps):
