@@ -42,7 +42,9 @@ def run(tmp_path_factory):
     recipe = replace(TINY, data=str(text), gpus=2)
     store = study.open_store(HYBRID, recipe, folder / "out")
     HYBRID.run(recipe, store, 1)
-    recipe = replace(recipe, gpus=1, arms=(*recipe.arms, "3to1-softmax-w4-gated", "3to1-none-gated"))
+    recipe = replace(
+        recipe, gpus=1, arms=(*recipe.arms, "3to1-softmax-w4-gated", "3to1-softmax-w2-gated", "3to1-none-gated")
+    )
     store = study.open_store(HYBRID, recipe, folder / "out")
     study.publish(HYBRID, recipe, store, 2, HYBRID.run(recipe, store, 2))
     return recipe, folder / "out"
@@ -66,6 +68,7 @@ def test_arms_are_trained_and_decoded(run):
         "full-gated": 4 * 32 * token,
         "3to1-ka-head-w4-gated": (32 + 3 * 3) * token,
         "3to1-softmax-w4-gated": (32 + 3 * 3) * token,
+        "3to1-softmax-w2-gated": (32 + 3) * token,
         "3to1-none-gated": 32 * token,
     }
 
@@ -76,7 +79,8 @@ def test_the_report_pairs_arms_and_shows_gates(run):
     assert pair in page.partition("## Differences")[2]
     assert "With its gates set to 0 after training" in page
     assert "gates after training (mean over seeds)" in page
-    for name in ("state", "training", "decoding", "way", "position"):
+    assert "| window | 3:1 softmax, output gate |" in page
+    for name in ("state", "training", "windows", "decoding", "way", "position"):
         assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
 
 
