@@ -218,6 +218,14 @@ def test_a_kept_manager_belongs_to_one_configuration():
     model.destroy_cached_continuous_batching_manager()
 
 
+def test_a_cache_in_main_memory_leaves_most_of_it():
+    model = attach(make("llama"), KAConfig(window=4))
+    chosen = model.init_continuous_batching(greedy()).continuous_batching_config
+    assert chosen.max_memory_percent == 0.05
+    chosen = model.init_continuous_batching(greedy(), settings(num_blocks=None)).continuous_batching_config
+    assert chosen.max_memory_percent == 0.5
+
+
 def test_no_memory_is_set_aside_for_masks_that_nobody_makes():
     """As for flash attention: with masks the second cache would have a fourteenth of the blocks."""
     model = attach(make("llama"), KAConfig(gate_init=0.5))

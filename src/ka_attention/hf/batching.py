@@ -17,15 +17,18 @@ from ka_attention.hf.paged import ARGUMENTS, SLIDING, SMALLEST, KAPagedCache, ca
 from ka_attention.hf.stopping import Requests, ends_with_any
 from ka_attention.hf.support import attention_modules
 
+OF_MAIN_MEMORY = 0.05  # the part of what is free that a cache there takes; on a GPU it is transformers' 0.9
+
 
 class KABatchingManager(ContinuousBatchingManager):
     """Schedules requests as transformers does; the model keeps its attention and gets a cache of its own size."""
 
     def __init__(self, model: Any, generation_config: Any, settings: Any, hints: Any) -> None:
-        windows, name = windows_of(model), page_name(settings)
+        windows, name, settings = windows_of(model), page_name(settings), copy.copy(settings)
+        if model.device.type == "cpu" and settings.num_blocks is settings.max_memory_percent is None:
+            settings.max_memory_percent = OF_MAIN_MEMORY
         narrow = [window for window in windows if window is not None]
         if len(narrow) == len(windows):  # one page holds what a request keeps
-            settings = copy.copy(settings)
             setattr(settings, name, max(SMALLEST, max(narrow) - 1))
         self.sized = cache_config(model.config, windows, getattr(settings, name))
         self.ka = Layer.of(attention_modules(model)[0]).ka
