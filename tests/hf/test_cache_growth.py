@@ -106,7 +106,11 @@ def ways(model, monkeypatch):
     yield
 
 
-@pytest.mark.parametrize("ka", [KAConfig(), KAConfig(window=3), KAConfig(layers=())], ids=["full", "window", "softmax"])
+@pytest.mark.parametrize(
+    "ka",
+    [KAConfig(), KAConfig(window=3), KAConfig(layers=()), KAConfig(gate="head"), KAConfig(gate="token", window=3)],
+    ids=["full", "window", "softmax", "heads", "tokens"],
+)
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_the_short_way_of_a_step_is_the_long_way(family, ka, monkeypatch):
     """To the bit: a plain step skips questions, not arithmetic. Under autocast too."""

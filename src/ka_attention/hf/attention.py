@@ -134,7 +134,8 @@ def _decode_step(module: nn.Module, layer: Layer, q: Tensor, state: KAState, sca
         state.layer.commit(None)
         return sdpa_attention_forward(module, q, state.keys, state.values, None, scaling=scale)[0]
     out = attend_one(q, state.keys, state.values, None, scale)
-    state.layer.commit(out)
+    gated = layer.gate != 1
+    state.layer.commit(cache_values(state.value, out, layer.gate_of(module, state.value)) if gated else out)
     return out.transpose(1, 2).contiguous()
 
 

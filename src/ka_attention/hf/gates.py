@@ -52,5 +52,5 @@ class KAGate(nn.Module):
         gate = self.bias.to(dtype)
         if self.weight is not None:
             weight = self.weight.to(dtype).unflatten(0, (v.shape[1], -1))  # [Hkv, G, D]
-            gate = torch.einsum("bktd,kgd->bkgt", v.to(dtype), weight).flatten(1, 2) + gate[:, None]
+            gate = (v.to(dtype) @ weight.mT).mT.flatten(1, 2) + gate[:, None]
         return clamp_gate(gate, *self.bounds) if in_bounds else gate
