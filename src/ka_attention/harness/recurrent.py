@@ -4,8 +4,6 @@ Both keep a matrix S a head, ``S_t = e^{a_t} S_{t−1} + k_t u_tᵀ``, and read 
 stands between the matrix products; kernels made for one of them are faster, so times of these layers say little.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
