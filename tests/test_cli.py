@@ -15,6 +15,7 @@ import tiny
 from ka_attention.cli import app
 from ka_attention.harness import trained as harness
 from ka_attention.studies.compare import study as compare
+from ka_attention.studies.hybrid import study as hybrid
 
 
 @pytest.fixture
@@ -70,6 +71,12 @@ def test_the_default_folder_is_named_after_the_recipe(corpus, tmp_path, monkeypa
         CliRunner().invoke(app, ["compare", "pythia-70m-cache"], catch_exceptions=False)
 
 
+def test_gpus_are_a_setting_of_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(hybrid.HybridStudy, "run", lambda self, recipe, store, seeds: pytest.fail(f"{recipe.gpus}"))
+    with pytest.raises(pytest.fail.Exception, match=r"^3$"):
+        CliRunner().invoke(app, ["study", "hybrid", "--gpus", "3", "--out", str(tmp_path)], catch_exceptions=False)
+
+
 def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     out = tmp_path / "run"
     good = [*tiny.arguments(), "--out", out]
@@ -85,6 +92,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(corpus, tmp_path):
     assert refused(ka("report", out), "OUT:", "holds no results.json")
     assert refused(ka("study", "dereference", "--data", corpus), "--data: dereference has no such setting")
     assert refused(ka("study", "state", "--tokenizer", corpus), "--tokenizer: state has no such setting")
+    assert refused(ka("study", "state", "--gpus", "2"), "--gpus: state has no such setting")
     assert refused(ka("compare", *good, "--data", ""), "--data: no file or folder ''")
     assert refused(
         ka("convert", out, "--tokens", "99", "--learning-rate", "nan"), "--learning-rate: expected a positive"

@@ -98,6 +98,7 @@ RecipeName = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A reci
 Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, hf:NAME or hf:NAME/CONFIG.")]
 Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json file, or a Hub name.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="So many arms side by side, each on a GPU of its own.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub name of a softmax model.")]
@@ -181,6 +182,7 @@ def study(
     seeds: Seeds = 1,
     out: Out = None,
     set_: Set = None,
+    gpus: Gpus = None,
 ) -> None:
     """Run one study: a question with its own recipes and report."""
     from ka_attention.harness.study import publish
@@ -190,7 +192,7 @@ def study(
         recipes()
         return
     chosen_study = catalogue.study(name)
-    chosen, store = _open(chosen_study, recipe, data, tokenizer, out, set_)
+    chosen, store = _open(chosen_study, recipe, data, tokenizer, out, set_, gpus)
     publish(chosen_study, chosen, store, seeds, chosen_study.run(chosen, store, seeds))
 
 
@@ -357,12 +359,14 @@ def _open(
     tokenizer: str | None,
     out: Path | None,
     assignments: list[str] | None,
+    gpus: int | None = None,
 ) -> tuple[Any, Any]:
-    """The chosen recipe, and the store of its run; --data and --tokenizer are settings like any other."""
+    """The chosen recipe, and the store of its run; --data, --tokenizer and --gpus are settings like any other."""
     from ka_attention.harness.environment import require_memory
     from ka_attention.harness.study import choose, open_store
 
-    given = {key: value for key, value in (("data", data), ("tokenizer", tokenizer)) if value is not None}
+    named = {"data": data, "tokenizer": tokenizer, "gpus": gpus}
+    given = {key: value for key, value in named.items() if value is not None}
     default = next(iter(study.recipes.values()))
     if unread := [key for key in given if not hasattr(default, key)]:
         raise UserError(f"--{unread[0]}: {study.name} has no such setting; leave it out")

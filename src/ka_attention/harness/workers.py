@@ -86,7 +86,7 @@ def _devices(workers: int) -> list[str | None]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
     if len(names) < workers:
-        raise UserError(f"--set gpus: expected at most {len(names)}, as many as there are, got {workers}")
+        raise UserError(f"--gpus: expected at most {len(names)}, as many as there are, got {workers}")
     return list(names[:workers])
 
 
