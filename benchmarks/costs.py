@@ -3,7 +3,7 @@
 A step of L_w windowed and L_f full layers on a text of T tokens over n ranks takes
 
     t = a + (b + d L_f) T / n + c L_f T² / n
-      + L_w (λ + e T / n)                      if n > 1: the answer F to the state before, and small messages
+      + L_w (λ + e T / n)                      if n > 1: small kernels and messages, what is read twice
       + 3 α (L_w (⌈log₂ n⌉ − 1) + 4 L_f)       three passes: composing maps of more ranks, four exchanges of heads
       + (L_w m n + L_f f T / n) / β            bytes: maps of all ranks, heads for tokens
       + 3 · 2 P (n − 1) / (n β)                FSDP: parameters in bfloat16 twice, gradients in float32 once
