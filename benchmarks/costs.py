@@ -122,6 +122,10 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
             "are real, its messages were counted and not sent. Rows of two and four GPUs, a ring beside them, and data "
             "parallel rows of more than one GPU are missing."
         )
+    else:
+        most = max(row["ranks"] for row in rows if row.get("sent"))
+        yield f"Rows of up to {most} GPUs of one host are there; no more were measured."
+    yield _exact(rows)
     yield "## Data parallel"
     yield _data([row for row in rows if row["part"] == "data parallel"])
     yield "## One long text in shares"
@@ -145,14 +149,37 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
         yield _larger(costs, next(row for row in rows if row["part"] == "calibration"))
 
 
+def _exact(rows: list[Row]) -> str:
+    found = [row for row in rows if row["part"] == "exact"]
+    if not found:
+        return ""
+    cells = []
+    for row in found:
+        window = "none" if row["window"] is None else str(row["window"])
+        kind = [row["dtype"], window, "yes" if row["packed"] else "no", str(row["ranks"]), f"{row['tokens']:,}"]
+        cells.append([*kind, f"{row['one']:.1e}", f"{row['shares']:.1e}"])
+    texts = [
+        f"A hybrid trained for 20 steps, float32, {row['tokens']:,} tokens a text: its loss goes from "
+        f"{row['first']:.4f} to {row['last']:.4f}, that of {row['ranks']} ranks is within {row['apart']:.1e} of it."
+        for row in rows
+        if row["part"] == "a training"
+    ]
+    about = (
+        "The operator against itself in float32 in one process; the largest relative error of its output and gradients:"
+    )
+    head = ["dtype", "window", "packed", "ranks", "tokens", "one process", "shares"]
+    return "\n\n".join(["## The same as one process", about, table(head, cells), *texts])
+
+
 def _data(rows: list[Row]) -> str:
     alone = {row["way"]: row["tokens_per_s"] for row in rows if row["ranks"] == 1}
     cells = []
     for row in rows:
         speed = row["tokens_per_s"]
         share = speed / row["ranks"] / alone[row["way"]]
-        cells.append([row["model"], row["arm"], row["way"], str(row["ranks"]), f"{speed:,.0f}", f"{100 * share:.1f} %"])
-    return table(["model", "attention", "", "GPUs", "tokens/s", "of one GPU's, a GPU"], cells)
+        start = [row["model"], row["arm"], row["way"], str(row["batch"]), str(row["ranks"])]
+        cells.append([*start, f"{speed:,.0f}", f"{100 * share:.1f} %"])
+    return table(["model", "attention", "", "texts a GPU", "GPUs", "tokens/s", "of one GPU's, a GPU"], cells)
 
 
 def _long(rows: list[Row]) -> str:

@@ -36,10 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from benchmarks import costs, models
+from benchmarks import costs, exact, models
 from benchmarks.harness import device_type, machine
-from benchmarks.messages import OneOf, counted
-from ka_attention import ka_attention
+from benchmarks.messages import OneOf, bytes_sent, constants, counted
 from ka_attention.hf import KAConfig, attach, sequence_parallel
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +52,6 @@ MODELS = {
 }
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
 WINDOWED, HYBRID, HEADS, RING = "KA window 8", "KA 3:1", "softmax, all-to-all", "softmax, ring"
-WINDOW = 8
 Row = dict[str, Any]
 
 
@@ -101,6 +99,24 @@ class Processes:
             took.append(self.largest(1e3 * (self.now() - start)))
         return took[-repeat:]
 
+    def queued(self, call: Callable[[], object], repeat: int, calls: int = 4) -> list[float]:
+        """Milliseconds of a call on the GPU where it has work before, as within a model: no launch is waited for."""
+        if self.device.type == "cpu":
+            return self.timed(call, repeat)
+        x, took = torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16), []
+        for _ in range(repeat + 1):
+            dist.barrier()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(30):
+                x @ x  # 40 ms
+            first.record()
+            for _ in range(calls):
+                call()
+            last.record()
+            last.synchronize()
+            took.append(self.largest(first.elapsed_time(last) / calls))
+        return took[-repeat:]
+
 
 class Loss(nn.Module):
     """Mean cross-entropy of the next tokens, whose logits are made CHUNK tokens at a time and made again backward."""
@@ -145,8 +161,8 @@ def sharded(loss: Loss, mesh: DeviceMesh) -> Any:
 
 
 def data_parallel(own: Processes) -> Iterator[Row]:
-    """Tokens a second of the 410 M hybrid, 8 texts of 2,048 tokens a GPU."""
-    batch, length = (1, 64) if own.tiny else (8, 2048)
+    """Tokens a second of the 410 M hybrid, 16 texts of 2,048 tokens a GPU."""
+    batch, length = (1, 64) if own.tiny else (16, 2048)
     for ranks in sorted(own.groups):
         for way in ("DDP", "FSDP2"):
             model = build("410M", HYBRID, 1, own)
@@ -227,52 +243,9 @@ def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int
     return call
 
 
-def constants(own: Processes) -> Iterator[Row]:
-    """What messages cost, and what a share costs an attention layer beside its own tokens."""
-    size, many = own.size, 20
-    for numbers in (256, 1 << (14 if own.tiny else 27)) if size > 1 else ():
-        x = torch.ones(size, numbers // size, device=own.device, dtype=torch.bfloat16)
-        got, ones = torch.empty_like(x), [1] * size
-
-        def exchange(x: Tensor = x, got: Tensor = got, ones: list[int] = ones) -> None:
-            for _ in range(many):
-                dist.all_to_all_single(got, x, ones, ones, dist.group.WORLD)
-
-        ms = statistics.median(own.timed(exchange, 3)) / many
-        yield {"part": "messages", "ranks": size, "bytes": x[0].nbytes * (size - 1), "ms": ms}
-    heads, D = (2, 16) if own.tiny else (8, 64)
-    for tokens in (64, 128) if own.tiny else (16384, 65536, 524288):
-        shape = 1, heads, tokens, D
-        q, k, v = (torch.randn(shape, device=own.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-        gate = torch.full((heads,), 0.5, device=own.device, requires_grad=True)
-        for ranks in (1, max(2, size)):
-            call = partial(_layer, q, k, v, gate, own.group(ranks) if ranks > 1 else None)
-            with counted() as sent:
-                took = own.timed(call, 5)
-            yield {"part": "a windowed layer", "ranks": ranks, "tokens": tokens, "ms": statistics.median(took),
-                   "bytes_sent": sent[0] / 6}  # fmt: skip
-
-
-def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | float, group: Any, window: int | None = WINDOW) -> None:
-    """Forward, the forward again that a recomputed layer takes, and backward."""
-    with torch.no_grad():
-        ka_attention(q, k, v, gate=gate, window=window, group=group)
-    ka_attention(q, k, v, gate=gate, window=window, group=group).backward(torch.ones_like(q))
-
-
-def bytes_sent(own: Processes) -> Iterator[Row]:
-    """What one rank sends for a layer of the 47 M model in a step, counted; the same on every machine."""
-    heads, D = (8, 4) if own.tiny else (8, 64)
-    for ranks in (2, 8, 64):
-        for share in (64, 1024):
-            q, k, v = (torch.randn(1, heads, share, D, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-            row: Row = {"part": "bytes", "ranks": ranks, "tokens": ranks * share}
-            for name, window in (("windowed", WINDOW), ("full", None)):
-                if window or heads % ranks == 0:
-                    with counted() as sent:
-                        _layer(q, k, v, 0.5, OneOf(ranks), window)
-                    row[name] = sent[0]
-            yield row
+def exactness(own: Processes) -> Iterator[Row]:
+    yield exact.losses(own.device, 64 if own.tiny else 2048)
+    yield from exact.errors(own.device, 64 if own.tiny else 4096)
 
 
 def calibration(own: Processes) -> Iterator[Row]:
@@ -316,6 +289,7 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
         "softmax-1": cases(HEADS, [1], 1 << 17, 9.0),
     }
     return {
+        "exact": partial(exactness, own),
         "data": partial(data_parallel, own),
         "131k": partial(long_texts, own, long.pop("131k")),
         "softmax": partial(long_texts, own, long.pop("softmax")),
@@ -335,7 +309,8 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
     own = Processes(rank, size, until, tiny)
     file = Path(out, "rows.json")
     rows: list[Row] = json.loads(file.read_text())["rows"] if only and file.exists() else []
-    found: Row = {"machine": machine("transformers"), "rows": rows}
+    gpus = f"{size} × " * (device_type() == "cuda")
+    found: Row = {"machine": gpus + machine("transformers"), "rows": rows}
     for name, part in parts(own).items():
         if only is not None and name not in only:
             continue

@@ -77,9 +77,13 @@ def test_time_grows_with_the_share_alone_but_for_messages_and_full_layers():
 
 def test_the_report_judges_predictions_and_names_what_is_missing():
     changed = [r | {"ms": [2 * r["ms"][0]]} if r["part"] == "long texts" and "ms" in r else r for r in rows()]
-    speed = {"part": "data parallel", "model": "410M", "arm": "KA 3:1", "way": "DDP"}
+    speed = {"part": "data parallel", "model": "410M", "arm": "KA 3:1", "way": "DDP", "batch": 8}
     changed += [speed | {"ranks": n, "tokens_per_s": x} for n, x in ((1, 100.0), (2, 190.0))]
+    kind = {"part": "exact", "dtype": "float32", "window": None, "packed": True, "ranks": 2, "tokens": 64}
+    changed.append(kind | {"one": 0.0, "shares": 2e-7})
     text = costs.report({"machine": "two GPUs", "rows": changed})
+    assert "up to 2 GPUs" in text
+    assert "2.0e-07" in text
     assert text.count("-50.0 %") == 6
     assert "95.0 %" in text
     assert "Not measured, no: softmax, ring 47M, 8 tokens, 2." in text

@@ -124,12 +124,12 @@ class _Part(NamedTuple):
         tail = slice(a.shape[2] - rows, None)
         if last is not None:
             last, da = last[:, :, self.state - rows :], da.clone()
-            da[:, :, tail] += last if gate is None else gate[:, :, tail, None] * last
+            read = last if gate is None else gate[:, :, tail, None] * last
+            da[:, :, tail] += read
         inputs = q, k, v, gate, k_past, u_past, None, ends, a, *others
         grads = load.backward(da, *inputs, **self.options)
         if last is not None and gate is not None:
-            dv = last - gate[:, :, tail, None] * last
-            grads[2][:, :, tail] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
+            grads[2][:, :, tail] += (last - read).unflatten(1, (v.shape[1], -1)).sum(2)
             grads[3][:, :, tail] += (last * (a[:, :, tail] - _heads(v[:, :, tail], q))).sum(-1)
         return grads
 
@@ -164,7 +164,8 @@ class _ByTokens(torch.autograd.Function):
             c = part.last_u(own[0], *rest)
             M, finish = c.new_zeros(*c.shape[:2], state, state), partial(part.forward, *first, k_past, u_past)
         maps = _gather(part.group, torch.cat([M, c], dim=-1))
-        u_past.copy_(_compose(maps[: dist.get_rank(part.group)])[:, :, state - seen :])
+        if n:
+            u_past.copy_(_compose(maps[: dist.get_rank(part.group)])[:, :, state - seen :])
         carried = finish() if n else own
         ctx.part = part
         ctx.save_for_backward(maps[..., :state], *new, k_past, u_past, F, packed, *carried, *own)
@@ -185,7 +186,8 @@ class _ByTokens(torch.autograd.Function):
             grads = part.backward(None, da[:, :, :n], *first, *past, *carried) if n else grads
             b = grads[5]
         b = _gather(part.group, pad(b.to(M.dtype), (0, 0, state - seen, 0)))
-        last = _compose(torch.cat([M.mT, b], dim=-1)[dist.get_rank(part.group) + 1 :].flip(0))
+        after = slice(dist.get_rank(part.group) + 1, None)
+        last = _compose(torch.cat([M[after].mT, b[after]], dim=-1).flip(0)) if len(M[after]) else None
         if n == T:
             grads = part.backward(last, da, *new, *past, *carried)
         else:
@@ -216,7 +218,7 @@ def _compose(maps: Tensor) -> Tensor:
         both = paired[1::2, ..., :state] @ paired[::2]
         both[..., state:] += paired[1::2, ..., state:]
         maps = torch.cat([both, last]) if len(last) else both
-    return maps.sum(0)[..., state:]  # of one map, or of none
+    return maps[0, ..., state:]
 
 
 def _gather(group: Group, x: Tensor) -> Tensor:
