@@ -57,10 +57,19 @@ def refusals(group):
         ka_attention(x, x, x, window=2, group=group, backend="reference")
 
 
+def compiled(group):
+    """Messages are no part of a graph; what is around them is."""
+    x = torch.randn(1, 4, 8, D, dtype=torch.float64).requires_grad_()
+    loss = lambda x: (2 * ka_attention(x, x, x + 1, gate=0.5, window=3, group=group)).sum()  # noqa: E731
+    found, expected = (torch.autograd.grad(f(x), x)[0] for f in (torch.compile(loss, backend="eager"), loss))
+    assert torch.allclose(found, expected, rtol=1e-12)
+
+
 def work(folder):
     for case in CASES:
         assert errors(dist.group.WORLD, *case) < 1e-12, case
     refusals(dist.group.WORLD)
+    compiled(dist.group.WORLD)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -58,6 +58,7 @@ def share_of(rank: int, length: int, window: int, ends: list[int]) -> Share:
     return Share(seen, carried, sorted(set(rest)))
 
 
+@torch.compiler.disable
 def by_tokens(group: Group, call: Call, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     """A of this rank's share with a window, [B, Hq, T / ranks, D]; cu_seqlens are those of the whole text."""
     q, k, v, gate, *_ = tensors = call.tensors
