@@ -50,9 +50,9 @@ def losses(device: torch.device, length: int) -> Row:
             "last": one[-1].item(), "apart": (one - shares).abs().max().item()}  # fmt: skip
 
 
-def errors(device: torch.device, length: int) -> Iterator[Row]:
+def errors(device: torch.device, length: int, window: int | None, is_packed: bool) -> Iterator[Row]:
     """‖x − float32‖ / ‖float32‖ of outputs and gradients, the largest of them: in shares of ``length``, and in one
-    process with the same dtype. A gate a token, packed sequences of which two cross from rank to rank or more.
+    process with the same dtype. A gate a token; packed sequences cross from rank to rank.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     text, own = ranks * length, slice(rank * length, (rank + 1) * length)
@@ -60,24 +60,21 @@ def errors(device: torch.device, length: int) -> Iterator[Row]:
     q, k, v = (torch.randn(1, HEADS, text, D, device=device).requires_grad_() for _ in range(3))
     gate, grad = torch.rand(1, HEADS, text, device=device).requires_grad_(), torch.randn(1, HEADS, text, D).to(device)
     leaves = [q, k, v, gate]
-    packed = torch.tensor([0, text // 3, text * 3 // 4, text], dtype=torch.int32, device=device)
-    for window, ends in ((8, None), (8, packed), (None, None)):
+    ends = torch.tensor([0, text // 3, text * 3 // 4, text], dtype=torch.int32, device=device) if is_packed else None
 
-        def run(
-            dtype: torch.dtype, s: slice, window: int | None = window, ends: Tensor | None = ends, group: Any = None
-        ):
-            inputs = [x[:, :, s].to(dtype) for x in (q, k, v)]
-            a = ka_attention(*inputs, gate=gate[:, :, s], window=window, cu_seqlens=ends, group=group)
-            grads = torch.autograd.grad(a, leaves, grad[:, :, s].to(dtype))
-            for x in grads if group else ():
-                dist.all_reduce(x)
-            return [a.float() if group else a[:, :, own].float(), *grads]
+    def run(dtype: torch.dtype, s: slice, group: Any = None) -> list[Tensor]:
+        inputs = [x[:, :, s].to(dtype) for x in (q, k, v)]
+        a = ka_attention(*inputs, gate=gate[:, :, s], window=window, cu_seqlens=ends, group=group)
+        grads = torch.autograd.grad(a, leaves, grad[:, :, s].to(dtype))
+        for x in grads if group else ():
+            dist.all_reduce(x)
+        return [a.float() if group else a[:, :, own].float(), *grads]
 
-        expected = run(torch.float32, slice(None))
-        for dtype in (torch.bfloat16, torch.float32):
-            apart = {}
-            for name, s, group in (("one", slice(None), None), ("shares", own, dist.group.WORLD)):
-                found = run(dtype, s, group=group)
-                apart[name] = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True))
-            yield {"part": "exact", "dtype": str(dtype).partition(".")[2], "window": window,
-                   "packed": ends is not None, "ranks": ranks, "tokens": text, **apart}  # fmt: skip
+    expected = run(torch.float32, slice(None))
+    for dtype in (torch.bfloat16, torch.float32):
+        apart = {}
+        for name, s, group in (("one", slice(None), None), ("shares", own, dist.group.WORLD)):
+            found = run(dtype, s, group)
+            apart[name] = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True))
+        yield {"part": "exact", "dtype": str(dtype).partition(".")[2], "window": window, "packed": is_packed,
+               "ranks": ranks, "tokens": text, **apart}  # fmt: skip

@@ -243,9 +243,12 @@ def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int
     return call
 
 
-def exactness(own: Processes) -> Iterator[Row]:
-    yield exact.losses(own.device, 64 if own.tiny else 2048)
-    yield from exact.errors(own.device, 64 if own.tiny else 4096)
+def exactness(own: Processes, windows: list[tuple[int | None, bool]]) -> Iterator[Row]:
+    """``windows``: and whether sequences are packed."""
+    if (8, False) in windows:
+        yield exact.losses(own.device, 64 if own.tiny else 2048)
+    for window, is_packed in windows:
+        yield from exact.errors(own.device, 64 if own.tiny else 4096, window, is_packed)
 
 
 def calibration(own: Processes) -> Iterator[Row]:
@@ -289,7 +292,7 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
         "softmax-1": cases(HEADS, [1], 1 << 17, 9.0),
     }
     return {
-        "exact": partial(exactness, own),
+        "exact": partial(exactness, own, [(8, False)]),
         "data": partial(data_parallel, own),
         "131k": partial(long_texts, own, long.pop("131k")),
         "softmax": partial(long_texts, own, long.pop("softmax")),
@@ -297,6 +300,7 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
         "constants": partial(constants, own),
         "calibration": partial(calibration, own),
         **{name: partial(long_texts, own, found) for name, found in long.items()},
+        "exact-more": partial(exactness, own, [(None, False), (8, True)]),
     }
 
 
