@@ -41,7 +41,7 @@ from ka_attention.hf import KAConfig, attach
 from ka_attention.hf.batching import windows_of
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer
-from ka_attention.hf.paged import SMALLEST, Group, KAPagedCache
+from ka_attention.hf.paged import SMALLEST, Group, KAPagedCache, cache_config, pages_of
 from ka_attention.hf.support import attention_modules
 
 Row = dict[str, Any]
@@ -77,27 +77,31 @@ class Filled:
 
     def __init__(self, model: Any, requests: int, context: int) -> None:
         heads, device = Heads.of(model.config), model.device
-        windows = windows_of(model)
-        page = PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
+        windows, page = windows_of(model), page_of(model)
         self.cache = cache = KAPagedCache.__new__(KAPagedCache)
         layers = [Layer.of(module) for module in attention_modules(model)]
         cache.ka, cache.pool_of, cache.group_of, cache.groups = layers[0].ka, {}, {}, {}
-        order, self.bytes = torch.Generator().manual_seed(0), 0
+        sized, order, self.bytes = (
+            cache_config(model.config, layers, windows, page),
+            torch.Generator().manual_seed(0),
+            0,
+        )
         for layer, window in zip(layers, windows, strict=True):
-            ring = None if window is None else -(-(window - 1) // page)
-            each = ring or context // page + 1
+            ring = None if window is None else -(-sized.sliding_window // page)
+            each, tokens = ring or context // page + 1, page if ring is None else sized.sliding_window // ring
             index = 0 if window is None else 1
             if index not in cache.groups:
                 places = torch.randperm(requests * each, generator=order).view(requests, each).tolist()
                 tables = {str(i): row for i, row in enumerate(places)}
-                cache.groups[index] = Group(index, tables, page, page, ring)
+                cache.groups[index] = Group(index, tables, tokens, page, ring)
             cache.group_of[layer.index] = cache.groups[index]
-            k, u = (
-                _random((requests * each, count, page, heads.dim), model.dtype, device)
-                for count in (heads.key, heads.query)
+            room = _random((requests * each, sized.num_key_value_heads, page * heads.dim), model.dtype, device)
+            self.bytes += room.nbytes // requests
+            held = room.flatten(1).split(
+                (heads.key * page * heads.dim, room[0].numel() - heads.key * page * heads.dim), 1
             )
-            self.bytes += (k.nbytes + u.nbytes) // requests
-            cache.pool_of[layer.index] = k, u if layer.is_ka else u[:, : heads.key]
+            counts = heads.key, heads.query if layer.is_ka else heads.key
+            cache.pool_of[layer.index] = pages_of(held, counts, tokens, heads.dim)
         self.arguments = self._arguments(requests, context, device)
 
     def _arguments(self, requests: int, context: int, device: torch.device) -> dict[str, Any]:
@@ -128,10 +132,16 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def bytes_of(model: Any, context: int) -> int:
     """Bytes that one request of ``context`` tokens takes, from the pages that it needs."""
-    heads, windows = Heads.of(model.config), windows_of(model)
-    page = PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
-    pages = [-(-context // page) if window is None else -(-(window - 1) // page) for window in windows]
-    return sum(pages) * page * (heads.key + heads.query) * heads.dim * model.dtype.itemsize
+    windows, page = windows_of(model), page_of(model)
+    sized = cache_config(model.config, [Layer.of(module) for module in attention_modules(model)], windows, page)
+    pages = [-(-(context if window is None else sized.sliding_window) // page) for window in windows]
+    return sum(pages) * page * sized.num_key_value_heads * Heads.of(model.config).dim * model.dtype.itemsize
+
+
+def page_of(model: Any) -> int:
+    """Tokens of a page: one holds what a request keeps where all layers have windows."""
+    windows = windows_of(model)
+    return PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
 
 
 def step(model: Any, requests: int, context: int) -> tuple[Callable[[], Tensor], Filled]:

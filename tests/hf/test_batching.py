@@ -69,6 +69,17 @@ def test_a_token_takes_key_heads_and_query_heads_in_every_layer():
     assert held(model) == 64 * 4 * 3 * (2 + 4) * 8 * 8  # pages, tokens, layers, heads, numbers, bytes
 
 
+def test_softmax_layers_beside_rings_take_what_k_and_v_take():
+    model, wider = (
+        attach(make("llama"), KAConfig(pattern="2:1", window=w, gate="head", gate_init=0.5)) for w in (3, 4)
+    )
+    assert held(model) * (2 + 4) == held(wider) * (2 + 2)  # three tokens of U do not fit
+    cache = model.init_continuous_batching(greedy(), settings())._create_batch_processor().cache
+    assert [cache.group_of[i].page for i in range(3)] == [2, 2, 4]  # tokens of U fill two of V
+    assert [x.shape[1] for i in range(3) for x in cache.pool_of[i]] == [2, 4, 2, 4, 2, 2]
+    serve(model, [*PROMPTS, tokens(1, 36, seed=1)[0].tolist()])
+
+
 def test_layers_with_a_window_keep_a_ring_of_the_widest():
     model = attach(make("gemma3_text"), KAConfig(layers=(0, 2), window=(3, 7)))
     assert windows_of(model) == [3, 5, 7]

@@ -30,8 +30,9 @@ class KABatchingManager(ContinuousBatchingManager):
         narrow = [window for window in windows if window is not None]
         if len(narrow) == len(windows):  # one page holds what a request keeps
             setattr(settings, name, max(SMALLEST, max(narrow) - 1))
-        self.sized = cache_config(model.config, windows, getattr(settings, name))
-        self.ka = Layer.of(attention_modules(model)[0]).ka
+        self.layers = [Layer.of(module) for module in attention_modules(model)]
+        self.sized = cache_config(model.config, self.layers, windows, getattr(settings, name))
+        self.ka = self.layers[0].ka
         super().__init__(_Sized(model, self.sized), generation_config, settings, hints)  # type: ignore[arg-type]
         self.model = model
         self.input_queue = self.requests = Requests(self.input_queue.maxsize)
@@ -59,8 +60,7 @@ class KABatchingManager(ContinuousBatchingManager):
             processor = super()._create_batch_processor()
         finally:
             self.model = model
-        layers = [Layer.of(module) for module in attention_modules(model)]
-        KAPagedCache.adopt(processor.cache, layers, Heads.of(model.config))
+        KAPagedCache.adopt(processor.cache, self.layers, Heads.of(model.config))
         self._spare_masks(processor.inputs_and_outputs)
         return processor
 
@@ -111,10 +111,11 @@ def _refuse(generation_config: Any, settings: Any) -> None:
 
 def check_batching(model: Any) -> None:
     """ValueError, with the reason, for a KA model that continuous batching does not serve."""
-    cache_config(model.config, windows_of(model), 1)
+    layers = [Layer.of(module) for module in attention_modules(model)]
+    cache_config(model.config, layers, windows_of(model), 1)
     if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("model: a KA model runs continuous batching on one device, this one is split over several")
-    if any(Layer.of(module).group is not None for module in attention_modules(model)):
+    if any(layer.group is not None for layer in layers):
         raise ValueError("model: sequence_parallel is for training, end it with sequence_parallel(model, None)")
     _check_path(model)
 

@@ -1,8 +1,9 @@
 """Attention over many requests at once: K and U in the blocks of transformers' paged cache.
 
 A token takes ``Hkv + Hq`` heads of D numbers, K and U, which the cache is asked to hold as ``Hkv + Hq`` heads of D/2
-"keys" and as many of D/2 "values": so a page has the room for both, and attention divides it by itself. Which blocks
-belong to whom and when they are free stays transformers' own.
+"keys" and as many of D/2 "values": so a page has the room for both, and attention divides it by itself. Where U is in
+layers with windows alone, a page has the room of K and V, and holds fewer tokens there. Which blocks belong to whom and
+when they are free stays transformers' own.
 """
 
 from __future__ import annotations
@@ -34,22 +35,28 @@ def page_name(settings: Any) -> str:
     return "page_size" if "page_size" in type(settings).__dataclass_fields__ else "block_size"
 
 
-def cache_config(config: Any, windows: list[int | None], page: int) -> Any:
-    """The configuration that transformers sizes a paged cache by, from a decoder's and the windows of its layers.
+def cache_config(config: Any, layers: list[Layer], windows: list[int | None], page: int) -> Any:
+    """The configuration that transformers sizes a paged cache by, from a decoder's, its layers and their windows.
 
     Layers with a window w keep a ring of w − 1 tokens, w the widest, in whole pages of ``page`` tokens; the others keep
-    all tokens. Every layer has room for U, softmax layers too, as blocks are alike. ValueError for an odd head
-    dimension.
+    all tokens. Blocks are alike in all layers: each has room for K and U, or, where the layers that keep all tokens are
+    softmax layers and G w fits a page, G = Hq / Hkv, for K and V; then a page of a ring is ``page // G`` tokens.
+    ValueError for an odd head dimension.
     """
     heads = Heads.of(config)
     if heads.dim % 2:
         raise ValueError(f"head_dim: continuous batching stores halves of heads, got the odd {heads.dim}")
     sized = copy.copy(config)
     sized.__class__ = type(type(config).__name__, (type(config),), {"_attn_implementation": LIKE_FLASH})
-    sized.num_key_value_heads, sized.head_dim = heads.key + heads.query, heads.dim // 2
     sized.layer_types = [FULL if window is None else SLIDING for window in windows]
-    widest = max((window for window in windows if window is not None), default=1)
-    sized.sliding_window = max(1, -(-(widest - 1) // page)) * page
+    kept = max((window - 1 for window in windows if window is not None), default=0)
+    of_all = [layer.is_ka for layer, window in zip(layers, windows, strict=True) if window is None]
+    shared = page // (heads.query // heads.key)
+    if of_all and not any(of_all) and kept <= shared:
+        values, sized.sliding_window = heads.key, max(1, shared)
+    else:
+        values, sized.sliding_window = heads.query, max(1, -(-kept // page)) * page
+    sized.num_key_value_heads, sized.head_dim = heads.key + values, heads.dim // 2
     return sized
 
 
@@ -223,18 +230,24 @@ class KAPagedCache(PagedAttentionCache):
         """Make a cache of transformers one of these."""
         cache.__class__, cache.ka = cls, layers[0].ka
         cache.pool_of, cache.group_of, cache.groups = {}, {}, {}
+        room, kept = cache.config.num_key_value_heads, cache.config.sliding_window
         for layer in layers:
-            i, stored = layer.index, heads.query if layer.is_ka else heads.key
+            i = layer.index
             if (owners := getattr(cache, "layer_to_allocator", None)) is not None:
                 owner, index, page = owners[i], owners[i].index, owners[i].tokens_per_page
                 stride = owner.block_physical_stride
-                cache.pool_of[i] = _divided(owner.cache_tensor, owner.layer_indices, i, page, heads, stored)
+                held = _divided(
+                    owner.cache_tensor, owner.layer_indices.index(i), len(owner.layer_indices), heads, room, page
+                )
             else:  # transformers 5.17
                 index, j = cache.layer_index_to_group_indices[i]
                 owner, page, stride = cache.group_cache_managers[index], cache.block_size, cache.block_size
-                cache.pool_of[i] = _replaced(cache, j, heads, stored)
-            ring = cache.config.sliding_window // page if cache.config.layer_types[i] == SLIDING else None
-            cache.group_of[i] = cache.groups.setdefault(index, Group(index, owner.block_table, page, stride, ring))
+                held = _replaced(cache, j, heads, room)
+            ring = -(-kept // page) if cache.config.layer_types[i] == SLIDING else None
+            tokens = page if ring is None else kept // ring
+            counts = heads.key, heads.query if layer.is_ka else heads.key
+            cache.pool_of[i] = pages_of(held, counts, tokens, heads.dim)
+            cache.group_of[i] = cache.groups.setdefault(index, Group(index, owner.block_table, tokens, stride, ring))
 
     def extend_read_and_write_indices(
         self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
@@ -257,25 +270,31 @@ class KAPagedCache(PagedAttentionCache):
             x[list_forked_blocks] = x[list_source_blocks]
 
 
-def _divided(
-    held: Tensor, layers: list[int], layer: int, page: int, heads: Heads, stored: int
-) -> tuple[Tensor, Tensor]:
-    """K and U in memory of which every block holds one page of each of ``layers``."""
+def pages_of(held: Any, counts: tuple[int, int], tokens: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Pages [blocks, count, tokens, dim] of K and of U or V in the room for them, [blocks, numbers]."""
+    k, u = (
+        x[:, : count * tokens * dim].unflatten(1, (count, tokens, dim)) for x, count in zip(held, counts, strict=True)
+    )
+    return k, u
+
+
+def _divided(held: Tensor, which: int, count: int, heads: Heads, room: int, page: int) -> tuple[Tensor, Tensor]:
+    """Of every block the room for K and that for values of one layer, [blocks, numbers]; it holds ``count`` layers."""
     flat, size = held.view(-1), page * heads.dim
-    of_layer = size * (heads.key + heads.query)
-    blocks, first = len(flat) // (of_layer * len(layers)), flat.storage_offset() + layers.index(layer) * of_layer
-    strides = of_layer * len(layers), size, heads.dim, 1
-    k = flat.as_strided((blocks, heads.key, page, heads.dim), strides, first)
-    return k, flat.as_strided((blocks, stored, page, heads.dim), strides, first + heads.key * size)
+    of_layer = size * room
+    blocks, first = len(flat) // (of_layer * count), flat.storage_offset() + which * of_layer
+    k = flat.as_strided((blocks, heads.key * size), (of_layer * count, 1), first)
+    return k, flat.as_strided((blocks, of_layer - heads.key * size), (of_layer * count, 1), first + heads.key * size)
 
 
-def _replaced(cache: Any, j: int, heads: Heads, stored: int) -> tuple[Tensor, Tensor]:
-    """K and U in tensors of their own, in the place of two that are as large together."""
-    for lists, count in ((cache.key_cache, heads.key), (cache.value_cache, heads.query)):
+def _replaced(cache: Any, j: int, heads: Heads, room: int) -> tuple[Tensor, Tensor]:
+    """The same, in tensors of their own, in the place of two that are as large together."""
+    for lists, count in ((cache.key_cache, heads.key), (cache.value_cache, room - heads.key)):
         if lists[j].ndim == 3:
             blocks, lists[j] = len(lists[j]) // cache.block_size, None  # its memory is needed
-            lists[j] = torch.empty(blocks, count, cache.block_size, heads.dim, dtype=cache.dtype, device=cache.device)
-    return cache.key_cache[j], cache.value_cache[j][:, :stored]
+            size = count * cache.block_size * heads.dim
+            lists[j] = torch.empty(blocks, size, dtype=cache.dtype, device=cache.device)
+    return cache.key_cache[j], cache.value_cache[j]
 
 
 class _Slots:
