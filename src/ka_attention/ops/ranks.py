@@ -18,7 +18,6 @@ tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes
 Every rank takes part in every message, also where it has no use for what it gets, or the others would wait for it.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,7 +35,6 @@ Operator = Callable[..., Tensor]  # ka_attention
 Group = dist.ProcessGroup
 Results = tuple[Tensor, Tensor, Tensor]  # of a backend's `forward`
 Gradients = Sequence[Any]  # of q, k, v, gate, k_past, u_past: Tensor or None
-ROWS, MIN_ROWS = 4096, 256  # of one product with F
 
 
 class Share(NamedTuple):
@@ -138,9 +136,7 @@ class _Part(NamedTuple):
         """b = Fᵀ dA, the gradient of u_past where U of the last tokens has none from others."""
         if F is None:
             return dispatch.load(self.backend).state_gradient(da, *others, **self.options)
-        rows = math.gcd(da.shape[2], ROWS)  # a sum over all rows is too long for one product
-        x, F = (y.unflatten(2, (-1, rows if rows >= MIN_ROWS else da.shape[2])) for y in (da, F))
-        return (F.mT @ x).sum(2, dtype=torch.promote_types(da.dtype, torch.float32))
+        return F.mT @ da
 
 
 class _ByTokens(torch.autograd.Function):
@@ -224,7 +220,7 @@ def _compose(maps: Tensor) -> Tensor:
 
 def _gather(group: Group, x: Tensor) -> Tensor:
     """Everybody's x, [ranks, …]."""
-    return _exchange(group, x.expand(dist.get_world_size(group), *x.shape))
+    return _AllToAll.apply(x.expand(dist.get_world_size(group), *x.shape), group)
 
 
 def _pass_on(group: Group, x: Tensor, by: int) -> Tensor:
@@ -254,23 +250,20 @@ def by_heads(group: Group, operator: Operator, q, k, v, gate=0.0, cu_seqlens=Non
 def _heads_for_tokens(group: Group, x: Tensor) -> Tensor:
     """[B, H, T / ranks, D] of this rank's tokens → [B, H / ranks, T, D] of this rank's heads."""
     ranks = dist.get_world_size(group)
-    x = _exchange(group, x.unflatten(1, (ranks, -1)).movedim(1, 0))  # [ranks, B, H / ranks, T / ranks, D]
+    x = _AllToAll.apply(x.unflatten(1, (ranks, -1)).movedim(1, 0), group)  # [ranks, B, H / ranks, T / ranks, D]
     return x.movedim(0, 2).flatten(2, 3)
 
 
 def _tokens_for_heads(group: Group, x: Tensor) -> Tensor:
     """The way back."""
     ranks = dist.get_world_size(group)
-    x = _exchange(group, x.unflatten(2, (ranks, -1)).movedim(2, 0))
+    x = _AllToAll.apply(x.unflatten(2, (ranks, -1)).movedim(2, 0), group)
     return x.movedim(0, 1).flatten(1, 2)
 
 
-def _exchange(group: Group, x: Tensor) -> Tensor:
-    """Entry r of x [ranks, …] goes to rank r, and comes back as the entry of who sent it."""
-    return _AllToAll.apply(x, group)
-
-
 class _AllToAll(torch.autograd.Function):
+    """Entry r of x [ranks, …] goes to rank r, and comes back as the entry of who sent it."""
+
     @staticmethod
     def forward(ctx, x, group):
         ctx.group, got, ones = group, torch.empty_like(x, memory_format=torch.contiguous_format), [1] * len(x)
