@@ -137,7 +137,7 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
     if {row["part"] for row in rows} >= {"calibration", "a windowed layer", "bytes"}:
         costs = fit(rows)
         yield "## The cost model"
-        yield _constants(costs, measured)
+        yield _constants(costs, measured, all(row.get("queued") for row in rows if row["part"] == "a windowed layer"))
         yield _judged(costs, [row for row in rows if row["part"] == "long texts"])
         yield "## More ranks, by the model"
         yield (
@@ -206,14 +206,14 @@ def _bytes(rows: list[Row]) -> str:
     return table(["ranks", "tokens of the text", "a windowed layer", "a full layer"], cells)
 
 
-def _constants(costs: Costs, measured: bool) -> str:
-    assumed = "" if measured else ", assumed"
+def _constants(costs: Costs, measured: bool, queued: bool) -> str:
+    assumed, launches = "" if measured else ", assumed", "" if queued else ", by itself: with the time to launch"
     microseconds = {
         "a step that computes nothing (a)": 1e3 * costs.a,
         "a token, windowed layers (b)": 1e3 * costs.b,
         "1,000 tokens squared, a full layer (c)": 1e9 * costs.c,
         "a token, a full layer in the place of a windowed one (d)": 1e3 * costs.d,
-        "a windowed layer in shares (λ)": 1e3 * costs.extra,
+        f"a windowed layer in shares (λ{launches})": 1e3 * costs.extra,
         "a token of it (e)": 1e3 * costs.e,
         f"a small message (α{assumed})": 1e3 * costs.alpha,
     }

@@ -85,7 +85,7 @@ def constants(own: Processes) -> Iterator[Row]:
             with counted():
                 took = own.queued(call, 5)
             yield {"part": "a windowed layer", "ranks": ranks, "tokens": tokens, "ms": statistics.median(took),
-                   "bytes_sent": sent[0]}  # fmt: skip
+                   "bytes_sent": sent[0], "queued": own.device.type == "cuda"}  # fmt: skip
 
 
 def _layer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | float, group: Any, window: int | None = WINDOW) -> None:
