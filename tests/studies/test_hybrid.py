@@ -16,7 +16,7 @@ from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
 from ka_attention.studies.hybrid.results import TrainedArm
-from ka_attention.studies.hybrid.study import HYBRID, read, train_arm
+from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
 
 SETTINGS = """vocab_size=512 hidden_size=32 heads=2 intermediate_size=320 layers=4 sequence_length=32 batch_size=2
@@ -71,6 +71,12 @@ def test_arms_are_trained_and_decoded(run):
         "3to1-softmax-w2-gated": (32 + 3) * token,
         "3to1-none-gated": 32 * token,
     }
+
+
+@pytest.mark.parametrize("name", ["3to1-softmax-w1", "all-ka-w1", "canon", "3to1-gdn-gated", "3to1-mamba2"])
+def test_states_are_as_large_as_computed(name):
+    found = decode(replace(TINY, decode_batch=3), name)
+    assert found.measured_bytes == found.computed_bytes
 
 
 def test_the_report_pairs_arms_and_shows_gates(run):

@@ -184,7 +184,7 @@ def test_state_bytes_are_counted():
     assert state_bytes(arm("full"), SETTINGS, 100) == 4 * 100 * token
     assert state_bytes(arm("3to1-ka-w4"), SETTINGS, 100) == (100 + 3 * 3) * token
     assert state_bytes(arm("3to1-softmax-w4"), SETTINGS, 2) == 4 * 2 * token
-    assert state_bytes(arm("3to1-ka-w1+4+8"), SETTINGS, 100) == (100 + 1 + 3 + 7) * token
+    assert state_bytes(arm("3to1-ka-w1+4+8"), SETTINGS, 100) == (100 + 0 + 3 + 7) * token
     assert state_bytes(arm("3to1-none"), SETTINGS, 100) == 100 * token
     assert state_bytes(arm("3to1-conv"), SETTINGS, 100) == 100 * token + 3 * (KERNEL - 1) * 64 * 2
     assert state_bytes(arm("canon"), SETTINGS, 100) == 4 * 100 * token + 4 * (KERNEL - 1) * 64 * 2

@@ -209,7 +209,7 @@ def count(model: nn.Module) -> int:
 def state_bytes(arm: HybridArm, settings: LlamaSettings, length: int, element: int = 2) -> int:
     """Bytes of what one sequence leaves after ``length`` tokens, in all layers, with ``element`` bytes a number.
 
-    Attention: keys and values (or outputs) of all tokens, or of the last window − 1, of one at least. Convolutions:
+    Attention: keys and values (or outputs) of all tokens, or of the last window − 1. Convolutions:
     the last KERNEL − 1 inputs. Recurrent layers: their state and what their convolutions keep.
     """
     size, heads = settings.hidden_size, settings.heads
@@ -225,7 +225,7 @@ def state_bytes(arm: HybridArm, settings: LlamaSettings, length: int, element: i
     }
     numbers = full * (2 * length * size + convolved)
     for window in windows:
-        kept = length if window is None else min(length, max(window - 1, 1))
+        kept = length if window is None else min(length, window - 1)
         numbers += states.get(arm.mixer, 2 * kept * size + convolved)
     return numbers * element
 
