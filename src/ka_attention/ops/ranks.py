@@ -176,12 +176,13 @@ class _ByTokens(torch.autograd.Function):
         first, rest = _at(slice(0, n), *new), _at(slice(n, T), *new)
         carried, own = results[:3], results[3:]
         past = k_past, u_past, None
-        grads: Gradients = [None] * 4 + [torch.zeros_like(k_past), torch.zeros_like(u_past)]
+        grads: Gradients
         if n == T:
             b = part.answer(F, da, *new, k_past, u_past, carried[2])
+        elif n:
+            *grads, b = part.backward(None, da[:, :, :n], *first, *past, *carried)
         else:
-            grads = part.backward(None, da[:, :, :n], *first, *past, *carried) if n else grads
-            b = grads[5]
+            *grads, b = *(None,) * 4, torch.zeros_like(k_past), torch.zeros_like(u_past)
         b = _gather(part.group, pad(b.to(M.dtype), (0, 0, state - seen, 0)))
         after = slice(dist.get_rank(part.group) + 1, None)
         last = _compose(torch.cat([M[after].mT, b[after]], dim=-1).flip(0)) if len(M[after]) else None
@@ -189,7 +190,7 @@ class _ByTokens(torch.autograd.Function):
             grads = part.backward(last, da, *new, *past, *carried)
         else:
             others = part.backward(last, da[:, :, n:], *rest, None, None, packed, *own)
-            grads = [_join(x, y) for x, y in zip(grads[:4], others, strict=False)] + list(grads[4:])
+            grads = [*map(_join, grads[:4], others), *grads[4:]]
         dk, dk_past = grads[1], grads[4]
         dk[:, :, T - state :] += _pass_on(part.group, pad(dk_past, (0, 0, state - seen, 0)), -1)
         return *grads[:4], None
@@ -204,7 +205,7 @@ def _join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 
 
 def _heads(v: Tensor, q: Tensor) -> Tensor:
-    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return v if v.shape[1] == q.shape[1] else v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
 def _compose(maps: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _pass_on(group: Group, x: Tensor, by: int) -> Tensor:
     """x goes to the rank `by` further on; the like comes from the other side, or zeros."""
     rank, ranks, x = dist.get_rank(group), dist.get_world_size(group), x.contiguous()
     send, receive = ([x.numel() * (other == rank + way) for other in range(ranks)] for way in (by, -by))
-    got = torch.zeros_like(x)
+    got = torch.empty_like(x) if any(receive) else torch.zeros_like(x)
     dist.all_to_all_single(got.view(-1)[: sum(receive)], x.view(-1)[: sum(send)], receive, send, group)
     return got
 
