@@ -65,11 +65,20 @@ def compiled(group):
     assert torch.allclose(found, expected, rtol=1e-12)
 
 
+def twice(group):
+    x = torch.randn(1, 6, 8, D, dtype=torch.float64).requires_grad_()
+    for window in (3, None):
+        out = ka_attention(x, x, x + 1, window=window, group=group)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)[0].sum().backward()
+
+
 def work(folder):
     for case in CASES:
         assert errors(dist.group.WORLD, *case) < 1e-12, case
     refusals(dist.group.WORLD)
     compiled(dist.group.WORLD)
+    twice(dist.group.WORLD)
 
 
 @pytest.mark.parametrize("size", [2, 3])

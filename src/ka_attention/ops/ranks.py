@@ -170,6 +170,8 @@ class _ByTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, da):
+        if torch.is_grad_enabled():
+            raise RuntimeError("group: KA-attention over ranks has no second derivative")
         part, (M, q, k, v, gate, k_past, u_past, F, packed, *results) = ctx.part, ctx.saved_tensors
         (seen, n, _), state, T = part.share, part.state, q.shape[2]
         new = q, k, v, gate
