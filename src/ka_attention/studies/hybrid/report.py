@@ -168,17 +168,18 @@ def _came(results: HybridResults, arms: dict[str, HybridArm]) -> str:
 
 
 def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
-    """Arms to compare, all else alike: KA and what else could stand in its place; one mixer that starts in two ways.
+    """Arms to compare, all else alike: a window and what could stand in its place; a mixer that starts in two ways.
 
-    In KA's place: other mixers, softmax with the same window, and full softmax with a convolution in front.
+    In the place of KA, and of softmax with a window: other mixers, and full softmax with a convolution in front; in
+    KA's place also softmax with the same window.
     """
     found: list[tuple[str, str]] = []
     for name, each in arms.items():
         for other, its in arms.items():
             alike = (its.pattern, its.first, its.convolution) == (each.pattern, each.first, each.convolution)
-            peer = each.mixer == "ka" and its.mixer not in ("ka", "full") and its.window in (None, each.window)
+            peer = each.window and its.mixer not in (each.mixer, "ka", "full") and its.window in (None, each.window)
             begins = (its.mixer, its.window) == (each.mixer, each.window) and its.start != each.start
-            canon = each.mixer == "ka" and its.mixer == "full" and its.convolution == "front"
+            canon = each.window and its.mixer == "full" and its.convolution == "front"
             chosen = canon or (alike and (peer or begins))
             if chosen and its.output_gate == each.output_gate and (other, name) not in found:
                 found.append((name, other))
@@ -186,7 +187,7 @@ def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
 
 
 def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
-    """KA beside its peers, most seeds first."""
+    """Windows beside their peers, most seeds first."""
 
     def row(name: str, other: str) -> list[str]:
         found = _paired(results, name, other)
