@@ -93,9 +93,7 @@ def triton_pass(tensors, options, da):
     from ka_attention.ops.triton import backward, forward, outputs
 
     results = forward(*tensors, **options, save=True)
-    for x, like in zip(
-        results, outputs(tensors[0], True, options["window"], any(x is not None for x in tensors[-2:])), strict=True
-    ):
+    for x, like in zip(results, outputs(tensors[0], True, options["window"]), strict=True):
         assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
     grads = backward(da, *tensors, *results, **options)
     assert all(grad is None or grad.is_contiguous() for grad in grads)  # or the operator would copy them
@@ -182,7 +180,7 @@ def test_windows_of_one_block_and_more_as_a_band(name, monkeypatch):
     from ka_attention.ops.triton import backend
 
     monkeypatch.setattr(backend, "_plans", {})
-    monkeypatch.setattr(backend, "narrow_rows", lambda *_: None)
+    monkeypatch.setattr(backend, "narrow_reach", lambda *_: None)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
 
 
@@ -193,7 +191,7 @@ def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
     from ka_attention.ops.triton import backend, wide
 
     monkeypatch.setattr(backend, "_plans", {})
-    monkeypatch.setattr(backend, "narrow_rows", lambda *_: None)
+    monkeypatch.setattr(backend, "narrow_reach", lambda *_: None)
     monkeypatch.setattr(wide, "longest_reach", lambda *_: 0)
     monkeypatch.setattr(wide, "links", lambda *_: links)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
@@ -273,17 +271,15 @@ def test_layouts_of_models_give_the_same_bits():
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (0, 64, 0, 1, 33), (97,), (1,) * 40])
 def test_packed_schedule_covers_every_block_in_order(lengths):
-    from ka_attention.ops.triton.tiles import Tiles
     from ka_attention.ops.triton.wide import Wide
 
     cu = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
     q = torch.zeros(1, 1, sum(lengths), 16, device=DEVICE)
-    tiles = Tiles(32, 32, 4, 1)
     plan = Wide(None, q, q, q, None, None, None, None, cu, 1.0, None, None, True)
-    schedule = plan.schedule(cu, tiles.BM).tolist()
-    assert len(schedule) == plan.grid(tiles)[0]
-    real = [(n, rank) for n, rank in schedule if rank * 32 < lengths[n]]
-    assert sorted(real) == [(n, rank) for n, length in enumerate(lengths) for rank in range(-(-length // 32))]
+    schedule = plan.schedule(cu, plan.BM).tolist()
+    assert (len(schedule), 1, 1) == plan.rows.grid
+    real = [(n, rank) for n, rank in schedule if rank * plan.BM < lengths[n]]
+    assert sorted(real) == [(n, rank) for n, length in enumerate(lengths) for rank in range(-(-length // plan.BM))]
     assert [rank for _, rank in schedule] == sorted(rank for _, rank in schedule)
 
 

@@ -48,7 +48,7 @@ def outputs(tensors, options):
         {"window": 2},
         {"window": 17, "gate": "token", "Hkv": 2},
         {"window": 5, "gate": "signed", "P": 21, "mask": "full", "softcap": 2.0},
-        {"window": 20, "gate": "token", "P": 4},
+        {"window": 20, "gate": "token", "P": 4, "D": 24},
         {"window": 40, "P": 70, "T": 130},
         {"window": 7, "lengths": (33, 0, 1, 40), "gate": "token"},
     ],
@@ -59,7 +59,14 @@ def test_segments(given, divide):
 
 
 @kernels
-@pytest.mark.parametrize("given", [{"window": 8, "gate": "token", "P": 7}, {"window": 16, "P": 4, "Hkv": 2}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"window": 8, "gate": "token", "P": 7},
+        {"window": 16, "P": 4, "Hkv": 2},
+        {"window": 20, "gate": "token", "P": 19},
+    ],
+)
 def test_a_share_stops_between_kernels(given, divide):
     """For what comes before to be known then: its map gives the U that the whole has, and b its gradient."""
     from ka_attention.ops.triton import backward, forward, state_gradient
@@ -108,9 +115,10 @@ def test_a_mask_keeps_apart_what_is_not_finite(name, row, given, segments, divid
 
 @kernels
 @pytest.mark.parametrize("segments", [1, 3])
-def test_packed_sequences_stay_apart(segments, divide):
+@pytest.mark.parametrize(("window", "dtype"), [(9, torch.float32), (20, torch.float16)])
+def test_packed_sequences_stay_apart(window, dtype, segments, divide):
     divide(segments)
-    tensors, options = on_device(Problem(**SMALL | {"lengths": (21, 30, 19)}, window=9, dtype=torch.float32))
+    tensors, options = on_device(Problem(**SMALL | {"lengths": (21, 30, 19)}, window=window, dtype=dtype))
     clean = outputs(tensors, options)
     for x in tensors[:3]:
         x[:, :, 25] = float("nan")
@@ -121,23 +129,27 @@ def test_packed_sequences_stay_apart(segments, divide):
 
 
 @pytest.mark.parametrize(
-    ("window", "D", "dtype", "apart", "rows"),
+    ("window", "D", "dtype", "before"),
     [
-        (1, 64, torch.float16, False, None),
-        (2, 64, torch.float16, False, 16),
-        (17, 256, torch.bfloat16, True, 16),
-        (18, 128, torch.bfloat16, False, 32),
-        (18, 128, torch.bfloat16, True, None),
-        (65, 64, torch.bfloat16, True, 64),
-        (65, 128, torch.bfloat16, False, None),
-        (66, 64, torch.bfloat16, False, None),
-        (17, 64, torch.float32, False, 16),
-        (18, 64, torch.float32, False, None),
+        (None, 64, torch.float16, None),
+        (1, 64, torch.float16, None),
+        (2, 64, torch.float16, 16),
+        (17, 256, torch.bfloat16, 16),
+        (18, 128, torch.bfloat16, 32),
+        (33, 96, torch.bfloat16, 32),
+        (34, 128, torch.bfloat16, 64),
+        (65, 64, torch.bfloat16, 64),
+        (65, 256, torch.bfloat16, None),
+        (66, 64, torch.bfloat16, None),
+        (17, 64, torch.float32, 16),
+        (18, 64, torch.float32, None),
     ],
 )
-def test_which_windows_are_narrow(window, D, dtype, apart, rows):
+def test_which_windows_are_narrow(window, D, dtype, before):
     pytest.importorskip("triton")
     from ka_attention.ops.triton import tiles
 
-    q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 8, D))
-    assert tiles.narrow_rows(q, window, apart) == rows
+    q = SimpleNamespace(
+        device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 8, D), element_size=lambda: dtype.itemsize
+    )
+    assert tiles.narrow_reach(q, window) == before

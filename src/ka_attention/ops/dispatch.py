@@ -160,7 +160,7 @@ backward.register_autograd(_refuse_second_derivative)
 
 @forward.register_fake
 def _(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save, backend, revision):
-    return load(backend).outputs(q, save, window, mask is not None or cu_seqlens is not None)
+    return load(backend).outputs(q, save, window)
 
 
 @backward.register_fake

@@ -27,7 +27,7 @@ ROWS = 128  # rows of a strip, the size of its triangle; half of it where there 
 SCORES = 1 << 19  # scores held at once, few enough for a processor's cache
 
 
-def outputs(q: Tensor, save: bool, window: int | None = None, apart: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(q: Tensor, save: bool, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors like those that `forward` returns."""
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse, _saved(q, save)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ka_attention.ops.triton import pasts
 from ka_attention.ops.triton.narrow import Narrow
-from ka_attention.ops.triton.tiles import choose, narrow_rows
+from ka_attention.ops.triton.tiles import choose, narrow_reach, narrow_width
 from ka_attention.ops.triton.wide import Wide
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -16,13 +16,13 @@ MAX_HEAD_DIM = 256
 MAX_PLANS = 1024
 
 
-def outputs(q: Tensor, save: bool, window: int | None, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(q: Tensor, save: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
     each block what the backward would have to solve again: the rows of S, where I + S = (I − L G)⁻¹, or, for a narrow
-    window, those of R and F. `apart`: there is a mask, or sequences are packed.
+    window, those of E and S.
     """
-    rows = narrow_rows(q, window, apart)
-    width = choose(q).columns.BM if rows is None else 2 * rows
+    before = narrow_reach(q, window)
+    width = choose(q).columns.BM if before is None else narrow_width(before, True)
     return _outputs(q, width if save else 0)
 
 
@@ -36,7 +36,7 @@ def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, s
     """`outputs`, filled. Same input, same bits."""
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
     plan = _plan(None, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
-    results = _outputs(q, plan.width)
+    results = _outputs(q, plan.width if save else 0)
     with torch.cuda.device_of(q):
         plan.forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *results)
     return results
@@ -58,7 +58,7 @@ def open(q, k, v, gate, k_past, u_past, *, scale, window, softcap, save):
     q, k, v, k_past = map(_unit_stride, (q, k, v, k_past))
     tensors = q, k, v, gate, k_past, u_past
     plan = _plan(None, *tensors, None, None, scale, window, softcap, save)
-    if not isinstance(plan, Narrow) or plan.segments == 1 or plan.T % plan.BM:
+    if not isinstance(plan, Narrow) or plan.segments == 1 or plan.T % plan.before:
         return None
     with torch.cuda.device_of(q):
         return plan.open(*tensors, *_outputs(q, plan.width))
@@ -108,11 +108,7 @@ def _plan(*arguments) -> Narrow | Wide:
         _check(q)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        plan = (
-            Wide(*arguments)
-            if narrow_rows(q, window, any(x is not None for x in tensors[-2:])) is None
-            else Narrow(*arguments)
-        )
+        plan = Wide(*arguments) if narrow_reach(q, window) is None else Narrow(*arguments)
         _plans[key] = plan
     return plan
 

@@ -1,7 +1,6 @@
-"""The plan for narrow windows: three kernels a pass, or one where a segment is the sequence."""
+"""The plan for narrow windows: three kernels a pass, or four for windows of more than 17 tokens."""
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -10,141 +9,146 @@ from torch import Tensor
 
 from ka_attention.ops.triton import tiles
 from ka_attention.ops.triton.launcher import Launch
-from ka_attention.ops.triton.narrow_backward import adjoint_apply_kernel, adjoint_maps_kernel
-from ka_attention.ops.triton.narrow_forward import apply_kernel, maps_kernel, scan_kernel
+from ka_attention.ops.triton.narrow_backward import adjoint_walk_kernel, gradients_kernel
+from ka_attention.ops.triton.narrow_forward import scan_kernel, walk_kernel, weights_kernel
 from ka_attention.ops.triton.plan import Plan, sum_groups
 
 
 class Narrow(Plan):
-    """Segments of `span` blocks of BM rows, BM the least that a block may have for its window."""
+    """Segments of `span` blocks, each of which reaches `before` tokens back."""
 
     def __init__(self, da, q, *others):
         super().__init__(da, q, *others)
-        apart = self.packed or self.constants["HAS_MASK"]
-        rows = tiles.narrow_rows(q, self.window, apart)
-        assert rows is not None
-        self.BM = rows
-        blocks, heads = triton.cdiv(self.T, self.BM), self.B * self.H
-        self.span = triton.cdiv(blocks, tiles.segments(self.device, heads, blocks))
+        before = tiles.narrow_reach(q, self.window)
+        assert before is not None
+        self.before, self.solved, self.heads = before, before > tiles.NARROW_BLOCK, self.B * self.H
+        self.options = tiles.narrow_options(before, q)
+        blocks = triton.cdiv(self.T, tiles.NARROW_BLOCK)
+        reach = before // tiles.NARROW_BLOCK  # the walk takes as many blocks a step
+        # Up to 17 tokens the gradients walk over the segments, too.
+        most = self.options["segments" if da is None or self.solved else "spans"]
+        parts = tiles.segments(self.device, self.heads, blocks, most)
+        self.span = triton.cdiv(blocks, parts * reach) * reach
         self.segments = triton.cdiv(blocks, self.span)
-        self.width = 2 * self.BM if self.save else 0
-        self.options = tiles.narrow_options(self.BM, q)
-        self.constants["APART"] = apart
+        self.width = tiles.narrow_width(before, self.save)
+        apart = self.packed or self.constants["HAS_MASK"]
+        # Where a walk must look for what is not finite, it is one by itself.
+        self.walks_at_once = self.segments > 1 and not self.solved and not apart
+        self.constants |= {"BEFORE": before, "WIDTH": self.width, "APART": apart, "WHOLE": self.segments == 1,
+                           "SOLVED": self.solved}  # fmt: skip
         scale, _, softcap, _ = others[-4:]
-        self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window, self.span, self.segments
-        self.grid = (heads * self.segments,)
+        self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window
+        self.weights, self.gradients = self._weights(blocks), self._gradients()
+        walk, adjoint = (self.v, self.gate, self.u_past, self.H, self.T, self.P), (self.da, self.gate, self.H, self.T)
+        self.maps, self.apply = (self._walk(walk_kernel, *walk, MAPS=maps) for maps in (True, False))
+        self.adjoint_maps, self.adjoint_apply = (
+            self._walk(adjoint_walk_kernel, *adjoint, MAPS=maps) for maps in (True, False)
+        )
+        self.scan, self.reverse_scan = self._scan(self.D, False), self._scan(self.D, True)
+        self.wide_scan = self._scan(self.D + before, False)  # with M beside c
 
-    @cached_property
-    def maps(self) -> Launch:
+    def _weights(self, blocks: int) -> Launch:
+        """One program a block and head, or a segment and head."""
+        span, segments = (self.span, self.segments) if self.walks_at_once else (1, blocks)
+        options = self.options["weights_and_walk" if self.walks_at_once else "weights_kernel"]
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self._launch(maps_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
+        return self.launch(
+            weights_kernel, (self.heads * segments,), *strides, *self.numbers, span, segments,
+            WALK=self.walks_at_once, **options,
+        )  # fmt: skip
 
-    @cached_property
-    def apply(self) -> Launch:
-        strides = self.v, self.gate, self.u_past
-        return self._launch(apply_kernel, *strides, self.H, self.T, self.P, self.span, self.segments)
-
-    @cached_property
-    def adjoint_maps(self) -> Launch:
-        return self._launch(adjoint_maps_kernel, self.da, self.gate, self.H, self.T, self.span, self.segments)
-
-    @cached_property
-    def adjoint_apply(self) -> Launch:
+    def _gradients(self) -> Launch:
+        """One program a segment and head, or some tiles of rows and head."""
+        options, span, segments = self.options["gradients_kernel"], self.span, self.segments
+        if self.solved:
+            blocks = triton.cdiv(self.T, options["ROWS"])
+            span = triton.cdiv(blocks, tiles.segments(self.device, self.heads, blocks, self.options["spans"]))
+            segments = triton.cdiv(blocks, span)
         strides = self.da, self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self._launch(adjoint_apply_kernel, *strides, *self.numbers, WHOLE=self.segments == 1)
+        return self.launch(
+            gradients_kernel, (self.heads * segments,), *strides, *self.numbers, span, segments, **options
+        )
 
-    @cached_property
-    def scan(self) -> Launch:
-        return self._scan(reverse=False)
-
-    @cached_property
-    def reverse_scan(self) -> Launch:
-        return self._scan(reverse=True)
-
-    @cached_property
-    def wide_scan(self) -> Launch:
-        """With M beside c."""
-        return self._scan(reverse=False, width=self.D + self.BM)
-
-    def _scan(self, reverse: bool, width: int | None = None) -> Launch:
-        width = width or self.D
-        grid = self.B * self.H, triton.cdiv(width, tiles.SCAN_WIDTH)
-        constants = {"D": width, "BD": tiles.SCAN_WIDTH, "BM": self.BM, "REVERSE": reverse}
-        return self.launch(scan_kernel, grid, self.segments, **constants, **self.options["scan_kernel"])
-
-    def _launch(self, kernel, *numbers, **constants) -> Launch:
+    def _walk(self, kernel, *numbers, MAPS: bool) -> Launch:
+        """One program a segment, head and some columns of the head dimension."""
         options = self.options[kernel.__name__]
-        return self.launch(kernel, self.grid, *numbers, BM=self.BM, **constants, **options)
+        grid = self.heads * self.segments, triton.cdiv(self.D, options["BD"])
+        return self.launch(kernel, grid, *numbers, self.span, self.segments, MAPS=MAPS, **options)
+
+    def _scan(self, width: int, reverse: bool) -> Launch:
+        options = self.options["scan_kernel"]
+        grid = self.heads, triton.cdiv(width, options["BD"])
+        return self.launch(scan_kernel, grid, self.segments, REVERSE=reverse, **{**options, "D": width})
 
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
-        state, maps = self._room(q)
-        if self.segments > 1 and not self.save:
-            saved = q.new_empty(*q.shape[:3], 2 * self.BM)
-        self.maps(q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, saved, state, maps)
+        if not self.save:
+            saved = q.new_empty(*q.shape[:3], self.width)
+        into = state = maps = None
         if self.segments > 1:
-            into = torch.empty_like(state)
+            into, state, maps = self._room(q)
+        self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, state, maps)
+        if self.segments > 1:
             self.scan(state, maps, into)
-            self.apply(v, gate, u_past, saved, into, a)
+        self.apply(v, gate, u_past, saved, into, a, None, None)
+
+    def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps) -> None:
+        self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps)
+        if self.segments > 1 and not self.walks_at_once:
+            self.maps(v, gate, u_past, saved, None, None, state, maps)
 
     def open(self, q, k, v, gate, k_past, u_past, a, lse, saved) -> tuple[Tensor, Tensor, Callable]:
         """A share over ranks (`backend.open`): all segments are one map more, and what each meets is affine, too."""
-        state, maps = self._room(q)
-        saved = saved if self.save else q.new_empty(*q.shape[:3], 2 * self.BM)
-        self.maps(q, k, v, gate, k_past, u_past, None, None, a, lse, saved, state, maps)
-        state = F.pad(state, (0, self.BM))
+        _, state, maps = self._room(q)
+        saved = saved if self.save else q.new_empty(*q.shape[:3], self.width)
+        self._maps(q, k, v, gate, k_past, u_past, None, None, lse, saved, state, maps)
+        state = F.pad(state, (0, self.before))
         state[:, :, 0, :, self.D :] = maps[:, :, 0]
         into = torch.empty_like(state)
         self.wide_scan(state, maps, into)
-        last = slice(self.BM - self.window + 1, None)
+        last = slice(self.before - self.window + 1, None)
         both = (state[:, :, -1] + maps[:, :, -1] @ into[:, :, -1])[:, :, last].float()
 
         def close() -> tuple[Tensor, Tensor, Tensor]:
-            before = F.pad(u_past, (0, 0, self.BM - self.P, 0))[:, :, None]
+            before = F.pad(u_past, (0, 0, self.before - self.P, 0))[:, :, None]
             with torch.cuda.device_of(q):
-                self.apply(v, gate, u_past, saved, into[..., : self.D] + into[..., self.D :] @ before, a)
+                met = into[..., : self.D] + into[..., self.D :] @ before
+                self.apply(v, gate, u_past, saved, met, a, None, None)
             return a, lse, saved
 
         return both[..., self.D :][..., last], both[..., : self.D], close
 
     def state_gradient(self, da, gate, saved) -> Tensor:
-        state, maps = self._room(saved)
-        into = torch.empty_like(state)
-        self.adjoint_maps(da, gate, saved, state, maps)
+        into, state, maps = self._room(saved)
+        self.adjoint_maps(da, gate, saved, None, None, state, maps)
         self.reverse_scan(state, maps, into)
-        z = (state[:, :, 0] + maps[:, :, 0] @ into[:, :, 0]).float()  # of the first block
-        z = z if gate is None else gate[:, :, : self.BM, None] * z
-        f = saved[:, :, : self.BM, 2 * self.BM - self.P :].float()
-        return f.mT @ (da[:, :, : self.BM] + z)
+        z = (state[:, :, 0] + maps[:, :, 0] @ into[:, :, 0]).float()
+        past = slice(self.before - self.P, self.before)
+        if self.solved:
+            return z[:, :, past]
+        z = z if gate is None else gate[:, :, : self.before, None] * z  # of the first block
+        return saved[:, :, : self.before, past].float().mT @ (da[:, :, : self.before] + z)
 
     def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
-        state, maps = self._room(q)
-        into = torch.empty_like(state)
+        y = into = dk_past = du_past = None
         if self.segments > 1:
-            self.adjoint_maps(da, gate, saved, state, maps)
+            into, state, maps = self._room(q)
+            self.adjoint_maps(da, gate, saved, None, None, state, maps)
             self.reverse_scan(state, maps, into)
-        dq, dk, dv = (torch.empty_like(a) for _ in range(3))
-        dgate = None if gate is None else torch.empty_like(lse)
-        dk_past = du_past = None
+            del state, maps  # their memory serves for the gradients
+        if self.solved:
+            y = torch.empty_like(a)
+            self.adjoint_apply(da, gate, saved, into, y, None, None)
         if u_past is not None:  # a window does not reach all cached tokens
             dk_past, du_past = (q.new_zeros(u_past.shape) for _ in range(2))
-        self.adjoint_apply(
-            da, q, k, v, gate, k_past, u_past, mask, self._starts(cu_seqlens), a, lse, into,
+        dq, dk, dv = (torch.empty_like(a) for _ in range(3))
+        dgate = None if gate is None else torch.empty_like(lse)
+        self.gradients(
+            da, q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), a, lse, y, into,
             dq, dk, dv, dgate, dk_past, du_past,
         )  # fmt: skip
-        if dk_past is not None:
-            dk_past = sum_groups(dk_past, k_past)
-        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, dk_past, du_past
+        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, sum_groups(dk_past, k_past), du_past
 
-    def _room(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """For the maps of the segments: c [B, H, segments, BM, D] and M [B, H, segments, BM, BM]."""
-        heads = self.B, self.H, self.segments if self.segments > 1 else 0, self.BM
-        return q.new_empty(*heads, self.D), q.new_empty(*heads, self.BM)
-
-    def _starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The first token of each token's sequence, int32 [T]; a caller who has them gives [1, T] for `cu_seqlens`.
-        Packed sequences are one sequence with a mask.
-        """
-        if cu_seqlens is None or cu_seqlens.ndim == 2:
-            return cu_seqlens
-        tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-        return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)
+    def _room(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For each segment the state before it and c, [before, D], and M, [before, before]."""
+        heads = self.B, self.H, self.segments, self.before
+        return q.new_empty(*heads, self.D), q.new_empty(*heads, self.D), q.new_empty(*heads, self.before)

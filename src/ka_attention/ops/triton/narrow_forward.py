@@ -1,50 +1,43 @@
-"""Narrow windows, forward: a scan over the affine maps of blocks (docs/maths.md, "Windows").
+"""Narrow windows, forward: a scan over the affine maps of segments (docs/maths.md, "Windows").
 
-A block of BM ≥ window − 1 rows reads, of all that lies before it, the block before it only:
+A block of 16 rows reads, of all that lies before it, the n blocks before it only, n = 1, 2 or 4:
 
-    A_b = R_b V_b + F_b U_{b−1},     R = (I − L G)⁻¹ (L (I − G) + diag(d)),     F = (I − L G)⁻¹ W_b,b−1
+    A_b = E_b [U_{b−n}; …; U_{b−1}; V_b],     E = (I − N)⁻¹ (W − N),     N = L_bb G: of the block itself
 
-`maps_kernel` forms R and F, and walks the blocks of a segment with U = 0 before it. That gives what the segment makes
-of any U before it, U ↦ c + M U: a map of BM rows. `scan_kernel` goes through the maps of a head, and `apply_kernel`
-walks again: R, F and U are there already. Cached tokens are the block before the first, packed sequences are one with
-a mask. Where a mask keeps tokens apart (APART) it keeps apart also what is not finite; the check costs 6 to 8 %.
+`weights_kernel` forms the rows of E. What is left is to walk: `walk_kernel` first with nothing before a segment, and
+with the unit matrix there and V = 0, which gives what the segment makes of any state before it, u ↦ c + M u;
+`scan_kernel` goes through the maps of a head; `walk_kernel` again, from the states found, gives A. With n = 1 the first
+walk is short, and `weights_kernel` does it as it goes. Columns of the head dimension are independent: programs share
+them out. Cached tokens are the blocks before the first, packed sequences are one with a mask. Where a mask keeps tokens
+apart (APART) it keeps apart also what is not finite.
 """
+
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow while Triton unrolls loops)
 
 import triton
 import triton.language as tl
 
-from ka_attention.ops.triton.primitives import LN2, inverse, scores
+from ka_attention.ops.triton.primitives import LN2, block, capped, inverse, put
+
+BLOCK = tl.constexpr(16)  # rows of a block: the least that a product of matrices takes
 
 
 @triton.jit
-def block(X, r0, stride, n, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows r0 … r0 + BM of X [n, D] as [BM, BD]; 0 outside, also before the first."""
-    r = tl.arange(0, BM)[:, None]
-    d = tl.arange(0, BD)[None, :]
-    inside = (r0 + r >= 0) & (r0 + r < n)
-    if D != BD:
-        inside = inside & (d < D)
-    return tl.load(X + (tl.cast(r0, tl.int64) * stride + (r * stride + d)), mask=inside, other=0.0)
+def place(H, segments):
+    """Where this program works: head of all, batch entry, head of the entry, segment."""
+    head = tl.program_id(0) // segments
+    b = tl.cast(head // H, tl.int64)
+    return tl.cast(head, tl.int64), b, head % H, tl.program_id(0) % segments
 
 
 @triton.jit
-def cached(x, X, r0, P, stride, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def cached(x, X, r0, P, stride, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """x, with rows r < 0 from the end of X [P, D]."""
-    r = r0 + tl.arange(0, BM)[:, None]
-    d = tl.arange(0, BD)[None, :]
+    r = r0 + tl.arange(0, ROWS)[:, None]
+    d = d0 + tl.arange(0, BD)[None, :]
     inside = (r < 0) & (P + r >= 0) & (d < D)
     return tl.where(r < 0, tl.load(X + (tl.cast(P + r, tl.int64) * stride + d), mask=inside, other=0.0), x)
-
-
-@triton.jit
-def put(X, x, r0, stride, low, n, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Store x [BM, BD] as rows r0 … of X [n, D], rounded to X's dtype; nothing below row `low`."""
-    r = tl.arange(0, BM)[:, None]
-    d = tl.arange(0, BD)[None, :]
-    inside = (r0 + r >= low) & (r0 + r < n)
-    if D != BD:
-        inside = inside & (d < D)
-    tl.store(X + (tl.cast(r0, tl.int64) * stride + (r * stride + d)), x.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -54,16 +47,19 @@ def gates(GATE, rows, stride, n):
 
 
 @triton.jit
-def attends(i, j, n, P, window, STARTS, MASK, mask_strides, PACKED: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Whether new token i [BM] attends to token j [BM], which is a cached one where negative: [BM, BM]."""
-    seen = (i >= 0) & (i < n)
+def attends(i, j, n, P, window, STARTS, MASK, mask_strides, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+            HAS_MASK: tl.constexpr):  # fmt: skip
+    """Whether token i, if there is one, attends to token j, cached where negative: [i, j]. Not CAUSAL: all j < i."""
+    exists = (i >= 0) & (i < n)
     if PACKED:
-        first = tl.load(STARTS + i, mask=seen, other=0)
+        first = tl.load(STARTS + i, mask=exists, other=0)
     else:
         first = i * 0 - P
-    seen = seen[:, None] & (j[None, :] <= i[:, None]) & (i[:, None] - j[None, :] < window)
-    seen = seen & (j[None, :] >= first[:, None])
+    seen = j[None, :] >= tl.maximum(first, i - window + 1)[:, None]
+    if CAUSAL:
+        seen = seen & (j[None, :] <= i[:, None])
     if HAS_MASK:
+        seen = seen & exists[:, None]
         mask = MASK + (
             tl.cast(i, tl.int64)[:, None] * mask_strides[2] + tl.cast(P + j, tl.int64)[None, :] * mask_strides[3]
         )
@@ -71,10 +67,113 @@ def attends(i, j, n, P, window, STARTS, MASK, mask_strides, PACKED: tl.constexpr
     return seen
 
 
-@triton.jit
-def small(x, PRECISION: tl.constexpr):
-    """x, of entries that are weights, as an operand: float16 has the mantissa of tf32 and suffices for their range."""
-    return x.to(tl.float16) if PRECISION == "half" else x
+@triton.jit(do_not_specialize=["gate_strides", "mask_strides", "H", "T", "P", "window", "span", "segments"])
+def weights_kernel(
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, LSE, E, STATE, MAP,
+    q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
+    scale, softcap, H, T, P, window, span, segments,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, BEFORE: tl.constexpr,
+    WIDTH: tl.constexpr, WALK: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The blocks of one segment of one head, each of which reaches BEFORE = 16 n tokens back: log-sum-exp and E, and
+    where there is room beside it S of (I − N)⁻¹ = I + S. With WALK also the segment's c and M, for n = 1.
+    """
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    # Weights as operands: float16 has the mantissa of tf32 and suffices for their range.
+    SMALL: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
+    head, b, h, segment = place(H, segments)
+    Q += b * q_strides[0] + h * q_strides[1]
+    K += b * k_strides[0] + h // GROUP * k_strides[1]
+    E += head * T * WIDTH
+    if HAS_PAST:
+        K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
+    if HAS_MASK:
+        MASK += b * mask_strides[0] + h * mask_strides[1]
+    if HAS_GATE:
+        GATE += b * gate_strides[0] + h * gate_strides[1]
+    i = tl.arange(0, BLOCK)
+    diagonal = i[:, None] == i[None, :]
+    first = segment * span
+    steps = 1
+    if WALK:
+        steps = tl.minimum(span, tl.cdiv(T, BLOCK) - first)
+        V += b * v_strides[0] + h // GROUP * v_strides[1]
+        M = tl.where(diagonal, 1.0, 0.0)
+        u = tl.zeros([BLOCK, BD], Q.dtype.element_ty)
+        if HAS_PAST:
+            U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
+            u = cached(u, U_PAST, (first - 1) * BLOCK, P, u_past_strides[2], 0, BLOCK, D, BD)
+    for step in range(steps):
+        r0 = (first + step) * BLOCK
+        rows = r0 + i
+        s = tl.zeros([BLOCK, BLOCK], tl.float32)
+        sp = tl.zeros([BLOCK, BEFORE], tl.float32)
+        for d0 in range(0, D, CHUNK):
+            q = block(Q, r0, Q_ROW, T, d0, BLOCK, D, CHUNK)
+            k = block(K, r0, K_ROW, T, d0, BLOCK, D, CHUNK)
+            before = block(K, r0 - BEFORE, K_ROW, T, d0, BEFORE, D, CHUNK)
+            if HAS_PAST:
+                before = cached(before, K_PAST, r0 - BEFORE, P, k_past_strides[2], d0, BEFORE, D, CHUNK)
+            s = tl.dot(q, tl.trans(k), s, input_precision=DOT)
+            sp = tl.dot(q, tl.trans(before), sp, input_precision=DOT)
+        seen = attends(rows, rows, T, P, window, STARTS, MASK, mask_strides, True, PACKED, HAS_MASK)
+        s = tl.where(seen, capped(s, scale, softcap, SOFTCAP), -float("inf"))
+        j = r0 - BEFORE + tl.arange(0, BEFORE)
+        seen = attends(rows, j, T, P, window, STARTS, MASK, mask_strides, False, PACKED, HAS_MASK)
+        sp = tl.where(seen, capped(sp, scale, softcap, SOFTCAP), -float("inf"))
+        top = tl.maximum(tl.max(s, 1), tl.max(sp, 1))
+        shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
+        p = tl.math.exp2(s - shift[:, None])
+        pp = tl.math.exp2(sp - shift[:, None])
+        total = tl.sum(p, 1) + tl.sum(pp, 1)
+        tl.store(LSE + head * T + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < T)
+        r = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+        p *= r
+        pp *= r
+        if APART:
+            known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
+            p = tl.where(known[:, None], p, 0.0)
+            pp = tl.where(known[:, None], pp, 0.0)
+        N = tl.where(diagonal, 0.0, p)
+        if HAS_GATE:
+            g = gates(GATE, rows, gate_strides[2], T)
+            N *= g[None, :]
+        S = inverse(N, BLOCK, PRECISION)
+        p -= N
+        p = tl.dot(S.to(SMALL), p.to(SMALL), p, input_precision=DOT)
+        pp = tl.dot(S.to(SMALL), pp.to(SMALL), pp, input_precision=DOT)
+        if APART:  # rows without weights, and those that read them
+            lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
+            p = tl.where((tl.sum(lost, 1)[:, None] > 0.0) & diagonal, float("nan"), p)
+        put(E, pp, r0, WIDTH, 0, T, 0, BLOCK, BEFORE, BEFORE)
+        put(E + BEFORE, p, r0, WIDTH, 0, T, 0, BLOCK, BLOCK, BLOCK)
+        if WIDTH > BEFORE + BLOCK:
+            put(E + BEFORE + BLOCK, S, r0, WIDTH, 0, T, 0, BLOCK, BLOCK, BLOCK)
+        if WALK:
+            v = block(V, r0, V_ROW, T, 0, BLOCK, D, BD)
+            a = tl.dot(p.to(v.dtype), v, input_precision=DOT)
+            a = tl.dot(pp.to(v.dtype), u, a, input_precision=DOT)
+            M = tl.dot(pp.to(SMALL), M.to(SMALL), input_precision=DOT)
+            if HAS_GATE:
+                a = v + g[:, None] * (a - v)
+                M *= g[:, None]
+            u = a.to(v.dtype)
+    if WALK:
+        put(STATE + head * segments * BLOCK * D, u, segment * BLOCK, D, 0, segments * BLOCK, 0, BLOCK, D, BD)
+        put(
+            MAP + head * segments * BLOCK * BLOCK,
+            M,
+            segment * BLOCK,
+            BLOCK,
+            0,
+            segments * BLOCK,
+            0,
+            BLOCK,
+            BLOCK,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -84,136 +183,143 @@ def _finite(x):
 
 
 @triton.jit
-def _spread(W, x):
-    """W with NaN for every weight, other than 0, of a row of x that is not finite."""
-    lost = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
-    return tl.where(lost[None, :] & (W != 0.0), float("nan"), W)
+def _spread(W, u, AXIS: tl.constexpr):
+    """W with NaN for every weight, other than 0, of a token of u, whose numbers lie along AXIS, that is not finite."""
+    lost = tl.sum(u.to(tl.float32) * 0.0, AXIS) != 0.0
+    return tl.where(lost[None, :] & (W != 0.0), float("nan"), W).to(W.dtype)
 
 
 @triton.jit
-def _read(R, v, F, u, V, r0, V_ROW: tl.constexpr, n, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-          APART: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """R v + F u, v being the rows r0 … of V. With APART what is not finite in v and u reaches those who give it weight
-    and nobody else: 0 · NaN is 0 there.
-    """
-    a = tl.dot(R.to(v.dtype), v, input_precision=DOT)
-    a = tl.dot(F.to(v.dtype), u, a, input_precision=DOT)
-    if APART and tl.sum(a * 0.0) != 0.0:
-        v = block(V, r0, V_ROW, n, BM, D, BD)  # again, so that it need not stay in registers
-        a = tl.dot(_spread(R, v).to(v.dtype), _finite(v), input_precision=DOT)
-        a = tl.dot(_spread(F, u).to(v.dtype), _finite(u), a, input_precision=DOT)
-    return a
+def _read(u, W, a, SPREAD: tl.constexpr, DOT: tl.constexpr):
+    """a + u Wᵀ. With SPREAD what is not finite in u reaches those who give it weight and nobody else: 0 · NaN is 0."""
+    if SPREAD:
+        W = _spread(W, u, 0)
+        u = _finite(u)
+    return tl.dot(u, tl.trans(W), a, input_precision=DOT)
 
 
-@triton.jit(do_not_specialize=["gate_strides", "mask_strides", "H", "T", "P", "window", "span", "segments"])
-def maps_kernel(
-    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, A, LSE, RF, STATE, MAP,
-    q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
-    scale, softcap, H, T, P, window, span, segments,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, WHOLE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def tokens(X, r0, stride, n, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """`block` transposed, [BD, ROWS], and loaded so: to turn it later would take registers."""
+    r = tl.arange(0, ROWS)[None, :]
+    d = d0 + tl.arange(0, BD)[:, None]
+    inside = (r0 + r >= 0) & (r0 + r < n) & (d < D)
+    return tl.load(X + (tl.cast(r0, tl.int64) * stride + (r * stride + d)), mask=inside, other=0.0)
+
+
+@triton.jit
+def _state(X, r0, stride, n, d0, BEFORE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """BEFORE rows of X from r0 on as the tiles of a state."""
+    tiles = ()
+    for c in tl.static_range(0, BEFORE, BLOCK):
+        tiles += (tokens(X, r0 + c, stride, n, d0, BLOCK, D, BD),)
+    return tiles
+
+
+@triton.jit
+def unit(dtype, BEFORE: tl.constexpr):
+    """The tiles of the unit matrix, transposed [BEFORE, 16] each, of a dtype."""
+    tiles = ()
+    for c in tl.static_range(0, BEFORE, BLOCK):
+        at = tl.arange(0, BEFORE)[:, None] == c + tl.arange(0, BLOCK)[None, :]
+        tiles += (tl.where(at, 1.0, 0.0).to(dtype),)
+    return tiles
+
+
+@triton.jit
+def _walk(state, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
+          BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, HAS_GATE: tl.constexpr,
+          APART: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """The loop of `walk_kernel` over `rows` rows from r on: the state after it, M, and 0 · a of all a together."""
+    zero = tl.zeros([BD, BLOCK], tl.float32)
+    # n blocks a step, so that every tile of the state is new: Triton does not pipeline a loop that hands one on.
+    ROWS: tl.constexpr = BLOCK if SPREAD else BEFORE
+    for step in tl.range(0, tl.cdiv(rows, ROWS), num_stages=1 if SPREAD else STAGES):
+        for n in tl.static_range(0, ROWS, BLOCK):
+            r0 = r + step * ROWS + n
+            v = tokens(V, r0, V_ROW, T, d0, BLOCK, D, BD)
+            a = _read(v, block(E + BEFORE, r0, WIDTH, T, 0, BLOCK, BLOCK, BLOCK), None, SPREAD, DOT)
+            m = tl.zeros([BEFORE, BLOCK], tl.float32)
+            for c in tl.static_range(0, BEFORE, BLOCK):
+                e = block(E + c, r0, WIDTH, T, 0, BLOCK, BLOCK, BLOCK)
+                a = _read(state[c // BLOCK], e, a, SPREAD, DOT)
+                if MAPS:
+                    m = _read(M[c // BLOCK], e, m, SPREAD, DOT)
+            if not MAPS:
+                put(A, tl.trans(a.to(v.dtype)), r0, D, 0, T, d0, BLOCK, D, BD)
+            if APART:
+                zero += a * 0.0
+            if HAS_GATE:
+                g = gates(GATE, r0 + tl.arange(0, BLOCK), gate_stride, T)[None, :]
+                a = v + g * (a - v)
+                m *= g
+            state = state[1:] + (a.to(v.dtype),)  # noqa: RUF005 (Triton takes no stars)
+            if MAPS:
+                M = M[1:] + (m.to(v.dtype),)  # noqa: RUF005
+    return state, M, zero
+
+
+@triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
+def walk_kernel(
+    V, GATE, U_PAST, E, INTO, A, STATE, MAP,
+    v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
+    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
+    WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr,
+    APART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of one segment of one head: log-sum-exp, R and F side by side in RF [T, 2 BM], and the segment's map.
-    WHOLE: the segment is the sequence, so A itself.
+    """BD columns of the head dimension of one segment of one head, all transposed: what a product leaves in registers
+    is then the left operand of the next. MAPS: the segment's c and M; else A, with the state before the segment from
+    INTO, or WHOLE: the segment is the sequence.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    head = tl.program_id(0) // segments
-    segment = tl.program_id(0) % segments
-    b = tl.cast(head // H, tl.int64)
-    h = head % H
-    head = tl.cast(head, tl.int64)
-    Q += b * q_strides[0] + h * q_strides[1]
-    K += b * k_strides[0] + h // GROUP * k_strides[1]
+    head, b, h, segment = place(H, segments)
+    slot = (head * segments + segment) * BEFORE  # of the segment's state, in rows
     V += b * v_strides[0] + h // GROUP * v_strides[1]
-    i = tl.arange(0, BM)
-    diagonal = i[:, None] == i[None, :]
-    first = segment * span
-    u = tl.zeros([BM, BD], Q.dtype.element_ty)
-    if HAS_PAST:
-        K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
-        U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-        u = cached(u, U_PAST, (first - 1) * BM, P, u_past_strides[2], BM, D, BD)
-    if HAS_MASK:
-        MASK += b * mask_strides[0] + h * mask_strides[1]
+    E += head * T * WIDTH
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
-    M = tl.where(diagonal, 1.0, 0.0)
-    for tile in range(first, tl.minimum(first + span, tl.cdiv(T, BM))):
-        r0 = tile * BM
-        rows = r0 + i
-        q = block(Q, r0, Q_ROW, T, BM, D, BD)
-        k = block(K, r0, K_ROW, T, BM, D, BD)
-        before = block(K, r0 - BM, K_ROW, T, BM, D, BD)
-        if HAS_PAST:
-            before = cached(before, K_PAST, r0 - BM, P, k_past_strides[2], BM, D, BD)
-        v = block(V, r0, V_ROW, T, BM, D, BD)
-        seen = attends(rows, rows, T, P, window, STARTS, MASK, mask_strides, PACKED, HAS_MASK)
-        s = tl.where(seen, scores(q, k, scale, softcap, SOFTCAP, DOT), -float("inf"))
-        seen = attends(rows, rows - BM, T, P, window, STARTS, MASK, mask_strides, PACKED, HAS_MASK)
-        sp = tl.where(seen, scores(q, before, scale, softcap, SOFTCAP, DOT), -float("inf"))
-        top = tl.max(tl.maximum(s, sp), 1)
-        shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
-        p = tl.math.exp2(s - shift[:, None])
-        pp = tl.math.exp2(sp - shift[:, None])
-        total = tl.sum(p + pp, 1)
-        tl.store(LSE + head * T + rows, (shift + tl.math.log2(total)) * LN2, mask=rows < T)
-        r = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        p *= r
-        pp *= r
-        if APART:
-            known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
-            p = tl.where(known[:, None], p, 0.0)
-            pp = tl.where(known[:, None], pp, 0.0)
-        L = tl.where(diagonal, 0.0, p)
-        if HAS_GATE:
-            g = gates(GATE, rows, gate_strides[2], T)
-            R = p - L * g[None, :]
-            S = inverse(L * g[None, :], BM, PRECISION)
-            R = tl.dot(small(S, PRECISION), small(R, PRECISION), R, input_precision=DOT)
-        else:
-            S = inverse(L, BM, PRECISION)
-            d = tl.sum(tl.where(diagonal, p, 0.0), 0)
-            R = tl.where(diagonal, 1.0, S) * d[None, :]
-        F = tl.dot(small(S, PRECISION), small(pp, PRECISION), pp, input_precision=DOT)
-        if APART and tl.sum(total * 0.0) != 0.0:  # rows without weights, and those that read them
-            lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
-            R = tl.where(tl.sum(lost, 1)[:, None] > 0.0, float("nan"), R)
-        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, APART, DOT)
-        if HAS_GATE:
-            u = (v + g[:, None] * (a - v)).to(v.dtype)
-        else:
-            u = a.to(v.dtype)
-        if WHOLE:
-            put(A + head * T * D, a, r0, D, 0, T, BM, D, BD)
-        else:
-            put(RF + head * T * 2 * BM, R, r0, 2 * BM, 0, T, BM, BM, BM)
-            put(RF + head * T * 2 * BM + BM, F, r0, 2 * BM, 0, T, BM, BM, BM)
-            M = tl.dot(small(F, PRECISION), small(M, PRECISION), input_precision=DOT)
-            if HAS_GATE:
-                M *= g[:, None]
-    if not WHOLE:
-        put(STATE + head * segments * BM * D, u, segment * BM, D, 0, segments * BM, BM, D, BD)
-        put(MAP + head * segments * BM * BM, M, segment * BM, BM, 0, segments * BM, BM, BM, BM)
+    gate_stride = gate_strides[2] if HAS_GATE else 0
+    d0 = tl.program_id(1) * BD
+    first = segment * span
+    if HAS_PAST:  # before the first segment
+        U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
+        start = _state(U_PAST, P - BEFORE, u_past_strides[2], tl.where(first == 0, P, 0), d0, BEFORE, D, BD)
+    else:
+        start = _state(V, 0, V_ROW, 0, d0, BEFORE, D, BD)  # nothing
+    M = unit(V.dtype.element_ty, BEFORE) if MAPS else ()
+    if not MAPS and not WHOLE:
+        into = _state(INTO + slot * D, 0, D, BEFORE, d0, BEFORE, D, BD)
+        for c in tl.static_range(BEFORE // BLOCK):
+            start = start[1:] + (start[0] + into[c],)  # noqa: RUF005
+    if not MAPS:
+        A += head * T * D
+    rows = tl.minimum(span * BLOCK, T - first * BLOCK)
+    after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
+                              WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
+    if APART and tl.sum(zero) != 0.0:
+        after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD,
+                                  BEFORE, WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
+    if MAPS:
+        for c in tl.static_range(0, BEFORE, BLOCK):
+            put(STATE + slot * D, tl.trans(after[c // BLOCK]), c, D, 0, BEFORE, d0, BLOCK, D, BD)
+            put(MAP + slot * BEFORE, tl.trans(maps[c // BLOCK]), c, BEFORE, 0, BEFORE, 0, BLOCK, BEFORE, BEFORE)
 
 
 @triton.jit
-def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr,
-          SPREAD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
+          REVERSE: tl.constexpr, SPREAD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """The loop of `scan_kernel`; 0 · u of all u together."""
-    i = tl.arange(0, BM)[:, None]
-    u = tl.zeros([BM, BD], STATE.dtype.element_ty)
-    zero = tl.zeros([BM, BD], tl.float32)
+    i = tl.arange(0, BEFORE)[:, None]
+    u = tl.zeros([BEFORE, BD], STATE.dtype.element_ty)
+    zero = tl.zeros([BEFORE, BD], tl.float32)
     for step in tl.range(0, segments, num_stages=1 if SPREAD else 4):
-        segment = segments - 1 - step if REVERSE else step
-        state = (segment * BM + i) * D + d
-        c = tl.load(STATE + state, mask=d < D, other=0.0)
-        M = tl.load(MAP + (segment * BM + i) * BM + tl.arange(0, BM)[None, :])
-        tl.store(INTO + state, u, mask=d < D)
+        r = (segments - 1 - step if REVERSE else step) * BEFORE + i
+        c = tl.load(STATE + r * D + d, mask=d < D, other=0.0)
+        M = tl.load(MAP + r * BEFORE + tl.arange(0, BEFORE)[None, :])
+        tl.store(INTO + r * D + d, u, mask=d < D)
         zero += u.to(tl.float32) * 0.0
         if SPREAD:
-            M = _spread(M.to(tl.float32), u).to(M.dtype)
+            M = _spread(M, u, 1)
             u = _finite(u)
         u = tl.dot(M, u, c.to(tl.float32), input_precision=DOT).to(u.dtype)
     return zero
@@ -222,57 +328,18 @@ def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BM: 
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     STATE, MAP, INTO, segments,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REVERSE: tl.constexpr, APART: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, REVERSE: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u ← c + M u over the segments of one head, for BD columns of the head dimension. STATE holds every c, INTO gets
     the u that each segment meets.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    head = tl.cast(tl.program_id(0), tl.int64) * segments * BM
+    head = tl.cast(tl.program_id(0), tl.int64) * segments * BEFORE
     d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     STATE += head * D
-    MAP += head * BM
+    MAP += head * BEFORE
     INTO += head * D
-    zero = _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, False, DOT)
+    zero = _scan(STATE, MAP, INTO, segments, d, D, BD, BEFORE, REVERSE, False, DOT)
     if APART and tl.sum(zero) != 0.0:
-        _scan(STATE, MAP, INTO, segments, d, D, BD, BM, REVERSE, True, DOT)
-
-
-@triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
-def apply_kernel(
-    V, GATE, U_PAST, RF, STATE, A,
-    v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
-    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A of one segment of one head, from the U before it and the R and F of its blocks."""
-    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    head = tl.program_id(0) // segments
-    segment = tl.program_id(0) % segments
-    b = tl.cast(head // H, tl.int64)
-    h = head % H
-    head = tl.cast(head, tl.int64)
-    V += b * v_strides[0] + h // GROUP * v_strides[1]
-    RF += head * T * 2 * BM
-    A += head * T * D
-    i = tl.arange(0, BM)
-    first = segment * span
-    u = block(STATE + head * segments * BM * D, segment * BM, D, segments * BM, BM, D, BD)
-    if HAS_PAST:
-        U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-        u = cached(u, U_PAST, (first - 1) * BM, P, u_past_strides[2], BM, D, BD)
-    if HAS_GATE:
-        GATE += b * gate_strides[0] + h * gate_strides[1]
-    for tile in range(first, tl.minimum(first + span, tl.cdiv(T, BM))):
-        r0 = tile * BM
-        v = block(V, r0, V_ROW, T, BM, D, BD)
-        R = block(RF, r0, 2 * BM, T, BM, BM, BM)
-        F = block(RF + BM, r0, 2 * BM, T, BM, BM, BM)
-        a = _read(R, v, F, u, V, r0, V_ROW, T, BM, D, BD, APART, DOT)
-        put(A, a, r0, D, 0, T, BM, D, BD)
-        if HAS_GATE:
-            g = gates(GATE, r0 + i, gate_strides[2], T)
-            u = (v + g[:, None] * (a - v)).to(v.dtype)
-        else:
-            u = a.to(v.dtype)
+        _scan(STATE, MAP, INTO, segments, d, D, BD, BEFORE, REVERSE, True, DOT)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ka_attention.ops.inputs import Past
 from ka_attention.ops.triton.pages import chunk_kernel, join_kernel, past_kernel, store_kernel
 from ka_attention.ops.triton.plan import strides
-from ka_attention.ops.triton.tiles import INTERPRETED, narrow_rows, padded
+from ka_attention.ops.triton.tiles import INTERPRETED, narrow_reach, padded
 
 
 def attend(
@@ -26,7 +26,7 @@ def attend(
     their ends or, [1, T], the first token of each token's.
     """
     T, N, is_empty = q.shape[2], len(cu_seqlens) - 1, past.block_table.shape[1] == 0
-    if T > 4 * N and not is_softmax and (is_empty or narrow_rows(q, window, True) is not None):
+    if T > 4 * N and not is_softmax and (is_empty or narrow_reach(q, window) is not None):
         if is_empty:
             gate = None if gate is None else gate.float().clamp(*bounds)
             return packed(q, k, v, gate, F.pad(cu_seqlens, (0, 1), value=T))  # padding is one sequence more

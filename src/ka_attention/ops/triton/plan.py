@@ -20,7 +20,7 @@ class Plan:
         self.da, self.q, self.k, self.v, self.gate = map(strides, (da, q, k, v, gate))
         self.k_past, self.u_past, self.mask = map(strides, (k_past, u_past, mask))
         self.precision = "half"
-        if q.dtype == torch.float32:  # three tf32 products are as exact as one of float32
+        if q.dtype == torch.float32:  # three tf32 products hold what one of float32 does
             self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.constants: dict[str, Any] = {
             "GROUP": self.H // k.shape[1], "D": self.D, "BD": padded(self.D), "HAS_GATE": gate is not None,
@@ -29,11 +29,20 @@ class Plan:
             "SOFTCAP": softcap is not None, "SAVE": save, "PRECISION": self.precision,
         }  # fmt: skip
 
+    def starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        """The first token of each token's sequence, int32 [T]; a caller who has them gives [1, T] for `cu_seqlens`.
+        Packed sequences are one sequence with a mask.
+        """
+        if cu_seqlens is None or cu_seqlens.ndim == 2:
+            return cu_seqlens
+        tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)
+
     def launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], *numbers, **constants) -> Launch:
         """`kernel` with those of all constants that it takes; what it takes of Triton stands in `constants`."""
         available = self.constants | constants
         chosen = {name: available[name] for name in kernel.arg_names if name in available}
-        options = {name: constants[name] for name in ("num_warps", "num_stages")}
+        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
         return Launch(kernel, grid, *numbers, **chosen, **options)
 
 
@@ -44,6 +53,8 @@ def strides(x: Tensor | None) -> Any:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def sum_groups(x: Tensor, like: Tensor) -> Tensor:
-    """Sum gradients of query heads over the group that shares a key head."""
-    return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=x.dtype)
+def sum_groups(x: Tensor | None, like: Tensor | None) -> Any:
+    """Sum gradients of query heads over the group that shares a key head; None where there are none."""
+    if x is None or like is None or x.shape == like.shape:
+        return x
+    return x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=x.dtype)

@@ -50,10 +50,29 @@ def load_tile(X, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.con
 @triton.jit
 def store_tile(X, x, row, stride, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Store x [ROWS, BD] as rows row … of X [n, D], rounded to X's dtype; nothing outside."""
+    put(X, x, row, stride, 0, n, 0, ROWS, D, BD)
+
+
+@triton.jit
+def block(X, r0, stride, n, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows r0 … and columns d0 … of X [n, D] as [ROWS, BD]; 0 outside, also before the first row."""
     r = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, BD)[None, :]
-    inside = (row + r < n) & (d < D) if D != BD else row + r < n
-    tl.store(X + tl.cast(row, tl.int64) * stride + (r * stride + d), x.to(X.dtype.element_ty), mask=inside)
+    inside = (r0 + r >= 0) & (r0 + r < n)
+    if D % BD != 0:
+        inside = inside & (d0 + d < D)
+    return tl.load(X + (tl.cast(r0, tl.int64) * stride + d0 + (r * stride + d)), mask=inside, other=0.0)
+
+
+@triton.jit
+def put(X, x, r0, stride, low, n, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Store x [ROWS, BD] as rows r0 … and columns d0 … of X [n, D], rounded to its dtype; nothing below row `low`."""
+    r = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    inside = (r0 + r >= low) & (r0 + r < n)
+    if D % BD != 0:
+        inside = inside & (d0 + d < D)
+    tl.store(X + (tl.cast(r0, tl.int64) * stride + d0 + (r * stride + d)), x.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ where I + S is the inverse of the block's own triangular system and X_b what the
 import triton
 import triton.language as tl
 
-from ka_attention.ops.triton.primitives import load_tile
+from ka_attention.ops.triton.primitives import block, load_tile, put
 
 
 @triton.jit(do_not_specialize=["B", "H", "T"])
@@ -39,21 +39,19 @@ def sweep_kernel(
     else:
         n = T
         head = (tl.cast(sequence, tl.int64) * H + h) * T
-    X += head * D + d0
+    X += head * D
     BAND += head * REACH * BM
     SIGN: tl.constexpr = -1 if REVERSE else 1
     blocks = tl.cdiv(n, BM)
     first = blocks - 1 if REVERSE else 0
     sums = ()
     for distance in tl.static_range(REACH + 1):
-        sums += (_block(X, first + SIGN * distance, n, d0, BM, D, BD),)
+        sums += (block(X, (first + SIGN * distance) * BM, D, n, d0, BM, D, BD).to(tl.float32),)
     # Loads run stages ahead of the recurrence: no step loads what another stores.
     for step in tl.range(0, blocks, num_stages=STAGES):
         b = first + SIGN * step
         y = sums[0].to(X.dtype.element_ty)
-        r = b * BM + tl.arange(0, BM)[:, None]
-        d = tl.arange(0, BD)[None, :]
-        tl.store(X + tl.cast(r, tl.int64) * D + d, y, mask=(r < n) & (d0 + d < D))
+        put(X, y, b * BM, D, 0, n, d0, BM, D, BD)
         rest = ()
         for distance in tl.static_range(1, REACH + 1):
             to = b + SIGN * distance
@@ -62,14 +60,5 @@ def sweep_kernel(
             # A sum apart from the product, which the selection keeps apart: as its accumulator it would move from
             # register to register between products, and the compiler lets each of these finish before the next.
             rest += (sums[distance] + tl.where(inside, tl.dot(c, y, input_precision=DOT), 0.0),)
-        rest += (_block(X, b + SIGN * (REACH + 1), n, d0, BM, D, BD),)
+        rest += (block(X, (b + SIGN * (REACH + 1)) * BM, D, n, d0, BM, D, BD).to(tl.float32),)
         sums = rest
-
-
-@triton.jit
-def _block(X, b, n, d0, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Columns of row block b of X [n, D] in float32; 0 outside."""
-    r = b * BM + tl.arange(0, BM)[:, None]
-    d = tl.arange(0, BD)[None, :]
-    inside = (r >= 0) & (r < n) & (d0 + d < D)
-    return tl.load(X + tl.cast(r, tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)

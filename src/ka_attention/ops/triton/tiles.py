@@ -1,14 +1,14 @@
 """Tile sizes: a small table instead of autotuning, so that a first call costs one compilation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 INTERPRETED = torch.device("cpu")
-SCAN_WIDTH = 32  # columns of the head dimension that a program of the scan owns
+NARROW_BLOCK = 16  # rows of a block of a narrow window
 
 
 class Tiles(NamedTuple):
@@ -74,38 +74,54 @@ def choose(q: Tensor) -> Table:
     return (HOPPER if _roomy(q.device) else SMALL)[size]
 
 
-def narrow_rows(q: Tensor, window: int | None, apart: bool) -> int | None:
-    """Rows of a block that reaches no further than the one before it: 16, 32 or 64, so three kernels serve all narrow
-    windows. None for a wider window, for one of a single token, which reaches no other, and where registers would not
-    hold a block of so many rows of `q`; `apart`, for a mask or packed sequences, takes more of them.
+def narrow_reach(q: Tensor, window: int | None) -> int | None:
+    """How many tokens back a block of 16 rows may read, for a narrow window: 16, 32 or 64, so three sets of kernels
+    serve them all. None for a wider window, for one of a single token, which reaches no other, and where registers
+    would not hold so many rows of `q`.
     """
     if window is None or not 2 <= window <= 65:
         return None
-    rows = max(16, 1 << (window - 2).bit_length())
-    if q.device == INTERPRETED:
-        return rows
-    size = 1024 if q.dtype == torch.float32 else 4096
-    if apart and rows == 32:
-        size //= 2
-    return rows if rows * padded(q.shape[-1]) <= size else None
+    before = max(NARROW_BLOCK, 1 << (window - 2).bit_length())
+    if q.device == INTERPRETED or (before == NARROW_BLOCK and q.element_size() == 2):
+        return before
+    return before if before * padded(q.shape[-1]) <= (1024 if q.dtype == torch.float32 else 8192) else None
 
 
-def segments(device: torch.device, heads: int, blocks: int) -> int:
-    """Into how many segments a narrow window divides a head's `blocks`: as many as run at once, none too short."""
-    return max(1, min(8 * _processors(device) // heads, blocks // 4))
+def segments(device: torch.device, heads: int, blocks: int, most: int) -> int:
+    """Into how many parts a head's `blocks` are divided: as many as make `most` a processor, and none too short."""
+    return max(1, min(most * _processors(device) // heads, blocks // 4))
 
 
-def narrow_options(BM: int, q: Tensor) -> dict[str, dict]:
-    """Warps and stages of each kernel for narrow windows."""
-    size = BM * padded(q.shape[-1]) * q.element_size() // 2
-    warps, most = (4, 4) if BM == 64 else (max(1, size // 2048), max(1, size // 1024))
-    return {
-        "maps_kernel": {"num_warps": warps, "num_stages": 3 if size <= 1024 else 2},
-        "scan_kernel": {"num_warps": BM // 16, "num_stages": 4},
-        "apply_kernel": {"num_warps": warps, "num_stages": 3},
-        "adjoint_maps_kernel": {"num_warps": warps, "num_stages": 3},
-        "adjoint_apply_kernel": {"num_warps": most, "num_stages": 3 if size <= 1024 else 1},
+def narrow_width(before: int, save: bool) -> int:
+    """Numbers a row that a narrow window keeps: its weights, and for a backward with several blocks of state S."""
+    return before + NARROW_BLOCK + (NARROW_BLOCK if save and before > NARROW_BLOCK else 0)
+
+
+def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
+    """Tiles, warps and stages of each kernel for narrow windows, and how many programs a processor gets: of the walks,
+    for their `segments`, and of the gradients, for their `spans`.
+    """
+    D = 16 if q.device == INTERPRETED else padded(q.shape[-1])
+    size = D * q.element_size() // 2
+    options = {
+        "weights_kernel": {"CHUNK": min(D, 32), "num_warps": 1, "num_stages": 3},
+        "scan_kernel": {"BD": min(D, 32), "num_warps": before // NARROW_BLOCK},
     }
+    if before > NARROW_BLOCK:
+        return options | {
+            "walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 2},
+            "adjoint_walk_kernel": {"BD": min(D, 64), "STAGES": 4, "num_warps": 2},
+            "gradients_kernel": {"ROWS": 64, "STAGES": 1, "num_warps": max(4, D // 16)},
+            "segments": 256 // D, "spans": 2 if D <= 64 else 1,
+        }  # fmt: skip
+    warps, most = max(1, size // 128), max(1, size // 64)
+    return options | {
+        "weights_and_walk": {"CHUNK": D, "num_warps": warps, "num_stages": 3 if size <= 64 else 2},
+        "walk_kernel": {"BD": min(D, 64), "STAGES": 4, "num_warps": 1},
+        "adjoint_walk_kernel": {"BD": D, "STAGES": 3, "num_warps": warps},
+        "gradients_kernel": {"ROWS": 16, "STAGES": 3 if size <= 64 else 1, "num_warps": most},
+        "segments": 8, "spans": max(1, 8 // most),
+    }  # fmt: skip
 
 
 def longest_reach(device: torch.device, windowed: bool) -> int:

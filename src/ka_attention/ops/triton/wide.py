@@ -1,7 +1,5 @@
 """The plan without a window or with a wide one: a chain of blocks, or a band of them and a sweep."""
 
-from functools import cached_property
-
 import torch
 import triton
 from torch import Tensor
@@ -30,6 +28,7 @@ class Wide(Plan):
         self.width = self.BM if save else 0
         self.mode, self.reach = self._mode()
         self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
+        self._make_launches()
 
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
         u = a if gate is None or self.mode != "chain" else torch.empty_like(a)
@@ -70,51 +69,24 @@ class Wide(Plan):
                 None, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, None, y, delta, dk_past, None,
                 du_past, None, None,
             )  # fmt: skip
-            dk_past = sum_groups(dk_past, k_past)
         if self.mode == "chain":
             dq = query_gradients()
-        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, dk_past, du_past
+        return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, sum_groups(dk_past, k_past), du_past
 
-    @cached_property
-    def rows(self) -> Launch:
-        tiles = self.table.forward
-        strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
-        return self._launch(forward_kernel, tiles, self.grid(tiles), *strides, MODE=self.mode, REACH=self.reach)
-
-    @cached_property
-    def prepare(self) -> Launch:
-        tiles = self.table.prepare
-        strides = self.da, self.q, self.k, self.v, self.gate, self.mask
-        return self._launch(prepare_kernel, tiles, self.grid(tiles), *strides, REACH=self.reach)
-
-    @cached_property
-    def columns(self) -> Launch:
-        tiles = self.table.columns
-        mode = "chain" if self.mode == "chain" else "solved"
-        strides = self.da, self.q, self.k, self.v, self.gate, None, self.mask
-        return self._launch(columns_kernel, tiles, self.grid(tiles), *strides, MODE=mode, REACH=self.reach)
-
-    @cached_property
-    def past_columns(self) -> Launch:
-        tiles = self.table.columns
-        strides = None, self.q, self.k_past, self.v, None, self.u_past, self.mask
-        constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
-        return self._launch(columns_kernel, tiles, self.grid(tiles, self.P), *strides, **constants)
-
-    @cached_property
-    def queries(self) -> Launch:
-        tiles = self.row_tiles
-        solved = self.mode != "chain"
-        strides = self.q, self.k, self.v, self.k_past, self.u_past, self.mask
-        return self._launch(dq_kernel, tiles, self.grid(tiles), *strides, SOLVED=solved)
-
-    @cached_property
-    def forward_sweep(self) -> Launch:
-        return self._sweep(reverse=False)
-
-    @cached_property
-    def backward_sweep(self) -> Launch:
-        return self._sweep(reverse=True)
+    def _make_launches(self) -> None:
+        table, chain, reach = self.table, self.mode == "chain", {"REACH": self.reach}
+        new, past = (self.q, self.k, self.v, self.gate), (self.k_past, self.u_past)
+        self.rows = self._launch(forward_kernel, table.forward, *new, *past, self.mask, MODE=self.mode, **reach)
+        self.prepare = self._launch(prepare_kernel, table.prepare, self.da, *new, self.mask, **reach)
+        mode = "chain" if chain else "solved"
+        self.columns = self._launch(columns_kernel, table.columns, self.da, *new, None, self.mask, MODE=mode, **reach)
+        self.queries = self._launch(dq_kernel, self.row_tiles, *new[:3], *past, self.mask, SOLVED=not chain)
+        if self.mode == "band":
+            self.forward_sweep, self.backward_sweep = self._sweep(reverse=False), self._sweep(reverse=True)
+        if self.P:
+            strides = None, self.q, self.k_past, self.v, None, self.u_past, self.mask
+            constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
+            self.past_columns = self._launch(columns_kernel, table.columns, *strides, length=self.P, **constants)
 
     def _sweep(self, reverse: bool) -> Launch:
         """The sequential part of a window, over slices of the head dimension side by side."""
@@ -125,9 +97,13 @@ class Wide(Plan):
             DOT="ieee" if self.precision == "half" else self.precision,
         )  # fmt: skip
 
-    def _launch(self, kernel, tiles: Tiles, grid: tuple[int, ...], *strides, **constants) -> Launch:
+    def _launch(self, kernel, tiles: Tiles, *strides, length: int | None = None, **constants) -> Launch:
+        """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
+        blocks = triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences
+        if self.packed:
+            blocks = self.T // tiles.BM + self.sequences
         constants = {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles.BM)} | constants | tiles.options
-        return self.launch(kernel, grid, *strides, *self.numbers, **constants)
+        return self.launch(kernel, (blocks * self.H,), *strides, *self.numbers, **constants)
 
     def _mode(self) -> tuple[str, int]:
         """How row blocks reach one another, see `forward_kernel`, and how many blocks back by links."""
@@ -137,12 +113,6 @@ class Wide(Plan):
         if reach <= longest_reach(self.device, self.window is not None):
             return ("band" if reach else "single"), reach
         return "chain", links(self.device, self.wave * (self.sequences if self.packed else 1))
-
-    def grid(self, tiles: Tiles, length: int | None = None) -> tuple[int]:
-        """One program a block and head. Lengths of packed sequences stay on the device: the grid is an upper bound."""
-        if self.packed:
-            return ((self.T // tiles.BM + self.sequences) * self.H,)
-        return (triton.cdiv(self.T if length is None else length, tiles.BM) * self.sequences * self.H,)
 
     def ragged(self, BM: int) -> bool:
         """Whether a sequence may end within a row block."""
