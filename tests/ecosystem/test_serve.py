@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ka_attention.commands.serve import command
+from ka_attention.errors import UserError
 from ka_attention.hf import register
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
@@ -97,6 +99,12 @@ def test_a_stop_string_ends_a_text_and_no_other(served):
     assert stopped.result().choices[0].finish_reason == "stop"
     assert free.result().choices[0].message.content == whole
     assert "".join(chunk.choices[0].delta.content or "" for chunk in parts.result() if chunk.choices) == until
+
+
+@pytest.mark.parametrize("words", [["--cb-num-blocks", "x"], ["--no-such", "1"]])
+def test_an_option_that_the_server_refuses(served, words):
+    with pytest.raises(UserError, match=words[0]):
+        command(str(served[0]), words)
 
 
 def test_two_at_once(served):

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from click import ClickException
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
@@ -20,7 +21,7 @@ def command(source: str, arguments: list[str], *, trust_remote_code: bool = Fals
     """Run ``transformers serve`` for the model of a folder or Hub name, softmax or KA, until it is stopped.
 
     ``arguments`` are its own options, after ``--continuous-batching``, which all requests share unless they say no.
-    UserError where the server's libraries are missing or the model cannot be served so.
+    UserError where the server's libraries are missing, the model cannot be served so or the server refuses an option.
     """
     if not is_serve_available():
         raise UserError("the server needs fastapi, uvicorn and openai; pip install 'transformers[serving]' brings them")
@@ -30,7 +31,10 @@ def command(source: str, arguments: list[str], *, trust_remote_code: bool = Fals
     from transformers.cli.transformers import app
 
     trust = ["--trust-remote-code"] * trust_remote_code
-    app(["serve", source, "--continuous-batching", *trust, *arguments], standalone_mode=False)
+    try:
+        app(["serve", source, "--continuous-batching", *trust, *arguments], standalone_mode=False)
+    except ClickException as error:
+        raise UserError(f"transformers serve: {error.format_message().splitlines()[0]}") from None
 
 
 def honour_stop_strings() -> None:
