@@ -170,7 +170,7 @@ def data_parallel(own: Processes) -> Iterator[Row]:
             if way == "FSDP2":
                 sharded(loss, own.meshes[ranks])
             elif ranks > 1:
-                loss = DistributedDataParallel(loss, process_group=own.groups[ranks])
+                loss = DistributedDataParallel(loss, process_group=own.groups[ranks], gradient_as_bucket_view=True)
             ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=own.device)
             positions = torch.arange(length, device=own.device)[None].expand(batch, -1)
             autocast = torch.autocast(own.device.type, torch.bfloat16) if way == "DDP" else nullcontext()
