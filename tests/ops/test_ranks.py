@@ -8,11 +8,11 @@ import torch.distributed as dist
 from processes import together
 
 from ka_attention import ka_attention
-from ka_attention.ops.ranks import Share, share_of
+from ka_attention.ops.ranks import Share, share_heads, share_of
 
 T, D = 24, 4
 PACKED = (None, [0, 3, 3, 10, T], [0, T // 2, T], [0, 1, T - 1, T])
-CASES = list(product((1, 2, 6, None), ("number", "head", "token"), PACKED))
+CASES = list(product((1, 2, 6, 7, None), ("number", "head", "token"), PACKED))
 
 
 def gate_of(kind, heads):
@@ -26,8 +26,10 @@ def errors(group, window, gate_kind, ends):
     """The largest error of this rank's outputs, and of the gradients summed over ranks."""
     torch.manual_seed(0)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    q, k, v = (torch.randn(1, heads, T, D, dtype=torch.float64).requires_grad_() for heads in (12, 6, 6))
-    gate, grad = gate_of(gate_kind, 12), torch.randn(1, 12, T, D, dtype=torch.float64)
+    Hq, Hkv = (10, 5) if window == 6 else (12, 6)  # which cannot be shared out, but windows wider than D would
+    q, k, v = (torch.randn(1, heads, T, D, dtype=torch.float64).requires_grad_() for heads in (Hq, Hkv, Hkv))
+    gate, grad = gate_of(gate_kind, Hq), torch.randn(1, Hq, T, D, dtype=torch.float64)
+    assert share_heads(group, q, k, window) == (window in (7, None))
     leaves = [x for x in (q, k, v, gate) if isinstance(x, torch.Tensor)]
     cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
     whole = ka_attention(q, k, v, gate=gate, window=window, cu_seqlens=cu_seqlens, softcap=3.0)
@@ -46,7 +48,7 @@ def errors(group, window, gate_kind, ends):
 def refusals(group):
     x = torch.randn(1, 2, 8, D)
     for arguments, words in (
-        ({"window": 10}, "window − 1 = 9"),
+        ({"window": 10, "q": x[:, :1], "k": x[:, :1], "v": x[:, :1]}, "window − 1 = 9"),
         ({"window": 2, "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "must end at"),
         ({"past": (x, x)}, "past or attn_mask"),
         ({"q": x[:, :1], "k": x[:, :1], "v": x[:, :1]}, "query heads are shared out, got 1"),

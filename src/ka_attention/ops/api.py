@@ -74,7 +74,8 @@ def ka_attention(
         group: processes that hold one text together, each a contiguous share of T tokens in the order of their ranks.
             q, k, v, gate and the result are the share's, cu_seqlens those of the whole text. With a window ranks
             exchange messages whose size does not depend on T, and a share must hold window − 1 tokens; without one
-            they share out the heads, whose numbers must be multiples of the group's size. No past, no attn_mask.
+            they share out the heads, whose numbers must be multiples of the group's size. Windows of more than D + 1
+            tokens do so, too, where the numbers allow it. No past, no attn_mask.
 
     Returns:
         A, [B, Hq, T, D], in q's dtype. Half precision is computed with float32 softmax and accumulation.
@@ -156,7 +157,7 @@ def _over_ranks(group, call: Call, gate, cu_seqlens, backend) -> Tensor:
     from ka_attention.ops import ranks  # a PyTorch may be built without collectives
 
     q, k, v, *_ = call.tensors
-    if call.options["window"] is None:
+    if ranks.share_heads(group, q, k, call.options["window"]):
         return ranks.by_heads(group, partial(ka_attention, **call.options, backend=backend), q, k, v, gate, cu_seqlens)
     return ranks.by_tokens(group, call, cu_seqlens, backend or _default(q))
 

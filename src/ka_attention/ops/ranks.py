@@ -13,7 +13,8 @@ composes the maps before its own, in log2 of their number of steps. Backward goe
 
 Kernels for narrow windows have M and c at hand in the middle of their work, and b without F (`open`, `state_gradient`
 of a backend); others compute F, by columns. Without a window every output depends on all keys; ranks exchange heads for
-tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads.
+tokens (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509) and each computes whole sequences of some heads. So do
+windows for which F would have more columns than a head has dimensions, where heads can be shared out.
 
 Every rank takes part in every message, also where it has no use for what it gets, or the others would wait for it.
 """
@@ -233,6 +234,12 @@ def _pass_on(group: Group, x: Tensor, by: int) -> Tensor:
     got = torch.empty_like(x) if any(receive) else torch.zeros_like(x)
     dist.all_to_all_single(got.view(-1)[: sum(receive)], x.view(-1)[: sum(send)], receive, send, group)
     return got
+
+
+def share_heads(group: Group, q: Tensor, k: Tensor, window: int | None) -> bool:
+    """Whether ranks exchange heads for tokens."""
+    ranks = dist.get_world_size(group)
+    return window is None or (window > q.shape[3] + 1 and q.shape[1] % ranks == k.shape[1] % ranks == 0)
 
 
 def by_heads(group: Group, operator: Operator, q, k, v, gate=0.0, cu_seqlens=None) -> Tensor:
