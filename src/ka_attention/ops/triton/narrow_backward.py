@@ -127,7 +127,7 @@ def gradients_kernel(
         Y += head * T * D
         y = block(Y, last * ROWS, D, T, 0, ROWS, D, BD)
         delta = tl.sum(y.to(tl.float32) * block(A, last * ROWS, D, T, 0, ROWS, D, BD), 1)
-    else:  # begin one tile later: z is what rows with Y = z would give that read one token each, and have no weights
+    else:  # begin one tile later, with rows that read one token each: their Y is z; what else they give, nobody stores
         start = last
         DA += b * da_strides[0] + h * da_strides[1]
         y = tl.zeros([ROWS, BD], Q.dtype.element_ty)
@@ -159,7 +159,6 @@ def gradients_kernel(
         p, slopes = _weights(q, k, LSE, rows + ROWS, T, seen, scale, softcap, SOFTCAP, DOT)
         if not SOLVED:
             p = tl.where(step == 0, tl.where(diagonal, 1.0, 0.0), p)
-            slopes = tl.where(step == 0, 0.0, slopes)
         dw = tl.dot(y, tl.trans(u), input_precision=DOT) - delta[:, None]
         ds = tl.where(p == 0.0, 0.0, p * dw * slopes).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision=DOT)
