@@ -8,9 +8,9 @@ import torch.distributed as dist
 from processes import together
 from text_shares import LENGTH, batches, loss_of, make_model, shifted
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
-from ka_attention.hf import KACache, KAConfig, sequence_parallel, share
+from ka_attention.hf import KACache, KAConfig, attach, sequence_parallel, share
 
 PACKED = torch.tensor([3, 5, 12, 4])  # the second ends with the first of three shares, the third crosses the second
 
@@ -34,6 +34,18 @@ def losses(model, part=shifted, size=1, kind=dict):
     return torch.stack(found)
 
 
+def own_windows(group):
+    """Mistral's window is in a mask of [n, n] in one process; shares of texts have none."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = MistralConfig(vocab_size=17, num_hidden_layers=4, head_dim=8, sliding_window=5, **sizes)
+    torch.manual_seed(0)
+    model = attach(MistralForCausalLM(config), KAConfig(pattern="3:1", window=3))
+    batch = next(batches())
+    whole, own = model(**batch, use_cache=False).logits, dist.get_rank(group) * 8
+    found = sequence_parallel(model, group)(**share(batch, group)).logits
+    assert torch.allclose(found, whole[:, own : own + 8], atol=1e-5)
+
+
 def work(folder):
     group, size = dist.group.WORLD, dist.get_world_size()
     for kind in (dict, packed):
@@ -55,6 +67,7 @@ def work(folder):
         share({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, group)
     with pytest.raises(ValueError, match="stand in one row, got 2"):
         share(batch | {"position_ids": packed(batch)["position_ids"].expand(2, -1)}, group)
+    own_windows(group)
     whole = sequence_parallel(copy.deepcopy(make_model()), None)
     assert whole(**batch).logits.shape == (2, LENGTH, 17)
 
@@ -84,6 +97,8 @@ def test_refusals_change_nothing(two_processes, monkeypatch):
     assert all(layer.attention.ka_layer.group is None for layer in model.gpt_neox.layers)
     with pytest.raises(ValueError, match="dropout"):
         sequence_parallel(make_model(KAConfig(gate_init=0.0), attention_dropout=0.1), two_processes)
+    with pytest.raises(ValueError, match="output_router_logits"):
+        sequence_parallel(make_model(output_router_logits=True), two_processes)
     config = GPTNeoXConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=8)
     with pytest.raises(ValueError, match="no KA model"):
         sequence_parallel(GPTNeoXForCausalLM(config), two_processes)

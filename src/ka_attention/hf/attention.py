@@ -104,8 +104,8 @@ def attention_forward(
         out = _decode_step(module, layer, query, state, scale)
     else:
         window = layer.window
-        # A softmax layer's own window is in its mask, which continuous batching has none of.
-        if (layer.is_ka or pages is not None) and sliding_window is not None:
+        # A softmax layer's own window is in its mask, which continuous batching and shares of texts have none of.
+        if (layer.is_ka or pages is not None or layer.group is not None) and sliding_window is not None:
             window = sliding_window if window is None else min(window, sliding_window)
         options = Options(scale, window, softcap, dropout, cu_seq_lens_q)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:

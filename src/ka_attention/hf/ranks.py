@@ -38,6 +38,8 @@ def sequence_parallel(model: Any, group: Any) -> Any:
     if group is not None:
         if any(layer.has_adapter for layer in layers):
             raise ValueError("group: layers with adapters run token by token, in one process")
+        if getattr(text, "output_router_logits", False):
+            raise ValueError("output_router_logits: the loss of routers looks at whole texts, which no process has")
         if getattr(text, "attention_dropout", 0) or getattr(text, "attn_pdrop", 0):
             raise ValueError("group: attention dropout must be 0 where a text is split over processes")
         size = dist.get_world_size(group)
@@ -87,8 +89,8 @@ def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
         name: x[:, own].contiguous() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == length else x
         for name, x in batch.items()
     }
-    if "cu_seq_lens_q" in batch:  # with a mask that hides nothing transformers does not make one of [n, n] for them
-        cut["attention_mask"] = torch.ones_like(cut["input_ids"])
+    # It stands for none: without one transformers makes masks [n, n] of packed sequences and of a model's own windows.
+    cut["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device)
     if "shift_labels" in batch:
         cut["num_items_in_batch"] = (batch["shift_labels"] != IGNORED).sum() / size
     return {**cut, "use_cache": False}
@@ -216,7 +218,7 @@ def attend_share(
     """Attention of this process's share of the text, ``[B, n, Hq, D]``; softmax attention is the gate 0."""
     if not isinstance(v, Tensor) or v.shape[2] != q.shape[2]:
         raise RuntimeError("a text that is split over processes is not cached: call the model with use_cache=False")
-    if mask is not None:
+    if mask is not None and mask.numel() > 1:
         raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
