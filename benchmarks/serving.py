@@ -9,8 +9,8 @@ step    one token more for each of so many requests with so much context: the mo
 served  transformers' continuous batching from the first request to the last token: prompts in chunks of 8,192 tokens
         at most, on a GPU with CUDA graphs and asynchronous batches. All requests are there before the first batch is
         made, so that the batches are the same each time: on a GPU it is done until no graph is captured, and then the
-        arms take turns. ``seconds`` and ``first_token_s`` are medians, ``captured`` is how many graphs were captured
-        while they were taken (0).
+        arms take turns. ``seconds`` and ``first_token_s`` are medians of so many ``times``, ``captured`` is how many
+        graphs were captured while they were taken (0).
 fit     requests of 32,768 tokens to which transformers' cache, of nine tenths of the memory beside the model, gives
         blocks, one request after another until there are none.
 """
@@ -287,7 +287,7 @@ class Server:
 def _median(rows: list[Row]) -> Row:
     """The row of one case, of several times."""
     row = rows[0] | {name: statistics.median(row[name] for row in rows) for name in ("seconds", "first_token_s")}
-    row |= {"times": len(rows), "captured": sum(row["captured"] for row in rows)}
+    row |= {"times": [row["seconds"] for row in rows], "captured": sum(row["captured"] for row in rows)}
     speed = row["requests"] / row["seconds"]
     return row | {"requests_per_s": speed, "tokens_per_s": speed * row["new"]}
 

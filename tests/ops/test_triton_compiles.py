@@ -93,7 +93,7 @@ ALL: dict[str, Callable[[], None]] = {
     "a ring": compile_ring,
     "steps after pages": lambda: compile_pages(1, None),
     "chunks after pages": lambda: compile_pages(50, None),
-    "chunks after rings": lambda: compile_pages(50, 8),
+    "chunks after rings": lambda: compile_pages(1500, 8),
 }
 
 

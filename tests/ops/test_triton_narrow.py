@@ -115,6 +115,24 @@ def test_a_mask_keeps_apart_what_is_not_finite(name, row, given, segments, divid
 
 
 @kernels
+@pytest.mark.parametrize("lost", [False, True], ids=["", "not finite"])
+@pytest.mark.parametrize("given", [{"window": 9, "gate": "token"}, {"window": 20, "gate": "head", "D": 24}])
+def test_many_segments_are_scanned_in_groups(given, lost, divide, monkeypatch):
+    from ka_attention.ops.triton import forward, tiles
+
+    divide(7)
+    monkeypatch.setattr(tiles, "MANY", 4)
+    tensors, options = on_device(Problem(**SMALL | given | {"lengths": (110, 3, 47)}, dtype=torch.float32))
+    if lost:
+        tensors[2][:, :, 97] = float("nan")
+    expected = forward(*tensors, **options, save=True)[0]  # for a backward there is one scan
+    found = outputs(tensors, options)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert expected.isfinite().all() != lost
+    assert (found - expected).nan_to_num().norm() < 1e-6 * expected.nan_to_num().norm()
+
+
+@kernels
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(("window", "dtype"), [(9, torch.float32), (20, torch.float16)])
 def test_packed_sequences_stay_apart(window, dtype, segments, divide):

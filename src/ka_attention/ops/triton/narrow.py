@@ -1,6 +1,8 @@
 """The plan for narrow windows: three kernels a pass, or four for windows of more than 17 tokens."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,9 @@ class Narrow(Plan):
         )
         self.scan, self.reverse_scan = self._scan(self.D, False), self._scan(self.D, True)
         self.wide_scan = self._scan(self.D + before, False)  # with M beside c
+        group = 0 if self.save or self.segments < tiles.MANY else math.isqrt(self.segments)
+        self.groups = triton.cdiv(self.segments, group or self.segments)  # composed first, then each is scanned
+        self.scans = [self._scan(self.D, False, group, compose=x) for x in (True, False)] if group else [self.scan]
 
     def _weights(self, blocks: int) -> Launch:
         """One program a block and head, or a segment and head."""
@@ -75,20 +80,22 @@ class Narrow(Plan):
         grid = self.heads * self.segments, triton.cdiv(self.D, options["BD"])
         return self.launch(kernel, grid, *numbers, self.span, self.segments, MAPS=MAPS, **options)
 
-    def _scan(self, width: int, reverse: bool) -> Launch:
-        options = self.options["scan_kernel"]
-        grid = self.heads, triton.cdiv(width, options["BD"])
-        return self.launch(scan_kernel, grid, self.segments, REVERSE=reverse, **{**options, "D": width})
+    def _scan(self, width: int, reverse: bool, group: int = 0, compose: bool = False) -> Launch:
+        options = {**self.options["scan_kernel"], "D": width, "COMPOSE": compose, "GROUPS": group > 0}
+        columns, span = width + self.before if compose else width, group or self.segments
+        grid = self.heads, triton.cdiv(columns, options["BD"]), triton.cdiv(self.segments, span)
+        return self.launch(scan_kernel, grid, self.segments, span, REVERSE=reverse, **options)
 
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
         if not self.save:
             saved = q.new_empty(*q.shape[:3], self.width)
-        into = state = maps = None
-        if self.segments > 1:
-            into, state, maps = self._room(q)
+        room: Any = (None, None, None) if self.segments == 1 else self._room(q)
+        into, state, maps = room
         self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, state, maps)
         if self.segments > 1:
-            self.scan(state, maps, into)
+            of_groups = [x.new_empty(*x.shape[:2], self.groups, *x.shape[3:]) for x in (state, maps)]
+            for scan in self.scans:
+                scan(state, maps, into, *of_groups)
         self.apply(v, gate, u_past, saved, into, a, None, None)
 
     def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps) -> None:
@@ -104,7 +111,7 @@ class Narrow(Plan):
         state = F.pad(state, (0, self.before))
         state[:, :, 0, :, self.D :] = maps[:, :, 0]
         into = torch.empty_like(state)
-        self.wide_scan(state, maps, into)
+        self.wide_scan(state, maps, into, None, None)
         last = slice(self.before - self.window + 1, None)
         both = (state[:, :, -1] + maps[:, :, -1] @ into[:, :, -1])[:, :, last].float()
 
@@ -120,7 +127,7 @@ class Narrow(Plan):
     def state_gradient(self, da, gate, saved) -> Tensor:
         into, state, maps = self._room(saved)
         self.adjoint_maps(da, gate, saved, None, None, state, maps)
-        self.reverse_scan(state, maps, into)
+        self.reverse_scan(state, maps, into, None, None)
         z = (state[:, :, 0] + maps[:, :, 0] @ into[:, :, 0]).float()
         past = slice(self.before - self.P, self.before)
         if self.solved:
@@ -133,7 +140,7 @@ class Narrow(Plan):
         if self.segments > 1:
             into, state, maps = self._room(q)
             self.adjoint_maps(da, gate, saved, None, None, state, maps)
-            self.reverse_scan(state, maps, into)
+            self.reverse_scan(state, maps, into, None, None)
             del state, maps  # their memory serves for the gradients
         if self.solved:
             y = torch.empty_like(a)

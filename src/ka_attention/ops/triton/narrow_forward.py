@@ -306,40 +306,58 @@ def walk_kernel(
 
 
 @triton.jit
-def _scan(STATE, MAP, INTO, segments, d, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
-          REVERSE: tl.constexpr, SPREAD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """The loop of `scan_kernel`; 0 · u of all u together."""
+def _scan(u, STATE, MAP, INTO, first, last, segments, d, D: tl.constexpr, BEFORE: tl.constexpr, REVERSE: tl.constexpr,
+          SPREAD: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """u ← c + M u over segments first … last: u, and 0 · u of all u together. STORE: INTO gets what each meets."""
     i = tl.arange(0, BEFORE)[:, None]
-    u = tl.zeros([BEFORE, BD], STATE.dtype.element_ty)
-    zero = tl.zeros([BEFORE, BD], tl.float32)
-    for step in tl.range(0, segments, num_stages=1 if SPREAD else 4):
+    zero = u.to(tl.float32) * 0.0
+    for step in tl.range(first, last, num_stages=1 if SPREAD else 4):
         r = (segments - 1 - step if REVERSE else step) * BEFORE + i
         c = tl.load(STATE + r * D + d, mask=d < D, other=0.0)
         M = tl.load(MAP + r * BEFORE + tl.arange(0, BEFORE)[None, :])
-        tl.store(INTO + r * D + d, u, mask=d < D)
-        zero += u.to(tl.float32) * 0.0
+        if STORE:
+            tl.store(INTO + r * D + d, u, mask=d < D)
         if SPREAD:
             M = _spread(M, u, 1)
             u = _finite(u)
         u = tl.dot(M, u, c.to(tl.float32), input_precision=DOT).to(u.dtype)
-    return zero
+        zero += u.to(tl.float32) * 0.0
+    return u, zero
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["segments", "span"])
 def scan_kernel(
-    STATE, MAP, INTO, segments,
-    D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, REVERSE: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATE, MAP, INTO, STATES, MAPS, segments, span,
+    D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, REVERSE: tl.constexpr, COMPOSE: tl.constexpr,
+    GROUPS: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u ← c + M u over the segments of one head, for BD columns of the head dimension. STATE holds every c, INTO gets
-    the u that each segment meets.
+    the u that each segment meets. Where there are many, in GROUPS of `span`: first COMPOSE, c and M of each group into
+    STATES and MAPS, M as what becomes of the unit matrix beside c; then each group, after a scan over those before it.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    head = tl.cast(tl.program_id(0), tl.int64) * segments * BEFORE
+    head, group, groups = tl.cast(tl.program_id(0), tl.int64), tl.program_id(2), tl.num_programs(2)
     d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    STATE += head * D
-    MAP += head * BEFORE
-    INTO += head * D
-    zero = _scan(STATE, MAP, INTO, segments, d, D, BD, BEFORE, REVERSE, False, DOT)
-    if APART and tl.sum(zero) != 0.0:
-        _scan(STATE, MAP, INTO, segments, d, D, BD, BEFORE, REVERSE, True, DOT)
+    i = tl.arange(0, BEFORE)[:, None]
+    STATE += head * segments * BEFORE * D
+    MAP += head * segments * BEFORE * BEFORE
+    first = group * span
+    last = tl.minimum(first + span, segments)
+    nothing = tl.zeros([BEFORE, BD], STATE.dtype.element_ty)
+    if COMPOSE:
+        u = tl.where(d - D == i, 1.0, nothing).to(nothing.dtype)
+        u, zero = _scan(u, STATE, MAP, STATE, first, last, segments, d, D, BEFORE, False, False, False, DOT)
+        at = (head * groups + group) * BEFORE + i
+        tl.store(STATES + at * D + d, u, mask=d < D)
+        tl.store(MAPS + at * BEFORE + d - D, u, mask=(d >= D) & (d < D + BEFORE))
+    else:
+        INTO += head * segments * BEFORE * D
+        u = nothing
+        if GROUPS:
+            STATES += head * groups * BEFORE * D
+            MAPS += head * groups * BEFORE * BEFORE
+            u, zero = _scan(u, STATES, MAPS, INTO, 0, group, groups, d, D, BEFORE, False, False, False, DOT)
+        u, zero = _scan(u, STATE, MAP, INTO, first, last, segments, d, D, BEFORE, REVERSE, False, True, DOT)
+        if APART and tl.sum(zero) != 0.0:
+            u, zero = _scan(nothing, STATE, MAP, INTO, 0, first, segments, d, D, BEFORE, REVERSE, True, False, DOT)
+            _scan(u, STATE, MAP, INTO, first, last, segments, d, D, BEFORE, REVERSE, True, True, DOT)

@@ -306,9 +306,8 @@ def join_kernel(
         n += 1
     if not BACK:
         empty = (j >= total) & (j < T2)
-        nothing = tl.zeros([BM, BD], Q2.dtype.element_ty)
-        tl.store(Q2 + to, nothing, mask=empty[:, None] & (d < D))
-        tl.store(K2 + to, nothing, mask=empty[:, None] & (d < D))
-        tl.store(V2 + to, nothing, mask=empty[:, None] & (d < D))
+        tl.store(Q2 + to, 0.0, mask=empty[:, None] & (d < D))
+        tl.store(K2 + to, 0.0, mask=empty[:, None] & (d < D))
+        tl.store(V2 + to, 0.0, mask=empty[:, None] & (d < D))
         tl.store(GATE2 + row, 0.0, mask=empty)
         tl.store(STARTS + j, j, mask=empty & (h == 0))

@@ -11,6 +11,9 @@ INTERPRETED = torch.device("cpu")
 NARROW_BLOCK = 16  # rows of a block of a narrow window
 
 
+MANY = 48  # segments of a sequence: so many are scanned in groups
+
+
 class Tiles(NamedTuple):
     """Rows BM of a block, columns BN of a step, warps and pipeline stages."""
 
