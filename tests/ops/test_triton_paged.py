@@ -34,6 +34,24 @@ def test_more_sequences_than_a_kernel_looks_at_in_one_step(seed):
 
 
 @kernels
+@pytest.mark.parametrize("seed", range(20) if CUDA else (8, 48))  # no window, one of 100
+def test_memory_that_nobody_has_written_reaches_nobody(seed, monkeypatch):
+    from ka_attention.ops.triton import pasts
+
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **options):
+        x = new_empty(*args, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(pasts, "INTERPRETED", torch.device("meta"))  # the tiles of a GPU
+    call = PagedCall(seed, torch.float32, (1, 4, 16), 60, (8,))
+    expected = call.expected()
+    assert (call(DEVICE, backend="triton").double() - expected).norm() <= 5e-5 * expected.norm()
+
+
+@kernels
 @pytest.mark.parametrize("kind", ["gate", "one", "softmax"])
 def test_new_tokens_are_stored(kind):
     torch.manual_seed(0)

@@ -182,7 +182,7 @@ def chunk_kernel(
                 for c in range(j, stop, BN):
                     at = c + tl.arange(0, BN)
                     k = load_tile(K, c, K_ROW, rows, BN, D, BD, True)
-                    u = load_tile(U, c, A_ROW, rows, BN, D, BD, True)
+                    u = load_tile(U, c, A_ROW, stop, BN, D, BD, True)  # beyond it nobody has written
                     seen = (at < stop)[None, :]
                     if WINDOW:
                         seen = seen & (row[:, None] - at[None, :] < window)
