@@ -259,14 +259,14 @@ def reach(accuracies: Mapping[int, float]) -> int:
     return next((group - 1 for group, right in accuracies.items() if right < SOLVED), max(accuracies))
 
 
-def draw_groups(entries: Sequence[Learned], test: int, ax: Any) -> None:
-    """Right answers by group in one of the tests: colours and markers are arms, dashes are numbers of layers."""
+def draw_groups(entries: Sequence[Learned], test: int, ax: Any, style: Callable[[Arm], dict[str, Any]] = look) -> None:
+    """Right answers by group in one of the tests: ``style`` says how an arm looks, dashes are numbers of layers."""
     counts = sorted({entry.layers for entry in entries})
     for entry in entries:
         groups = entry.by_group(test)
-        style = look(entry.arm) | {"linestyle": DASHES[counts.index(entry.layers) - len(counts)]}
+        drawn = style(entry.arm) | {"linestyle": DASHES[counts.index(entry.layers) - len(counts)]}
         label = entry.label if len(counts) > 1 else entry.arm.label
-        ax.plot(list(groups), [100 * right for right in groups.values()], label=label, **style)
+        ax.plot(list(groups), [100 * right for right in groups.values()], label=label, **drawn)
     ax.set_ylim(0, 103)
     ax.set_ylabel("right answers (%)")
 

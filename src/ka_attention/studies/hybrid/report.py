@@ -223,7 +223,7 @@ def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | No
     def draw(ax: Any) -> None:
         for label, names in series.items():
             points = [mean(_losses(results, name)) for name in names.values()]
-            ax.plot(list(names), points, label=label, **_look(arms[next(iter(names.values()))]) | {"marker": "."})
+            ax.plot(list(names), points, label=label, **look(arms[next(iter(names.values()))]) | {"marker": "."})
         base = next(iter(arms))
         ax.axhline(mean(_losses(results, base)), color=_colour(arms[base]), label=arms[base].label)
         ax.set_xscale("log", base=2)
@@ -254,7 +254,7 @@ def _way(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
     def draw(ax: Any) -> None:
         for name, each in _drawn(results, arms).items():
             points = [mean([one.training.rows[i].loss for one in results.arms[name]]) for i in range(len(counts))]
-            ax.plot([tokens / 1e6 for tokens in counts], points, label=each.label, **_look(each))
+            ax.plot([tokens / 1e6 for tokens in counts], points, label=each.label, **look(each))
         _axes(ax, "tokens read (millions)")
 
     return Section("On the way", (), [table], [Figure("hybrid_way", "Validation loss on the way", draw, LEGEND_ABOVE)])
@@ -273,7 +273,7 @@ def _positions(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
     def draw(ax: Any) -> None:
         for name, each in _drawn(results, arms).items():
             pairs = zip(losses(name), losses(base), strict=True)
-            ax.plot([loss - other for loss, other in pairs], label=each.label, **_look(each))
+            ax.plot([loss - other for loss, other in pairs], label=each.label, **look(each))
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         _axes(ax, "position in the sequence (tokens)", f"loss less that of {arms[base].label} (nats)")
 
@@ -324,7 +324,7 @@ def _against(
         for key, each in arms.items():
             losses = _losses(results, key)
             kind = replace(each, window=None, gate="fixed", output_gate=False).label
-            ax.plot([value(key)] * len(losses), losses, label=kind, **_look(each) | {"linestyle": ""})
+            ax.plot([value(key)] * len(losses), losses, label=kind, **look(each) | {"linestyle": ""})
         if name == "state":
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:,g}")
@@ -338,7 +338,8 @@ def _against(
     )
 
 
-def _look(each: HybridArm) -> dict[str, Any]:
+def look(each: HybridArm) -> dict[str, Any]:
+    """A colour a mixer, a marker a window; hollow without an output gate, dashed where no layers alternate."""
     marker = MARKERS.get(each.window, "*")
     filled = {} if each.output_gate else {"fillstyle": "none"}
     return {

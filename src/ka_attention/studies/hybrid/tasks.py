@@ -35,6 +35,7 @@ from ka_attention.harness.timing import now
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build, count
 from ka_attention.studies.hybrid.recipes import HybridRecipe
+from ka_attention.studies.hybrid.report import look
 
 UNITS = {
     "dereference": "depth (references)",
@@ -168,13 +169,19 @@ def sections(recipe: HybridRecipe, learned: Mapping[str, Learned]) -> list[Secti
     words = [
         "*Dereference*: chains of assignments, the value to name at each. *Depo*: the arrows of one shuffled cycle, "
         f"then questions which node stands k = 1 to {recipe.task_hops} steps on (arXiv 2512.17351). *Recall* of 1 or 8 "
-        "pairs past fillers. *Slots*: permutations of 3 or 5 things, spelled out. Models are trained "
-        f"at {lengths[0]} statements and tested there and at {lengths[1]}; {recipe.task_samples:,} training sequences."
+        "pairs past fillers. *Slots*: permutations of 3 or 5 things, spelled out. Models of size "
+        f"{recipe.task_size} are trained at {lengths[0]} statements and tested there and at {lengths[1]}; "
+        f"{recipe.task_samples:,} training sequences."
     ]
     return [Section("Tasks", words, tables, figures)]
 
 
 def _draw(found: list[Learned], unit: str, ax: Any) -> None:
-    draw_groups(found, 0, ax)
+    draw_groups(found, 0, ax, _style)
     ax.set_xlabel(unit)
     ax.figure.legend(loc="outside upper center", ncols=1, fontsize=7)
+
+
+def _style(of: Arm) -> dict[str, Any]:
+    each = arm(of.name)
+    return look(each) | ({"fillstyle": "none"} if each.pattern == "all" and each.mixer != "full" else {})
