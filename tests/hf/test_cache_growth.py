@@ -2,16 +2,16 @@
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from test_cache import CONFIGS, TINY, attached, largest, parallel, run
 from zoo import make, tokens
 
-from ka_attention.hf import KACache, KAConfig, KAStaticCache, attention_modules, reconfigure, use
+from ka_attention.hf import KACache, KAConfig, KAStaticCache, reconfigure, use
 from ka_attention.hf.adapters import LinearAdapter
 from ka_attention.hf.cache.layers import KADynamicLayer
+from ka_attention.hf.cache.state import KAState
 
 
 @pytest.fixture
@@ -98,25 +98,32 @@ def test_a_cache_goes_from_one_gradient_mode_to_another(looks):
     assert largest(torch.cat(logits, 1) - want) < TINY
 
 
-def ways(model, monkeypatch):
-    """The model as it takes short ways through plain steps, and as it does not."""
+def ways(monkeypatch):
+    """A model as it takes short ways through plain steps, and as it does not."""
     yield
-    for module in attention_modules(model):
-        monkeypatch.setattr(module, "ka_layer", replace(module.ka_layer, is_plain=False))
-    yield
+    with monkeypatch.context() as patch:
+        patch.setattr(KAState, "is_step_in", lambda *_: False)
+        yield
 
 
 @pytest.mark.parametrize(
     "ka",
-    [KAConfig(), KAConfig(window=3), KAConfig(layers=()), KAConfig(gate="head"), KAConfig(gate="token", window=3)],
-    ids=["full", "window", "softmax", "heads", "tokens"],
+    [
+        KAConfig(),
+        KAConfig(window=3),
+        KAConfig(layers=()),
+        KAConfig(gate_init=0.5),
+        KAConfig(gate="head", gate_init=0.5),
+        KAConfig(gate="token", window=3),
+    ],
+    ids=["full", "window", "softmax", "number", "heads", "tokens"],
 )
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_the_short_way_of_a_step_is_the_long_way(family, ka, monkeypatch):
     """To the bit: a plain step skips questions, not arithmetic. Under autocast too."""
     for autocast in (False, True):
         model, logits = attached(family, ka).float(), []
-        for _ in ways(model, monkeypatch):
+        for _ in ways(monkeypatch):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logits.append(run(model, tokens(2, 12).split([1, 1, 5, 1, 1, 1, 1, 1], 1), KACache(model.config)))
         assert torch.equal(*logits)

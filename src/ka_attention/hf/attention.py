@@ -99,7 +99,7 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # To ask about autocast on one kind of device takes the processor longer than all else here.
     autocast = private.any_autocast() and torch.is_autocast_enabled(query.device.type)
-    is_plain = layer.is_plain and attention_mask is softcap is cu_seq_lens_q is None and not (dropout or autocast)
+    is_plain = attention_mask is softcap is cu_seq_lens_q is None and not (layer.has_adapter or dropout or autocast)
     if is_plain and state is not None and state.is_step_in(sliding_window):
         out = _decode_step(module, layer, query, state, scale)
     else:

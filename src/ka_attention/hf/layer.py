@@ -34,7 +34,6 @@ class Layer:
     window:       the window of ``ka`` in this layer; the model may have a narrower one of its own.
     gate:         the fixed gate, None for a learned one.
     gates_output: the output is multiplied by silu(W_g x).
-    is_plain:     without an adapter, as most layers are: a step of decoding takes the short way.
     group:        the processes over which a text is split (``sequence_parallel``), None for one process.
     """
 
@@ -47,7 +46,6 @@ class Layer:
     gate: float | tuple[float, ...] | None
     gates_output: bool
     has_adapter: bool
-    is_plain: bool
     group: Any = None
     _gates: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -58,10 +56,7 @@ class Layer:
         ka = ka or KAConfig.of(config)
         is_ka, gate = ka.caches_outputs(index), ka.gate_init if ka.gate == "fixed" else None
         has_adapter = is_ka and str(index) in (ka.adapters or {})
-        is_plain = not has_adapter
-        return cls(
-            ka, stored, index, is_first, is_ka, ka.window_of(index), gate, ka.gates_output(index), has_adapter, is_plain
-        )
+        return cls(ka, stored, index, is_first, is_ka, ka.window_of(index), gate, ka.gates_output(index), has_adapter)
 
     @classmethod
     def of(cls, module: Any) -> Layer:
