@@ -192,3 +192,11 @@ def test_a_part_that_fails_in_a_worker_is_said(kind, error, tmp_path):
 def test_settings_that_make_no_sense_are_refused(setting):
     with pytest.raises(UserError, match=r"--set (arms|tasks|hidden_size|rate_tokens|train_tokens)"):
         override(replace(TINY, rate_tokens=1), [setting])
+
+
+@pytest.mark.parametrize(
+    "setting", ["task_arms=window", "task_size=65", "task_samples=1", "task_layers=0", "task_length=0", "task_hops=0"]
+)
+def test_settings_of_tasks_are_refused_under_their_names_and_before_any_text(setting):
+    with pytest.raises(UserError, match=f"^--set {setting.partition('=')[0]}:"):
+        override(TINY, [setting])

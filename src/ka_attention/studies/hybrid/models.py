@@ -103,7 +103,7 @@ class HybridArm:
         return tuple(i for i in range(layers) if i % group != full)
 
 
-def arm(name: str) -> HybridArm:
+def arm(name: str, setting: str = "arms") -> HybridArm:
     """The arm of a name: ``full``, ``canon`` or PATTERN-MIXER, and what is to be added.
 
     PATTERN is all, 1to1, 3to1 or 5to1. MIXER is softmax-wW, ka-wW (gate 1), ka-head-wW or ka-token-wW (learned gates
@@ -116,7 +116,7 @@ def arm(name: str) -> HybridArm:
     windowed = mixer in ("softmax", "ka")
     if found is None or (mixer != "full" and windowed != bool(found["window"])) or (found["start"] and mixer != "ka"):
         raise UserError(
-            f"--set arms: no arm {name!r}; an arm is full, canon, or all, 1to1, 3to1 or 5to1 with a mixer, as in "
+            f"--set {setting}: no arm {name!r}; an arm is full, canon, or all, 1to1, 3to1 or 5to1 with a mixer, as in "
             "3to1-ka-head-w4, 3to1-softmax-w4, 3to1-conv, 3to1-none, 3to1-gdn; see studies.hybrid.models.arm"
         )
     if found["whole"]:

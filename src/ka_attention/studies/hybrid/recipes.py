@@ -10,6 +10,7 @@ from ka_attention.harness.pretraining import PretrainingSettings
 from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm
 
 TASKS = ("dereference", "depo", "recall-1", "recall-8", "slots-3", "slots-5")
+HEAD = 64  # the size of a head: of smaller ones 192 names cannot be told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,28 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
         self.chosen()
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise UserError(f"--set tasks: no task {unknown[0]!r}; allowed are {', '.join(TASKS)}")
+        self._check_tasks()
         if self.rates != (1.0,) and self.rate_tokens < self.evaluations * self.batch_size * self.sequence_length:
             raise UserError(
                 f"--set rate_tokens: expected enough for evaluations = {self.evaluations} steps to choose among "
                 f"several rates, got {self.rate_tokens}"
             )
+
+    def _check_tasks(self) -> None:
+        """What `tasks.settings` would refuse under other names, and after the text."""
+        for name in ("task_layers", "task_samples", "task_length", "task_hops", "task_size", "task_batch"):
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,), default=1) < 1:
+                raise UserError(f"--set {name}: expected at least 1, got {given}")
+        step = 8 * max(1, self.task_size // HEAD)
+        if self.task_size % step:
+            raise UserError(f"--set task_size: expected a multiple of {step} (heads have {HEAD}), got {self.task_size}")
+        if self.task_samples < self.task_batch:
+            raise UserError(
+                f"--set task_samples: expected task_batch = {self.task_batch} or more, got {self.task_samples}"
+            )
+        for name in self.task_arms:
+            arm(name, "task_arms")
 
     def chosen(self) -> dict[str, HybridArm]:
         """The arms by name."""

@@ -34,7 +34,7 @@ from ka_attention.harness.tasks import build as build_plan
 from ka_attention.harness.timing import now
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build, count
-from ka_attention.studies.hybrid.recipes import HybridRecipe
+from ka_attention.studies.hybrid.recipes import HEAD, HybridRecipe
 from ka_attention.studies.hybrid.report import look
 
 UNITS = {
@@ -43,7 +43,6 @@ UNITS = {
     "recall": "distance (tokens, rounded down to 2^n)",
     "slots": "position (statements)",
 }
-HEAD = 64  # the size of a head: of smaller ones 192 names cannot be told apart
 DRAWN = 8  # batches drawn at once
 LONGER = 3  # times the length of the training, in the second test
 
