@@ -11,7 +11,7 @@ from operator import or_
 import triton
 from torch import Tensor
 
-VERSIONS = ("3.6", "3.7")
+VERSIONS = ("3.6", "3.7", "3.8")
 
 
 def private_names() -> tuple | None:
@@ -62,7 +62,7 @@ class Launch:
             fixed = compiled.function, compiled.packed_metadata, None, None, None  # no launch metadata, no hooks
         except AttributeError:
             return None
-        observed, grid = compiled[self.grid], self.grid
+        observed, grid = compiled[self.grid], self.grid  # holds compiled, whose end unloads the kernel from 3.8 on
         rest = *self.numbers, *(self.constants[name] for name in names if name in self.constants)
 
         def launch(pointers: list[int]) -> None:
