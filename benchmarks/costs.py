@@ -2,14 +2,16 @@
 
 A step of L_w windowed and L_f full layers on a text of T tokens over n ranks takes
 
-    t = a + (b + d L_f) T / n + c L_f T² / n
-      + L_w (λ + e T / n)                      if n > 1: small kernels and messages, what is read twice
-      + 3 α (L_w (⌈log₂ n⌉ − 1) + 4 L_f)       three passes: composing maps of more ranks, four exchanges of heads
-      + (L_w m n + L_f f T / n) / β            bytes: maps of all ranks, heads for tokens
-      + 3 · 2 P (n − 1) / (n β)                FSDP: parameters in bfloat16 twice, gradients in float32 once
+    t = max(a + (b + d L_f) T / n + c L_f T² / n     the work of the GPU
+            + L_w (λ + e T / n),                     if n > 1: small kernels, what is read twice
+            h + L_w η)                               its launches by the host; η if n > 1
+      + 3 α (L_w (⌈log₂ n⌉ + 1) + 4 L_f)             three passes: keys, maps, composing those; heads, four times
+      + (L_w m n + L_f f T / n) / β                  bytes: maps of all ranks, heads for tokens
+      + 3 · 2 P (n − 1) / (n β)                      FSDP: parameters in bfloat16 twice, gradients in float32 once
 
-a, b: windowed steps of one GPU at two lengths; c, d: what full layers add there; λ, e: a windowed layer in two shares
-beside the same share alone; α, β: a small and a large all-to-all. Nothing is fitted to the rows that are predicted.
+a, b: windowed steps of one GPU at two lengths; c, d: what full layers add there; λ, e: a windowed layer in one of two
+shares beside the same share alone, behind other work and without messages; h, η: windowed steps of next to no tokens,
+whole and in such a share; α, β: a small and a large all-to-all. Nothing is fitted to the rows that are predicted.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ WINDOWED, HYBRID, HEADS = "KA window 8", "KA 3:1", "softmax, all-to-all"
 # where messages were not measured: NVLink's 450 GB/s each way at 80 %.
 HOST, NETWORK_BYTES_PER_MS, NETWORK_LATENCY_MS = 8, 40e6, 0.02
 LINK_BYTES_PER_MS, LINK_LATENCY_MS = 360e6, 0.02
+CONSTANTS = {"calibration", "a windowed layer", "launches", "bytes"}  # parts
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Costs:
     d: float
     extra: float  # λ
     e: float
+    host: float  # h
+    host_share: float  # η
     alpha: float
     beta: float
     map_bytes: float  # m, of a windowed layer and another rank
@@ -52,19 +57,20 @@ class Costs:
         share = tokens / ranks
         compute = self.a + (self.b + self.d * full) * share + self.c * full * tokens * share
         if ranks == 1:
-            return compute, 0.0
+            return max(compute, self.host), 0.0
         others = ranks - 1
         sent = windowed * self.map_bytes * others
         if full:
             sent += full * self.token_bytes * share * others / ranks
         sent += 3 * 2 * parameters * others / ranks
-        waits = 3 * self.alpha * (windowed * math.ceil(math.log2(ranks) - 1) + 4 * full)
+        waits = 3 * self.alpha * (windowed * math.ceil(math.log2(ranks) + 1) + 4 * full)
         messages = sent / self.beta + waits
-        return compute + windowed * (self.extra + self.e * share) + messages, messages
+        compute += windowed * (self.extra + self.e * share)
+        return max(compute, self.host + windowed * self.host_share) + messages, messages
 
 
 def fit(rows: list[Row]) -> Costs:
-    """The constants, from the rows of the parts "calibration", "messages" and "a windowed layer"."""
+    """The constants, from the rows of the parts that `CONSTANTS` names, and of "messages" where there are any."""
     steps = {(row["arm"], row["tokens"]): row for row in rows if row["part"] == "calibration"}
     short, long = sorted({tokens for _, tokens in steps})
     windowed = {T: statistics.median(steps[WINDOWED, T]["ms"]) for T in (short, long)}
@@ -74,10 +80,12 @@ def fit(rows: list[Row]) -> Costs:
     c = (more[long] / long - more[short] / short) / (long - short)
     messages = sorted((row for row in rows if row["part"] == "messages"), key=lambda row: row["bytes"])
     layers = [row for row in rows if row["part"] == "a windowed layer"]
-    shared = {row["tokens"]: row for row in layers if row["ranks"] > 1}
+    shared = {row["tokens"]: row for row in layers if row["ranks"] == 2}
     extra = {row["tokens"]: shared[row["tokens"]]["ms"] - row["ms"] for row in layers if row["ranks"] == 1}
     first, *_, last = sorted(extra)
     e = (extra[last] - extra[first]) / (last - first)
+    whole, shares = sorted((row for row in rows if row["part"] == "launches"), key=lambda row: row["ranks"])
+    host = statistics.median(whole["ms"])
     sent = [row for row in rows if row["part"] == "bytes" and "full" in row]
     return Costs(
         a=windowed[short] - b * short,
@@ -86,6 +94,8 @@ def fit(rows: list[Row]) -> Costs:
         d=more[short] / short - c * short,
         extra=extra[first] - e * first,
         e=e,
+        host=host,
+        host_share=(statistics.median(shares["ms"]) - host) / shares["ka_layers"],
         alpha=messages[0]["ms"] if messages else LINK_LATENCY_MS,
         beta=_bandwidth(*messages) if messages else LINK_BYTES_PER_MS,
         map_bytes=sent[-1]["windowed"] / (sent[-1]["ranks"] - 1),
@@ -107,15 +117,22 @@ def beyond(costs: Costs) -> Costs:
     return replace(costs, alpha=costs.alpha + NETWORK_LATENCY_MS, beta=min(costs.beta, NETWORK_BYTES_PER_MS))
 
 
-def report(found: Row) -> str:
+def kind(row: Row) -> tuple:
+    """What a row measures, which is measured again by a row of the same kind."""
+    names = ("part", "model", "arm", "way", "ranks", "sent", "tokens", "dtype", "window", "packed")
+    return (*map(row.get, names), row["bytes"] if row["part"] == "messages" else None)
+
+
+def report(rows: list[Row]) -> str:
     """The tables, in Markdown."""
-    return "\n\n".join(section for section in _sections(found["machine"], found["rows"]) if section) + "\n"
+    return "\n\n".join(section for section in _sections(rows) if section) + "\n"
 
 
-def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
+def _sections(rows: list[Row]) -> Iterator[str]:
     measured = any(row["part"] == "messages" for row in rows)
     yield "# Training over GPUs"
-    yield f"Written by `python -m benchmarks.ranks`. {machine}."
+    yield "Written by `python -m benchmarks.ranks`."
+    yield _machines(rows)
     if not measured:
         yield (
             "**There was one GPU.** Of more ranks than one the middle one was measured by itself: its time and memory "
@@ -134,10 +151,13 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
     yield _missing([row for row in rows if "skipped" in row])
     yield "Bytes that one rank, the middle one, sends to all others for a layer of the 47 M model in a step, counted:"
     yield _bytes([row for row in rows if row["part"] == "bytes"])
-    if {row["part"] for row in rows} >= {"calibration", "a windowed layer", "bytes"}:
+    if layers := [row for row in rows if row["part"] == "a windowed layer"]:
+        yield "A windowed layer, forward twice and backward, on a GPU with work before it; in a share without messages:"
+        yield _layers(layers)
+    if {row["part"] for row in rows} >= CONSTANTS:
         costs = fit(rows)
         yield "## The cost model"
-        yield _constants(costs, measured, all(row.get("queued") for row in rows if row["part"] == "a windowed layer"))
+        yield _constants(costs, measured)
         yield _judged(costs, [row for row in rows if row["part"] == "long texts"])
         yield "## More ranks, by the model"
         yield (
@@ -147,6 +167,13 @@ def _sections(machine: str, rows: list[Row]) -> Iterator[str]:
             "cannot split their full layers further."
         )
         yield _larger(costs, next(row for row in rows if row["part"] == "calibration"))
+
+
+def _machines(rows: list[Row]) -> str:
+    parts: dict[str, dict[str, None]] = {}
+    for row in rows:
+        parts.setdefault(row["machine"], {})[row["part"]] = None
+    return "\n".join(f"- {machine}: {', '.join(found)}" for machine, found in parts.items())
 
 
 def _exact(rows: list[Row]) -> str:
@@ -206,15 +233,25 @@ def _bytes(rows: list[Row]) -> str:
     return table(["ranks", "tokens of the text", "a windowed layer", "a full layer"], cells)
 
 
-def _constants(costs: Costs, measured: bool, queued: bool) -> str:
-    assumed, launches = "" if measured else ", assumed", "" if queued else ", by itself: with the time to launch"
+def _layers(rows: list[Row]) -> str:
+    alone, cells = {row["tokens"]: row["ms"] for row in rows if row["ranks"] == 1}, []
+    for row in rows:
+        size = "whole" if row["ranks"] == 1 else f"one of {row['ranks']}"
+        cells.append([f"{row['tokens']:,}", size, f"{row['ms']:.3g}", f"{row['ms'] / alone[row['tokens']]:.2f}"])
+    return table(["its tokens", "share", "ms", "over the layer alone"], cells)
+
+
+def _constants(costs: Costs, measured: bool) -> str:
+    assumed = "" if measured else ", assumed"
     microseconds = {
         "a step that computes nothing (a)": 1e3 * costs.a,
         "a token, windowed layers (b)": 1e3 * costs.b,
         "1,000 tokens squared, a full layer (c)": 1e9 * costs.c,
         "a token, a full layer in the place of a windowed one (d)": 1e3 * costs.d,
-        f"a windowed layer in shares (λ{launches})": 1e3 * costs.extra,
+        "a windowed layer in shares (λ)": 1e3 * costs.extra,
         "a token of it (e)": 1e3 * costs.e,
+        "the launches of a step (h)": 1e3 * costs.host,
+        "more of them, a windowed layer in shares (η)": 1e3 * costs.host_share,
         f"a small message (α{assumed})": 1e3 * costs.alpha,
     }
     cells = [[name, f"{value:.4g} µs"] for name, value in microseconds.items()]

@@ -1,10 +1,10 @@
 """Training over the GPUs of one host: data parallel, and one long text in shares, in time, memory and bytes sent.
 
 `python -m benchmarks.ranks [--processes N] [--seconds S] [--out FOLDER] [--only PART,…]`, one process a GPU (without
-GPUs two, on gloo). Rows go to FOLDER/rows.json as they come, those of `--only` to what is there; `--report` writes
-FOLDER/report.md from them alone. Rows of one GPU are taken by all processes at once, each by itself. A step is forward,
-backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32 weights, layers recomputed in the
-backward pass and the loss in chunks.
+GPUs two, on gloo). Rows go to FOLDER/rows.json as they come, those of `--only` in the place of their like there;
+`--report` writes FOLDER/report.md from them alone. Rows of one GPU are taken by all processes at once, each by itself.
+A step is forward, backward and AdamW of a Llama; long texts under FSDP2 in bfloat16 with float32 weights, layers
+recomputed in the backward pass and the loss in chunks.
 
 Of more ranks than there are GPUs one is measured, the middle one, by itself: its time and memory without the messages,
 which are counted and not sent (`OneOf`).
@@ -243,7 +243,7 @@ def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int
     return call
 
 
-def exactness(own: Processes, windows: list[tuple[int | None, bool]]) -> Iterator[Row]:
+def exactness(own: Processes, *, windows: list[tuple[int | None, bool]]) -> Iterator[Row]:
     """``windows``: and whether sequences are packed."""
     if (8, False) in windows:
         yield exact.losses(own.device, 64 if own.tiny else 2048)
@@ -258,7 +258,13 @@ def calibration(own: Processes) -> Iterator[Row]:
             yield long_text(own, "calibration", "47M", arm, 1, length)
 
 
-def long_texts(own: Processes, cases: list[tuple[str, str, int, int, float]]) -> Iterator[Row]:
+def launches(own: Processes) -> Iterator[Row]:
+    """Steps that compute next to nothing: they take as long as a host needs to launch them."""
+    for ranks in (1, min({2, 4} - own.groups.keys())):  # the others are not there, or messages would be counted twice
+        yield long_text(own, "launches", "47M", WINDOWED, ranks, ranks * (64 if own.tiny else 2048), 5)
+
+
+def long_texts(own: Processes, *, cases: list[tuple[str, str, int, int, float]]) -> Iterator[Row]:
     """``cases``: model, arm, ranks, tokens, and the seconds that must be left."""
     for name, arm, ranks, length, seconds in cases:
         length = length >> 10 if own.tiny else length
@@ -270,11 +276,10 @@ def long_texts(own: Processes, cases: list[tuple[str, str, int, int, float]]) ->
             yield long_text(own, "long texts", name, arm, ranks, length, 1 if seconds > 5 else 2)
 
 
-def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
-    """In the order of their importance where time is short; the seconds are those of two H200."""
-    n = own.size
+def parts(n: int) -> dict[str, Callable[[Processes], Iterator[Row]]]:
+    """Of ``n`` processes, in the order of their importance where time is short; the seconds are those of two H200."""
     counts = [1, n] if n > 1 else [1, 2, 8]
-    most = counts[-1]
+    ends = [1, most := counts[-1]]
 
     def cases(arm: str, ranks: list[int], length: int, seconds: float, name: str = "47M") -> list[tuple]:
         return [(name, arm, count, length, seconds) for count in ranks]
@@ -283,24 +288,26 @@ def parts(own: Processes) -> dict[str, Callable[[], Iterator[Row]]]:
     long = {
         "131k": cases(WINDOWED, counts, 1 << 17, 4.0) + cases(HYBRID, counts, 1 << 17, 5.0),
         "softmax": rings[:1] + cases(HEADS, [n], 1 << 17, 5.0) + rings[1:],
-        "262k": cases(WINDOWED, [most], 1 << 18, 4.0) + cases(HYBRID, [most], 1 << 18, 6.0),
+        "262k": cases(WINDOWED, ends, 1 << 18, 4.0) + cases(HYBRID, ends, 1 << 18, 9.0),
         "1m": cases(WINDOWED, counts, 1 << 20, 6.0),
         "1m-410M": cases(WINDOWED, [most], 1 << 20, 30.0, "410M"),
-        "524k": cases(WINDOWED, [most], 1 << 19, 5.0) + cases(HYBRID, [most], 1 << 19, 14.0),
+        "524k": cases(WINDOWED, ends, 1 << 19, 5.0) + cases(HYBRID, ends, 1 << 19, 25.0),
         "1m-hybrid": cases(HYBRID, [most], 1 << 20, 50.0),
         "largest": cases(WINDOWED, [1], 1 << 21, 15.0) + cases(WINDOWED, [1], 3 << 20, 25.0),
         "softmax-1": cases(HEADS, [1], 1 << 17, 9.0),
     }
+    of_texts = {name: partial(long_texts, cases=found) for name, found in long.items()}
     return {
-        "exact": partial(exactness, own, [(8, False)]),
-        "data": partial(data_parallel, own),
-        "131k": partial(long_texts, own, long.pop("131k")),
-        "softmax": partial(long_texts, own, long.pop("softmax")),
-        "bytes": partial(bytes_sent, own),
-        "constants": partial(constants, own),
-        "calibration": partial(calibration, own),
-        **{name: partial(long_texts, own, found) for name, found in long.items()},
-        "exact-more": partial(exactness, own, [(None, False), (8, True)]),
+        "exact": partial(exactness, windows=[(8, False)]),
+        "data": data_parallel,
+        "131k": of_texts.pop("131k"),
+        "softmax": of_texts.pop("softmax"),
+        "bytes": bytes_sent,
+        "constants": constants,
+        "calibration": calibration,
+        "launches": launches,
+        **of_texts,
+        "exact-more": partial(exactness, windows=[(None, False), (8, True)]),
     }
 
 
@@ -312,17 +319,16 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
     dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=patience)
     own = Processes(rank, size, until, tiny)
     file = Path(out, "rows.json")
-    rows: list[Row] = json.loads(file.read_text())["rows"] if only and file.exists() else []
-    gpus = f"{size} × " * (device_type() == "cuda")
-    found: Row = {"machine": gpus + machine("transformers"), "rows": rows}
-    for name, part in parts(own).items():
+    rows: list[Row] = json.loads(file.read_text()) if only and file.exists() else []
+    where = f"{size} × " * (device_type() == "cuda") + machine("transformers")
+    for name, part in parts(size).items():
         if only is not None and name not in only:
             continue
-        for row in part():
-            rows.append(row)
+        for row in part(own):
+            rows = [other for other in rows if costs.kind(other) != costs.kind(row)] + [row | {"machine": where}]
             if rank == 0:
                 print(json.dumps(row), flush=True)
-                file.write_text(json.dumps(found))
+                file.write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
@@ -340,7 +346,7 @@ def run(out: Path = OUT) -> Iterator[str]:
     yield costs.write(out)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--only", type=lambda text: text.split(","))
@@ -348,7 +354,13 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true", help="models and texts of a test")
     parser.add_argument("--out", type=Path, default=OUT, help="docs/results/ranks, without a GPU runs/ranks")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if unknown := set(given.only or ()).difference(names := parts(given.processes)):
+        parser.error(f"--only: expected of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     if not given.report:
         measure(given.processes, given.only, given.seconds, given.tiny, given.out)
     print(costs.write(given.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """The cost model finds the constants that made its rows, and the report says what was measured and what was not."""
 
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,15 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
 pytest.importorskip("triton", reason="the benchmarks of models need Triton")
+from benchmarks import __main__ as every
 from benchmarks import costs, ranks
 from ka_attention import ka_attention
 
 TRUE = costs.Costs(
-    a=20.0, b=1e-3, c=2e-8, d=4e-4, extra=0.3, e=5e-6, alpha=0.02, beta=2e8, map_bytes=4000.0, token_bytes=1600.0
-)
+    a=20.0, b=1e-3, c=2e-8, d=4e-4, extra=0.3, e=5e-6, host=15.0, host_share=0.4, alpha=0.02, beta=2e8,
+    map_bytes=4000.0, token_bytes=1600.0,
+)  # fmt: skip
+MACHINE = {"machine": "two GPUs"}
 LAYERS = {costs.WINDOWED: (12, 0), costs.HYBRID: (9, 3), costs.HEADS: (0, 12)}
 
 
@@ -33,6 +37,7 @@ def row(part, arm, count, tokens, model=TRUE):
         "ka_layers": windowed,
         "full_layers": full,
         "parameters": 47_000_000,
+        **MACHINE,
     }
 
 
@@ -47,6 +52,9 @@ def rows(model=TRUE):
         sent = {"windowed": model.map_bytes * (count - 1), "full": model.token_bytes * 100 * (count - 1) / count}
         names = sent if count < 64 else ["windowed"]
         found.append({"part": "bytes", "ranks": count, "tokens": 100 * count} | {name: sent[name] for name in names})
+    for count in (1, 2):
+        ms = model.host + (count - 1) * 12 * model.host_share
+        found.append(row("launches", costs.WINDOWED, count, 1, model) | {"ms": [ms]})
     long = [row("long texts", arm, count, 1 << 18, model) for arm in LAYERS for count in (1, 2)]
     skipped = {
         "part": "long texts",
@@ -57,7 +65,7 @@ def rows(model=TRUE):
         "sent": True,
         "skipped": "no",
     }
-    return [*found, *long, skipped]
+    return [each | MACHINE for each in (*found, *long, skipped)]
 
 
 def test_the_constants_come_back():
@@ -75,13 +83,31 @@ def test_time_grows_with_the_share_alone_but_for_messages_and_full_layers():
     assert sent[1] - sent[0] == pytest.approx(12 * 4000 * 1022 / TRUE.beta + 3 * 0.02 * 12 * 9)
 
 
+def test_a_step_takes_as_long_as_its_launches_at_least():
+    slow = replace(TRUE, host=100.0, alpha=0.0, beta=1e30)
+    steps = [slow.step(tokens, n, 12, 0, 1)[0] for n, tokens in ((1, 64), (8, 64), (1, 1 << 20))]
+    assert steps == pytest.approx([100.0, 100.0 + 12 * 0.4, 20.0 + 1e-3 * (1 << 20)])
+
+
+def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
+    """Rows of one GPU are measured again where rows of two are kept."""
+    file = tmp_path / "rows.json"
+    old = [row("launches", costs.WINDOWED, count, 64 * count) | {"sent": count == 1, "ms": [1e9]} for count in (1, 3)]
+    file.write_text(json.dumps([each | MACHINE for each in old]))
+    ranks.measure(1, ["launches"], 60.0, True, tmp_path)
+    kept, *measured = json.loads(file.read_text())
+    assert kept == old[1] | MACHINE
+    assert [each["ranks"] for each in measured] == [1, 2]
+    assert all(max(each["ms"]) < 1e9 for each in measured)
+
+
 def test_the_report_judges_predictions_and_names_what_is_missing():
     changed = [r | {"ms": [2 * r["ms"][0]]} if r["part"] == "long texts" and "ms" in r else r for r in rows()]
     speed = {"part": "data parallel", "model": "410M", "arm": "KA 3:1", "way": "DDP", "batch": 8}
     changed += [speed | {"ranks": n, "tokens_per_s": x} for n, x in ((1, 100.0), (2, 190.0))]
     kind = {"part": "exact", "dtype": "float32", "window": None, "packed": True, "ranks": 2, "tokens": 64}
     changed.append(kind | {"one": 0.0, "shares": 2e-7})
-    text = costs.report({"machine": "two GPUs", "rows": changed})
+    text = costs.report([each | MACHINE for each in changed])
     assert "up to 2 GPUs" in text
     assert "2.0e-07" in text
     assert text.count("-50.0 %") == 6
@@ -111,3 +137,25 @@ def test_one_of_many_ranks_computes_by_itself():
         assert out.isfinite().all()
         keys, others = 4 * 2 * 8 * 4, size - 1  # and the maps, then what goes back of their constants alone
         assert sent == [2 * keys + others * 4 * 2 * (2 + 8 + 8) * 4 if window else 8 * others * q.nbytes // size]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (ranks.main, ["--processes", "1", "--only", "bytes,nothing"], "--only: expected of exact, data, 131k, "),
+        (every.main, ["cpu", "nothing"], "expected of cpu, gpu, "),
+    ],
+)
+def test_what_there_is_not_is_an_error_of_one_line(main, arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert line.endswith("got nothing")
+    assert not [line for line in usage if "Traceback" in line]
+
+
+def test_every_benchmark_has_a_name():
+    files = Path(every.__file__).parent.glob("*.py")
+    assert tuple(sorted(file.stem for file in files if "\ndef run(" in file.read_text())) == every.NAMES
