@@ -2,15 +2,14 @@
 
 `python -m benchmarks serving` writes each row into docs/results/serving as it comes, `<device>.json`, at last the
 tables, `<device>.md`. All arms have the same shapes and run through the same kernels: softmax is the operator with its
-gate at 0. Three kinds of rows:
+gate at 0. Kinds of rows:
 
 step    one token more for each of so many requests with so much context: the model as it decodes, over pages of random
         numbers. On a GPU a replayed CUDA graph, so the GPU's time alone; on a CPU arms take turns.
-served  transformers' continuous batching from the first request to the last token: prompts in chunks of 8,192 tokens
-        at most, on a GPU with CUDA graphs and asynchronous batches. All requests are there before the first batch is
-        made, so that the batches are the same each time: on a GPU it is done until no graph is captured, and then the
-        arms take turns. ``seconds`` and ``first_token_s`` are medians of so many ``times``, ``captured`` is how many
-        graphs were captured while they were taken (0).
+chunk   8,192 new tokens of so many requests, each after so much context: a chunk of prompts, in the same way, among as
+        many sequences as the server has room for (`MOST`).
+served  transformers' continuous batching from the first request to the last token, and
+pair    the ratios of two arms that take turns (`benchmarks.served`).
 fit     requests of 32,768 tokens to which transformers' cache, of nine tenths of the memory beside the model, gives
         blocks, one request after another until there are none.
 """
@@ -20,11 +19,10 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from transformers.generation.continuous_batching import RequestState
 
 from benchmarks.harness import device_type, machine, medians, table
 from benchmarks.models import LLAMA
+from benchmarks.served import NEW, PAGE, in_pairs
 from ka_attention.hf import KAConfig, attach
 from ka_attention.hf.batching import windows_of
 from ka_attention.hf.heads import Heads
@@ -46,20 +45,28 @@ from ka_attention.hf.support import attention_modules
 
 Row = dict[str, Any]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "serving"
-WINDOW, PAGE, NEW, SECONDS, SHARE = 8, 256, 64, 1.0, 0.2
+WINDOW, SECONDS, CHUNK, MOST = 8, 5.0, 8192, 256
 ARMS = {
     "softmax": KAConfig(gate_init=0.0),
     "softmax window": KAConfig(window=WINDOW, gate_init=0.0),
     "KA window": KAConfig(window=WINDOW, gate="head", gate_init=0.5),
     "KA 3:1": KAConfig(window=WINDOW, gate="head", gate_init=0.5, pattern="3:1"),
 }
+PAIRS = {"served": ("KA window", "softmax window"), "hybrid": ("KA 3:1", "softmax")}
 SHORT = [(requests, context) for context in (512, 4096) for requests in (1, 8, 64, 256)]
 GPU: dict[str, Any] = {
     "step": [(requests, context) for context in (512, 4096, 32768, 65536) for requests in (1, 8, 64, 256)],
-    "served": [*SHORT, (1, 32768), (8, 32768), (1, 65536), (8, 65536)],
-    "fit": 32768,
+    "chunk": [(1, 0), (2, 4096), (16, 512), (64, 4096)],
+    "served": [*SHORT, (1, 32768), (8, 32768), (1, 65536), (8, 65536), (64, 32768), (64, 65536)],
+    "hybrid": [(64, 512), (64, 4096), (8, 32768), (8, 65536)],
+    "fit": [32768],
 }
-CPU: dict[str, Any] = {"step": [(1, 512), (8, 512), (1, 4096), (8, 4096)], "served": [(1, 512), (8, 512)], "fit": 32768}
+CPU: dict[str, Any] = {
+    "step": [(1, 512), (8, 512), (1, 4096), (8, 4096)],
+    "served": [(1, 512), (8, 512)],
+    "hybrid": [(8, 512)],
+    "fit": [32768],
+}
 
 
 def build(arm: str, **sizes: int) -> Any:
@@ -73,9 +80,9 @@ def build(arm: str, **sizes: int) -> Any:
 
 
 class Filled:
-    """What requests with ``context`` tokens each hold, in pages of random numbers, for one step of decoding."""
+    """What requests with ``context`` tokens each hold, in pages of random numbers, and room for ``new`` tokens more."""
 
-    def __init__(self, model: Any, requests: int, context: int) -> None:
+    def __init__(self, model: Any, requests: int, context: int, new: int = 1) -> None:
         heads, device = Heads.of(model.config), model.device
         windows, page = windows_of(model), page_of(model)
         self.cache = cache = KAPagedCache.__new__(KAPagedCache)
@@ -88,7 +95,7 @@ class Filled:
         )
         for layer, window in zip(layers, windows, strict=True):
             ring = None if window is None else -(-sized.sliding_window // page)
-            each, tokens = ring or context // page + 1, page if ring is None else sized.sliding_window // ring
+            each, tokens = ring or -(-(context + new) // page), page if ring is None else sized.sliding_window // ring
             index = 0 if window is None else 1
             if index not in cache.groups:
                 places = torch.randperm(requests * each, generator=order).view(requests, each).tolist()
@@ -102,21 +109,24 @@ class Filled:
             )
             counts = heads.key, heads.query if layer.is_ka else heads.key
             cache.pool_of[layer.index] = pages_of(held, counts, tokens, heads.dim)
-        self.arguments = self._arguments(requests, context, device)
+        self.arguments = self._arguments(requests, context, new, device)
 
-    def _arguments(self, requests: int, context: int, device: torch.device) -> dict[str, Any]:
-        """Those of the model's forward pass, as transformers gives them."""
+    def _arguments(self, requests: int, context: int, new: int, device: torch.device) -> dict[str, Any]:
+        """Those of the model's forward pass, as transformers gives them; chunks leave room for `MOST` requests."""
         read, write = [torch.empty(0)] * 2, [torch.empty(0)] * 2
+        positions = torch.arange(context, context + new, device=device)
         for group in self.cache.groups.values():
             rows = [group.row(name, context) for name in group.tables]
-            pages = [row[context // group.page % len(row)] for row in group.tables.values()]
-            slots = torch.tensor(pages, device=device) * group.stride + context % group.page
+            tables = torch.tensor(list(group.tables.values()), device=device)
+            pages = tables[:, positions // group.page % tables.shape[1]].flatten()
             read[group.index] = torch.tensor([x for row in rows for x in row], device=device)
-            write[group.index] = slots
+            write[group.index] = pages * group.stride + (positions % group.page).repeat(requests)
+        ends = torch.arange(requests + 1, dtype=torch.int32, device=device) * new
+        if new > 1:
+            ends = torch.cat((ends, ends[-1:].expand(max(0, MOST - requests))))
         return {
-            "cache": self.cache, "read_index": read, "write_index": write, "max_length_k": context + 1,
-            "cu_seq_lens_q": torch.arange(requests + 1, dtype=torch.int32, device=device),
-            "position_ids": torch.full((1, requests), context, device=device), "use_cache": False,
+            "cache": self.cache, "read_index": read, "write_index": write, "max_length_k": context + new,
+            "cu_seq_lens_q": ends, "position_ids": positions.repeat(requests)[None], "use_cache": False,
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
         }  # fmt: skip
 
@@ -144,34 +154,36 @@ def page_of(model: Any) -> int:
     return PAGE if None in windows else max(SMALLEST, max(w for w in windows if w) - 1)
 
 
-def step(model: Any, requests: int, context: int) -> tuple[Callable[[], Tensor], Filled]:
-    """A call that decodes one token for each request and can be repeated, and what it reads."""
-    filled = Filled(model, requests, context)
-    tokens = torch.randint(model.config.vocab_size, (1, requests), device=model.device)
-    return torch.no_grad()(lambda: model(tokens, **filled.arguments).logits.argmax(-1)), filled
+def step(model: Any, requests: int, context: int, new: int = 1) -> tuple[Callable[[], Tensor], Filled]:
+    """A call that reads ``new`` tokens of each request, which can be repeated, and what it reads."""
+    filled = Filled(model, requests, context, new)
+    tokens = torch.randint(model.config.vocab_size, (1, requests * new), device=model.device)
+    last = filled.arguments["cu_seq_lens_q"][1 : requests + 1].long() - 1
+    return torch.no_grad()(lambda: model(tokens, logits_to_keep=last, **filled.arguments).logits.argmax(-1)), filled
 
 
-def steps(cases: list[tuple[int, int]], **sizes: int) -> Iterator[Row]:
-    """Rows of kind "step"; ``ms`` is None where the context does not fit the card."""
+def steps(kind: str, cases: list[tuple[int, int]], **sizes: int) -> Iterator[Row]:
+    """Rows of kind "step" or "chunk"; ``ms`` is None where the context does not fit the card."""
     models = {arm: build(arm, **sizes) for arm in ARMS}
     for requests, context in cases:
+        new = 1 if kind == "step" else CHUNK // requests
         calls: dict[str, Callable[[], object]] = {}
         held: dict[str, int] = {}
         took: dict[str, float | None] = {}
         for arm, model in models.items():
-            held[arm] = bytes_of(model, context + 1)
+            held[arm] = bytes_of(model, context + new)
             if not _fits(requests * held[arm]):
                 took[arm] = None
                 continue
-            call, filled = step(model, requests, context)
+            call, filled = step(model, requests, context, new)
             assert filled.bytes == held[arm]
             if torch.cuda.is_available():
                 took[arm] = _replayed(call)
                 del call, filled
             else:
                 calls[arm] = call
-        took |= medians(calls, SECONDS) if calls else {}
-        row = {"kind": "step", "requests": requests, "context": context}
+        took |= medians(calls, 1.0) if calls else {}
+        row = {"kind": kind, "requests": requests, "context": context}
         yield from (row | {"arm": arm, "ms": took[arm], "bytes": held[arm]} for arm in ARMS)
 
 
@@ -203,93 +215,9 @@ def _fits(needed: int) -> bool:
     return needed < 0.9 * torch.cuda.mem_get_info()[0]
 
 
-def served(cases: list[tuple[int, int]], new: int = NEW, **sizes: int) -> Iterator[Row]:
-    """Rows of kind "served": medians of times in which the arms take turns."""
-    most, longest = (max(numbers) for numbers in zip(*cases, strict=True))
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
-    servers: dict[str, Server] = {}
-    try:
-        for arm in ARMS:
-            model = build(arm, **sizes)
-            fields: dict[str, Any] = {"max_batch_tokens": 8192, "max_requests_per_batch": most}
-            if torch.cuda.is_available():
-                fields |= {"use_cuda_graph": True, "use_async_batching": True, "max_memory_percent": SHARE}
-            else:
-                pages = longest // PAGE + 1
-                blocks = most * (pages if None in windows_of(model) else 1) + 8
-                fields |= {"num_blocks": blocks, "max_memory_percent": 0.5}
-            servers[arm] = Server(model.init_continuous_batching(greedy, ContinuousBatchingConfig(**fields)))
-        for requests, context in cases:
-            arms = [arm for arm in ARMS if requests * (context + new) <= servers[arm].tokens]
-            rows: dict[str, list[Row]] = {arm: [] for arm in arms}
-            for arm in arms:
-                for _ in range(8):
-                    if not servers[arm].serve(requests, context, new)["captured"]:
-                        break
-            end = time.perf_counter() + SECONDS
-            while time.perf_counter() < end or len(rows[arms[0]]) < 3:
-                for arm in arms:
-                    rows[arm].append(servers[arm].serve(requests, context, new))
-            yield from ({"kind": "served", "arm": arm, **_median(rows[arm])} for arm in arms)
-    finally:
-        for server in servers.values():
-            server.manager.stop(block=True)
-            server.manager.destroy()
-
-
-class Server:
-    """A started manager, which begins a batch only while nobody is adding requests."""
-
-    def __init__(self, manager: Any) -> None:
-        self.manager, self.adding, self.captured = manager, threading.Lock(), 0
-        manager.warmup()
-        processor = manager.batch_processor
-        prepare, runner = processor.prepare_next_batch, processor.model_runner
-        capture = runner._capture_graph
-
-        def wait_and_prepare() -> bool:
-            with self.adding:
-                return prepare()
-
-        def count_and_capture(*arguments: Any) -> None:
-            self.captured += 1
-            capture(*arguments)
-
-        processor.prepare_next_batch, runner._capture_graph = wait_and_prepare, count_and_capture
-        is_full = any(group.ring is None for group in processor.cache.groups.values())
-        self.tokens = processor.cache.num_blocks * PAGE if is_full else math.inf
-        self.vocabulary = manager.model.config.vocab_size
-        manager.start()
-
-    def serve(self, requests: int, context: int, new: int) -> Row:
-        """All requests at once, to their last tokens."""
-        prompts = torch.randint(2, self.vocabulary, (requests, context)).tolist()
-        first, found, captured = [], 0, self.captured
-        with self.adding:
-            for prompt in prompts:
-                self.manager.add_request(prompt, record_timestamps=True)
-            start = time.perf_counter()
-        while found < requests:
-            result = self.manager.get_result(timeout=60)
-            if result is None or result.error:
-                reason = result.error if result else "no result in 60 s"
-                raise RuntimeError(f"{requests} requests of {context}: {reason}")
-            if result.is_finished():
-                found += 1
-                first.append(result.timestamps[0] - start)
-        seconds, captured = time.perf_counter() - start, self.captured - captured
-        return {
-            "requests": requests, "context": context, "new": new, "seconds": seconds,
-            "first_token_s": statistics.median(first), "captured": captured,
-        }  # fmt: skip
-
-
-def _median(rows: list[Row]) -> Row:
-    """The row of one case, of several times."""
-    row = rows[0] | {name: statistics.median(row[name] for row in rows) for name in ("seconds", "first_token_s")}
-    row |= {"times": [row["seconds"] for row in rows], "captured": sum(row["captured"] for row in rows)}
-    speed = row["requests"] / row["seconds"]
-    return row | {"requests_per_s": speed, "tokens_per_s": speed * row["new"]}
+def served(arms: tuple[str, str], new: int, sizes: dict[str, int], cases: list[tuple[int, int]]) -> Iterator[Row]:
+    """Rows of kinds "served" and "pair" (`benchmarks.served`)."""
+    yield from in_pairs({arm: build(arm, **sizes) for arm in arms}, cases, new, SECONDS)
 
 
 def fit(context: int, blocks: int | None = None, **sizes: int) -> Iterator[Row]:
@@ -323,8 +251,8 @@ def _given(cache: Any, name: str, tokens: int) -> bool:
 
 SPEEDS: dict[str, tuple[str, Callable[[Row], float], str]] = {
     "tokens a second (step)": ("step", lambda row: 1e3 * row["requests"] / row["ms"], ",.0f"),
+    "thousand tokens a second (chunk)": ("chunk", lambda row: CHUNK / row["ms"], ",.0f"),
     "requests a second (served)": ("served", lambda row: row["requests_per_s"], ".2f"),
-    "output tokens a second (served)": ("served", lambda row: row["tokens_per_s"], ",.0f"),
     "seconds to the first token, median (served)": ("served", lambda row: row["first_token_s"], ".3f"),
 }
 
@@ -338,11 +266,22 @@ def tables(rows: list[Row]) -> Iterator[str]:
             of = {arm: found.get((context, requests, arm)) for arm in ARMS}
             numbers = {arm: value(row) for arm, row in of.items() if row and row.get("ms", 1) is not None}
             cells = [f"{numbers[arm]:{form}}" if arm in numbers else "no room" if of[arm] else "" for arm in ARMS]
-            both = {"KA window", "softmax window"} <= numbers.keys()
-            ratio = f"{numbers['KA window'] / numbers['softmax window']:.2f}" if both else ""
-            lines.append([f"{context:,}", str(requests), *cells, ratio])
+            ratios = [f"{numbers[a] / numbers[b]:.2f}" if {a, b} <= numbers.keys() else "" for a, b in PAIRS.values()]
+            lines.append([f"{context:,}", str(requests), *cells, *ratios])
         if lines:
-            yield f"**{name}**\n\n" + table(["context", "requests", *ARMS, "KA / softmax, windows"], lines)
+            yield f"**{name}**\n\n" + table(["context", "requests", *ARMS, *map(" / ".join, PAIRS.values())], lines)
+    for arms in PAIRS.values():
+        found = sorted(
+            (r["context"], r["requests"], r) for r in rows if r["kind"] == "pair" and r["arms"] == list(arms)
+        )
+        lines = []
+        for context, requests, row in found:
+            spread = f"{row['low']:.3f} to {row['high']:.3f}"
+            cells = [f"{row['median']:.3f}", spread, str(len(row["ratios"])), f"{row['first']:.2f}"]
+            lines.append([f"{row['context']:,}", str(row["requests"]), *cells])
+        if lines:
+            header = ["context", "requests", "median of pairs", "95 %", "pairs", "time to first token"]
+            yield f"**{' / '.join(arms)}, whole requests in turns**\n\n" + table(header, lines)
     fits = [row for row in rows if row["kind"] == "fit"]
     lines = [[r["arm"], f"{r['bytes']:,}", "" if r["requests"] is None else f"{r['requests']:,}"] for r in fits]
     if lines:
@@ -352,13 +291,18 @@ def tables(rows: list[Row]) -> Iterator[str]:
 def run(
     out: Path = OUT, plan: dict[str, Any] | None = None, seconds: float = 900.0, new: int = NEW, **sizes: int
 ) -> Iterator[str]:
-    """All rows, each saved as it comes, and the tables; nothing new is begun after ``seconds``."""
+    """All rows of a plan, or of parts of one, each saved as it comes, and the tables; none begins after ``seconds``."""
     plan = plan or (GPU if torch.cuda.is_available() else CPU)
     out.mkdir(parents=True, exist_ok=True)
     about, end = machine("transformers", "triton"), time.perf_counter() + seconds
     rows: list[Row] = []
-    parts = fit(plan["fit"], **sizes), steps(plan["step"], **sizes), served(plan["served"], new, **sizes)
-    for row in chain(*parts):
+    parts: dict[str, Callable[..., Iterator[Row]]] = {
+        "fit": lambda cases: chain.from_iterable(fit(context, **sizes) for context in cases),
+        "step": lambda cases: steps("step", cases, **sizes),
+        "chunk": lambda cases: steps("chunk", cases, **sizes),
+        **{name: partial(served, arms, new, sizes) for name, arms in PAIRS.items()},
+    }
+    for row in chain.from_iterable(parts[name](cases) for name, cases in plan.items()):
         rows.append(row)
         (out / f"{device_type()}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
         if time.perf_counter() > end:

@@ -122,6 +122,29 @@ def test_places_of_fewer_requests_than_sequences():
     assert (place.page.tolist(), place.slot.tolist()) == ([3, 9, 5], [2, 0, 3])
 
 
+@pytest.mark.parametrize("ring", [None, 1, 2])
+def test_lists_of_blocks_have_room_for_all_pasts(ring):
+    blocks = list(range(40))
+    group = Group(0, {str(i): blocks[:ring] for i in range(6)}, 4, 4, ring)
+    for seed in range(20):
+        pasts = torch.randint(0, 30, (6,), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = sum(len(group.row(str(i), past)) for i, past in enumerate(pasts))
+        assert rows <= group.longest(6, sum(pasts))
+
+
+def test_lists_that_go_to_the_gpu_are_of_blocks():
+    """Transformers has a place for each of the 256 tokens of the cache, and 16 more."""
+    for window, most in ((None, 2 * 3 + (256 + 16) // 4), (5, 3 * 2)):
+        model = attach(make("llama"), KAConfig(window=window, gate_init=0.5))
+        limits = settings(max_requests_per_batch=3)
+        processor = model.init_continuous_batching(greedy(), limits)._create_batch_processor()
+        assert processor.inputs_and_outputs.read_index_storage.shape == (1, most)
+        assert (
+            model.init_continuous_batching(greedy(), limits).continuous_batching_config.kv_padding_interval_size > 1e9
+        )
+        serve(model, [*PROMPTS, tokens(1, 36, seed=1)[0].tolist()], max_requests_per_batch=3)
+
+
 def test_no_masks_are_made(monkeypatch):
     model = attach(make("mistral"), KAConfig(window=6))
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "ka", None)

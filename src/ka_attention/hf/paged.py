@@ -179,6 +179,10 @@ class Group:
         kept = past if self.ring is None else min(past, self.ring * self.page)
         return [-1 - past, *self.tables.get(request, ())[: -(-kept // self.page)]]
 
+    def longest(self, requests: int, tokens: int) -> int:
+        """The length that rows of so many requests with pasts of so many tokens together have at most."""
+        return requests * (1 + self.ring) if self.ring else 2 * requests + tokens // self.page
+
 
 class Pages:
     """What a paged cache gives attention in V's place: K and V of all new tokens, ``[1, Hkv, N, D]``."""
