@@ -271,11 +271,9 @@ def tables(rows: list[Row]) -> Iterator[str]:
         if lines:
             yield f"**{name}**\n\n" + table(["context", "requests", *ARMS, *map(" / ".join, PAIRS.values())], lines)
     for arms in PAIRS.values():
-        found = sorted(
-            (r["context"], r["requests"], r) for r in rows if r["kind"] == "pair" and r["arms"] == list(arms)
-        )
         lines = []
-        for context, requests, row in found:
+        pairs = (row for row in rows if row["kind"] == "pair" and row["arms"] == list(arms))
+        for row in sorted(pairs, key=lambda row: (row["context"], row["requests"])):
             spread = f"{row['low']:.3f} to {row['high']:.3f}"
             cells = [f"{row['median']:.3f}", spread, str(len(row["ratios"])), f"{row['first']:.2f}"]
             lines.append([f"{row['context']:,}", str(row["requests"]), *cells])
