@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,13 @@ import torch
 
 from ka_attention.errors import UserError
 from ka_attention.harness import study, workers
+from ka_attention.harness.records import from_json
 from ka_attention.harness.settings import override
 from ka_attention.harness.statements import Depo
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
-from ka_attention.studies.hybrid.results import TrainedArm
+from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
 
@@ -88,6 +89,18 @@ def test_the_report_pairs_arms_and_shows_gates(run):
     assert "| window | 3:1 softmax, output gate |" in page
     for name in ("state", "training", "windows", "decoding", "way", "position"):
         assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
+
+
+def test_times_beside_other_work_are_not_shown(run):
+    recipe, out = run
+    stored = json.loads((out / "results.json").read_text())
+    for one in stored["arms"]["3to1-none-gated"]:
+        one["alone"] = False
+    results = from_json(HybridResults, {f.name: stored[f.name] for f in fields(HybridResults)}, "results")
+    summary = HYBRID.sections(recipe, results)[0]
+    timed = {row[0]: row[4:6] for row in summary.tables[0].rows}
+    assert timed["3:1 no mixing, output gate"] == ["–", "–"]
+    assert "–" not in timed["full softmax, output gate"]
 
 
 def test_a_permutation_is_walked():

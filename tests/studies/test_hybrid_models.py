@@ -25,6 +25,7 @@ ARMS = (
     "canon-gated",
     "3to1-ka-head-w4-gated",
     "3to1-ka-token-w2+3-qkv",
+    "3to1-ka-head-w4-gated-bias",
     "1to1-softmax-w4-gated",
     "all-ka-w1",
     "3to1-conv-gated",
@@ -88,6 +89,8 @@ def test_names_of_arms():
     assert arm("3to1-ka-head-w4-fromspread-first-gated-qkv") == HybridArm(
         "ka", 4, "head", "spread", "3to1", first=True, output_gate=True, convolution="qkv"
     )
+    added = ", convolutions on q, k, v, biases on q, k, output gate"
+    assert arm("3to1-softmax-w4-gated-qkv-bias").label == f"3:1 softmax, window 4{added}"
     assert arm("all-ka-w8").start == 1.0
     assert arm("3to1-ka-token-w2").start == 0.5
     assert arm("canon").convolution == "front"
@@ -188,6 +191,20 @@ def test_state_bytes_are_counted():
     assert state_bytes(arm("3to1-none"), SETTINGS, 100) == 100 * token
     assert state_bytes(arm("3to1-conv"), SETTINGS, 100) == 100 * token + 3 * (KERNEL - 1) * 64 * 2
     assert state_bytes(arm("canon"), SETTINGS, 100) == 4 * 100 * token + 4 * (KERNEL - 1) * 64 * 2
+
+
+def test_biases_of_queries_and_keys_weigh_distances_alone():
+    model = build(arm("full-bias"), SETTINGS, LENGTH, 0).double()
+    attention, h = model.model.layers[0].self_attn, torch.randn(1, LENGTH, 64).double()
+    angles = model.model.rotary_emb(h, position_ids=torch.arange(LENGTH)[None])
+    for projection in (attention.q_proj, attention.k_proj):
+        assert not projection.bias.any()
+        torch.nn.init.normal_(projection.bias)
+        torch.nn.init.zeros_(projection.weight)
+    q, k, _ = attention.before(h, *angles)
+    scores = q @ k.mT
+    torch.testing.assert_close(scores[..., 1:, 1:], scores[..., :-1, :-1], rtol=1e-4, atol=1e-4)
+    assert scores[0, 0, -1].std() > 0.1
 
 
 def test_a_convolution_starts_as_the_identity_and_reads_no_token_after():

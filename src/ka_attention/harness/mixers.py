@@ -113,11 +113,18 @@ class HybridAttention(LlamaAttention):
     output_gate: it has a W_g of its own, where none comes with `ka_attention.hf.attach`.
     convolution: a `ShortConvolution` "qkv": on queries, keys and values; "front": on the layer's input, beside the
                  input itself (Canon layers, arXiv 2512.17351); None: nowhere.
+    bias:        queries and keys have biases b, c, which start at 0: rotary embeddings make of them a learned weight on
+                 distance, ``b_iᵀ c_j``, of the token itself too.
     """
 
-    def __init__(self, config: Any, layer_idx: int, *, output_gate: bool, convolution: str | None) -> None:
+    def __init__(
+        self, config: Any, layer_idx: int, *, output_gate: bool, convolution: str | None, bias: bool = False
+    ) -> None:
         super().__init__(config, layer_idx)
         size = config.hidden_size
+        if bias:
+            for projection in (self.q_proj, self.k_proj):
+                projection.bias = nn.Parameter(torch.zeros(projection.out_features))
         if output_gate:
             self.ka_output_gate = nn.Linear(size, size, bias=False)
         self.front = ShortConvolution(size, drawn=True) if convolution == "front" else None

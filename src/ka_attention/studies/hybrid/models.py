@@ -28,7 +28,7 @@ ARM = re.compile(
     r"(?:(?P<whole>full|canon)"
     r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|conv-drawn|none|gdn|mamba2)"
     r"(?:-w(?P<window>[1-9]\d*(?:\+[1-9]\d*)*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<first>-first)?)"
-    r"(?P<gated>-gated)?(?P<qkv>-qkv)?"
+    r"(?P<gated>-gated)?(?P<qkv>-qkv)?(?P<bias>-bias)?"
 )
 NAMES = {
     "softmax": "softmax",
@@ -55,6 +55,7 @@ class HybridArm:
     first:       each group of layers begins with its full layer instead of ending with it.
     output_gate: ``o_proj(silu(W_g h) · A)`` in every layer, full ones too.
     convolution: "front" before every attention layer, "qkv" on its queries, keys and values, None.
+    bias:        queries and keys of every attention layer have one.
     """
 
     mixer: str = "full"
@@ -65,6 +66,7 @@ class HybridArm:
     first: bool = False
     output_gate: bool = False
     convolution: str | None = None
+    bias: bool = False
 
     def windows(self, layers: int) -> tuple[int | None, ...]:
         """Of each narrow layer of a model."""
@@ -90,6 +92,7 @@ class HybridArm:
             if self.pattern != "all":
                 text = f"{self.pattern.replace('to', ':')} {text}" + (", full first" if self.first else "")
         text += {"front": ", convolution in front", "qkv": ", convolutions on q, k, v"}.get(self.convolution or "", "")
+        text += ", biases on q, k" if self.bias else ""
         return text + (", output gate" if self.output_gate else "")
 
     def narrow(self, layers: int) -> tuple[int, ...]:
@@ -109,7 +112,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
     PATTERN is all, 1to1, 3to1 or 5to1. MIXER is softmax-wW, ka-wW (gate 1), ka-head-wW or ka-token-wW (learned gates
     that start at 0.5; several windows in turn: w2+4+8), conv, conv-drawn, none, gdn or mamba2. Then, in this order:
     ``-from0``, ``-from1``, ``-fromspread`` (start of learned gates, for ka the fixed value), ``-first``, ``-gated``
-    (output gates), ``-qkv`` (convolutions).
+    (output gates), ``-qkv`` (convolutions), ``-bias`` (biases on queries and keys).
     """
     found = ARM.fullmatch(name)
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
@@ -121,7 +124,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
         )
     if found["whole"]:
         convolution = "front" if found["whole"] == "canon" else "qkv" if found["qkv"] else None
-        return HybridArm(output_gate=bool(found["gated"]), convolution=convolution)
+        return HybridArm(output_gate=bool(found["gated"]), convolution=convolution, bias=bool(found["bias"]))
     windows = tuple(map(int, (found["window"] or "").split("+"))) if found["window"] else (None,)
     gate = found["mixer"].partition("-")[2] or "fixed"
     start: float | str = 0.0 if mixer != "ka" else 1.0 if gate == "fixed" else 0.5
@@ -138,6 +141,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
         first=bool(found["first"]),
         output_gate=bool(found["gated"]),
         convolution="qkv" if found["qkv"] else None,
+        bias=bool(found["bias"]),
     )
 
 
@@ -270,7 +274,7 @@ def _mixer(arm: HybridArm, config: Any, layer: int, *, narrow: bool) -> nn.Modul
     size = config.hidden_size
     own_gate = arm.output_gate and not arm.attends  # where all layers attend, the KA model brings them
     if not narrow or arm.attends:
-        return HybridAttention(config, layer, output_gate=own_gate, convolution=arm.convolution)
+        return HybridAttention(config, layer, output_gate=own_gate, convolution=arm.convolution, bias=arm.bias)
     if arm.mixer == "conv":
         return GatedConvolution(size, output_gate=arm.output_gate, drawn=arm.start == "drawn")
     if arm.mixer == "none":

@@ -91,9 +91,9 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
     rows = []
     for name in sorted(arms, key=lambda name: mean(_losses(results, name))):
         runs, decoding = results.arms[name], results.decoding[name]
-        fastest = max(runs, key=lambda one: one.training.tokens_per_s)
-        speed = f"{fastest.training.tokens_per_s:,.0f}"
-        if fastest.utilisation is not None:
+        fastest = max((one for one in runs if one.alone), key=lambda one: one.training.tokens_per_s, default=None)
+        speed = "–" if fastest is None else f"{fastest.training.tokens_per_s:,.0f}"
+        if fastest is not None and fastest.utilisation is not None:
             speed += f" ({100 * fastest.utilisation:.0f} %)" + ("" if fastest.graphs else ", without graphs")
         rows.append(
             [
@@ -101,7 +101,7 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
                 f"{decoding.computed_bytes / _KIB:,.0f}",
                 mean_sd(_losses(results, name), 4),
                 "–" if name == base else _nats(_paired(results, name, base)),
-                f"{fastest.training.seconds:,.1f}",
+                "–" if fastest is None else f"{fastest.training.seconds:,.1f}",
                 speed,
                 "–" if decoding.seconds is None else f"{1000 * decoding.seconds:.2f}",
             ]
@@ -111,14 +111,14 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
     caption = (
         f"State of a sequence of {recipe.sequence_length:,} tokens; loss after training, mean ± sd; paired differences "
         "± 95 % confidence interval over seeds that both have; training of the fastest seed; a step of decoding "
-        f"{recipe.decode_batch} sequences"
+        f"{recipe.decode_batch} sequences; –: not measured, or beside other work on the same GPU"
     )
 
     def state(name: str) -> float:
         return results.decoding[name].computed_bytes / _KIB
 
     def training(name: str) -> float:
-        return min(one.training.seconds for one in results.arms[name])
+        return min((one.training.seconds for one in results.arms[name] if one.alone), default=float("nan"))
 
     figures = [
         _against(results, arms, "state", "state (KiB a sequence)", state),
@@ -168,7 +168,8 @@ def _came(results: HybridResults, arms: dict[str, HybridArm]) -> str:
 
 
 def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
-    """Arms to compare, all else alike: a window and what could stand in its place; a mixer that starts in two ways.
+    """Arms to compare, all else alike: a window and what could stand in its place; a mixer that starts in two ways, or
+    has convolutions or biases beside one that has none.
 
     In the place of KA, and of softmax with a window: other mixers, and full softmax with a convolution in front; in
     KA's place also softmax with the same window.
@@ -176,14 +177,19 @@ def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for name, each in arms.items():
         for other, its in arms.items():
-            alike = (its.pattern, its.first, its.convolution) == (each.pattern, each.first, each.convolution)
+            alike = _surroundings(its) == _surroundings(each)
+            added = each != its == replace(each, convolution=None, bias=False)
             peer = each.window and its.mixer not in (each.mixer, "ka", "full") and its.window in (None, each.window)
             begins = (its.mixer, its.window) == (each.mixer, each.window) and its.start != each.start
             canon = each.window and its.mixer == "full" and its.convolution == "front"
-            chosen = canon or (alike and (peer or begins))
+            chosen = canon or added or (alike and (peer or begins))
             if chosen and its.output_gate == each.output_gate and (other, name) not in found:
                 found.append((name, other))
     return found
+
+
+def _surroundings(each: HybridArm) -> tuple[Any, ...]:
+    return each.pattern, each.first, each.convolution, each.bias
 
 
 def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
@@ -355,7 +361,7 @@ def _colour(each: HybridArm) -> tuple[float, ...]:
     from matplotlib.colors import to_rgb
 
     lighter = {"drawn": 0.5, "spread": 0.7, 0.0: 0.45 if each.mixer == "ka" else 0.0}.get(each.start, 0.0)
-    if each.convolution:
+    if each.convolution or each.bias:
         lighter = 0.5
     return tuple(1 - (1 - part) * (1 - lighter) for part in to_rgb(COLOURS[each.mixer]))
 

@@ -20,6 +20,7 @@ class TrainedArm:
     trained_on:   versions, hardware and date (`harness.environment`): arms may be added on another machine.
     graphs:       whether its steps ran as CUDA graphs.
     text:         SHA-256 of the tokens it was trained on, on which its batches depend; None in records without it.
+    alone:        whether it had its GPU to itself; else its seconds mean nothing, and the report leaves them out.
     """
 
     parameters: int
@@ -31,6 +32,7 @@ class TrainedArm:
     trained_on: dict[str, Json]
     graphs: bool
     text: str | None = None
+    alone: bool = True
 
     @property
     def loss(self) -> float:
