@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,8 @@ class Part(NamedTuple):
 def finish(parts: Sequence[Part], store: Store, workers: int) -> None:
     """See to it that every part is stored. With several workers each is a process, with a GPU of its own if there are.
 
-    A part that fails stops all; what was finished stays, and the same call does the rest. UserError where it was one,
+    A part that fails stops all, and so does a signal that ends this process, whichever it is; what was finished stays,
+    and the same call does the rest. UserError where it was one,
     or where there are fewer GPUs than workers.
     """
     left = [part for part in parts if not store.done(part.name)]
@@ -125,10 +128,17 @@ class _Relay:
         self.messages.put((self.number, message))
 
 
+def _end_with(parent: Any) -> None:
+    """A worker whose parent was killed is told by nobody, and holds up whoever runs the rest."""
+    wait([parent.sentinel])
+    os._exit(1)  # in the middle of whatever it does: files are whole or not there
+
+
 def _work(
     number: int, device: str | None, workers: int, tasks: Any, messages: Any, out: Path, identity: dict[str, Json]
 ) -> None:
     global _relay
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     else:
