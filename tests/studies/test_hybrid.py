@@ -7,15 +7,18 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 from ka_attention.errors import UserError
-from ka_attention.harness import study, workers
+from ka_attention.harness import drawing, study, workers
 from ka_attention.harness.records import from_json
 from ka_attention.harness.settings import override
 from ka_attention.harness.statements import Depo
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
+from ka_attention.studies.hybrid.models import NAMES, arm
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
+from ka_attention.studies.hybrid.report import look
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
@@ -101,6 +104,16 @@ def test_times_beside_other_work_are_not_shown(run):
     timed = {row[0]: row[4:6] for row in summary.tables[0].rows}
     assert timed["3:1 no mixing, output gate"] == ["–", "–"]
     assert "–" not in timed["full softmax, output gate"]
+
+
+def test_attention_has_the_colour_that_it_has_in_other_reports():
+    names = {"full": "full", "ka": "3to1-ka-w4", "softmax": "3to1-softmax-w4", "conv": "3to1-conv", "none": "3to1-none",
+             "gdn": "3to1-gdn", "mamba2": "3to1-mamba2"}  # fmt: skip
+    found = {mixer: to_rgb(look(arm(name))["color"]) for mixer, name in names.items()}
+    windows = drawing.COLOURS["softmax, every other layer with a window"]
+    elsewhere = {"full": drawing.COLOURS["softmax"], "ka": drawing.COLOURS["KA"], "softmax": windows}
+    assert all(found[mixer] == pytest.approx(to_rgb(name)) for mixer, name in elsewhere.items())
+    assert len(set(found.values())) == len(NAMES) + 1 == len(found)
 
 
 def test_a_permutation_is_walked():

@@ -7,20 +7,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ka_attention.harness import drawing
 from ka_attention.harness.statistics import interval, mean, mean_sd, verdict
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import HybridArm, arm
 from ka_attention.studies.hybrid.recipes import HybridRecipe
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 
-COLOURS = {
-    "full": "C0",
-    "softmax": "C1",
-    "ka": "C2",
-    "conv": "C3",
-    "none": "C4",
-    "gdn": "C5",
-    "mamba2": "C6",
+COLOURS = {  # of mixers, those of the other reports where these have them
+    "full": drawing.COLOURS["softmax"],
+    "softmax": drawing.COLOURS["softmax, every other layer with a window"],
+    "ka": drawing.COLOURS["KA"],
+    "conv": "C2",
+    "none": "C3",
+    "gdn": drawing.COLOURS["DeltaNet"],
+    "mamba2": drawing.COLOURS["Mamba-2"],
 }
 MARKERS: dict[Any, str] = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}
 LEGEND_ABOVE = (4.8, 4.6)  # inches
