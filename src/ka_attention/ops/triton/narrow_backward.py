@@ -15,7 +15,7 @@ else it takes tiles of more rows than a block, and Y is there from another walk 
 import triton
 import triton.language as tl
 
-from ka_attention.ops.triton.narrow_forward import BLOCK, attends, cached, gates, place, tokens, unit
+from ka_attention.ops.triton.narrow_forward import BLOCK, attends, gates, joined, place, tokens, unit
 from ka_attention.ops.triton.primitives import LN2, block, inverse, put, scores, slope
 
 
@@ -112,9 +112,11 @@ def gradients_kernel(
     LSE += head * T
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
+    k_past_stride, u_past_stride = 0, 0
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
+        k_past_stride, u_past_stride = k_past_strides[2], u_past_strides[2]
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     i = tl.arange(0, ROWS)
@@ -137,19 +139,18 @@ def gradients_kernel(
     for step in tl.range(0, start - first + 2, num_stages=STAGES):
         r0 = (start - step) * ROWS
         rows = r0 + i
-        k = block(K, r0, K_ROW, T, 0, ROWS, D, BD)
+        k = joined(K, K_PAST, r0, K_ROW, k_past_stride, T, P, 0, ROWS, D, BD, HAS_PAST)
         v = block(V, r0, V_ROW, T, 0, ROWS, D, BD)
-        a = block(A, r0, D, T, 0, ROWS, D, BD)
+        a = joined(A, U_PAST, r0, D, u_past_stride, T, P, 0, ROWS, D, BD, HAS_PAST)
         if not SOLVED:
             own_q = block(Q, r0, Q_ROW, T, 0, ROWS, D, BD)
             da = block(DA, r0, da_strides[2], T, 0, ROWS, D, BD)
         u = a
         if HAS_GATE:
             g = gates(GATE, rows, gate_strides[2], T)
+            if HAS_PAST:  # whose U is there
+                g = tl.where(rows < 0, 1.0, g)
             u = (v + g[:, None] * (a.to(tl.float32) - v)).to(a.dtype)
-        if HAS_PAST:
-            k = cached(k, K_PAST, r0, P, k_past_strides[2], 0, ROWS, D, BD)
-            u = cached(u, U_PAST, r0, P, u_past_strides[2], 0, ROWS, D, BD)
 
         # The rows of the next tile.
         q = block(Q, r0 + ROWS, Q_ROW, T, 0, ROWS, D, BD)

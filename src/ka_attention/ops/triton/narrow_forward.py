@@ -32,12 +32,17 @@ def place(H, segments):
 
 
 @triton.jit
-def cached(x, X, r0, P, stride, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """x, with rows r < 0 from the end of X [P, D]."""
-    r = r0 + tl.arange(0, ROWS)[:, None]
-    d = d0 + tl.arange(0, BD)[None, :]
-    inside = (r < 0) & (P + r >= 0) & (d < D)
-    return tl.where(r < 0, tl.load(X + (tl.cast(P + r, tl.int64) * stride + d), mask=inside, other=0.0), x)
+def joined(X, PAST, r0, stride, past_stride, n, P, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+           HAS_PAST: tl.constexpr):  # fmt: skip
+    """`block`, with rows r < 0 from the end of PAST [P, D]. One load, as the address is chosen: two cost registers."""
+    if HAS_PAST:
+        r = r0 + tl.arange(0, ROWS)[:, None]
+        d = d0 + tl.arange(0, BD)[None, :]
+        row = tl.cast(r, tl.int64)
+        x = tl.where(r < 0, PAST + ((P + row) * past_stride + d), X + (row * stride + d))
+        return tl.load(x, mask=(r >= -P) & (r < n) & (d < D), other=0.0)
+    else:
+        return block(X, r0, stride, n, d0, ROWS, D, BD)
 
 
 @triton.jit
@@ -104,7 +109,7 @@ def weights_kernel(
         u = tl.zeros([BLOCK, BD], Q.dtype.element_ty)
         if HAS_PAST:
             U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-            u = cached(u, U_PAST, (first - 1) * BLOCK, P, u_past_strides[2], 0, BLOCK, D, BD)
+            u = block(U_PAST, P - BLOCK, u_past_strides[2], tl.where(first == 0, P, 0), 0, BLOCK, D, BD)
     for step in range(steps):
         r0 = (first + step) * BLOCK
         rows = r0 + i
@@ -113,9 +118,8 @@ def weights_kernel(
         for d0 in range(0, D, CHUNK):
             q = block(Q, r0, Q_ROW, T, d0, BLOCK, D, CHUNK)
             k = block(K, r0, K_ROW, T, d0, BLOCK, D, CHUNK)
-            before = block(K, r0 - BEFORE, K_ROW, T, d0, BEFORE, D, CHUNK)
-            if HAS_PAST:
-                before = cached(before, K_PAST, r0 - BEFORE, P, k_past_strides[2], d0, BEFORE, D, CHUNK)
+            before = joined(K, K_PAST, r0 - BEFORE, K_ROW, k_past_strides[2] if HAS_PAST else 0, T, P, d0, BEFORE, D,
+                            CHUNK, HAS_PAST)  # fmt: skip
             s = tl.dot(q, tl.trans(k), s, input_precision=DOT)
             sp = tl.dot(q, tl.trans(before), sp, input_precision=DOT)
         seen = attends(rows, rows, T, P, window, STARTS, MASK, mask_strides, True, PACKED, HAS_MASK)
