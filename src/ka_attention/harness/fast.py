@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ka_attention.harness.mixers import together
 from ka_attention.ops import private
 
 CHUNK = 8192  # tokens whose logits are in memory at once
@@ -75,7 +76,8 @@ def _before(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ..
 
 def _after(layer: Any, x: Tensor, *mixed: Tensor) -> Tensor:
     x = x + layer.self_attn.after(*mixed)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    gate, up = together(layer.post_attention_layernorm(x), layer.mlp.gate_proj, layer.mlp.up_proj)
+    return x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
