@@ -10,7 +10,10 @@ from ka_attention import ka_attention
 class PagedCall:
     """The call of a seed. ``options`` and ``tensors`` are those of the operator, ``expected()`` what it gives."""
 
-    def __init__(self, seed, dtype=torch.float64, page=(1, 2, 4, 16), most=40, head_dim=(4, 8), sequences=None):
+    def __init__(
+        self, seed, dtype=torch.float64, page=(1, 2, 4, 16), most=40, head_dim=(4, 8), sequences=None,
+        windows=(None, None, 1, 2, 5, 16, 100),
+    ):  # fmt: skip
         choose = random.Random(seed)
         torch.manual_seed(seed)
         Hkv, groups, D, S = (
@@ -22,7 +25,7 @@ class PagedCall:
         H, N = Hkv * groups, sequences or choose.randrange(1, 6)
         new = [choose.choice((0, 1, 1, 2, 7, most)) for _ in range(N)]
         pasts = [choose.choice((0, 1, 3, S, 2 * S + 1, most)) for _ in range(N)]
-        window = choose.choice((None, None, 1, 2, 5, 16, 100))
+        window = choose.choice(windows)
         kind = choose.choice(("one", "zero", "values", "number", "head", "token"))
         shape = {"number": 0.4, "head": torch.rand(H), "token": torch.rand(1, H, sum(new))}
         self.gate = {"one": 1.0, "zero": 0, "values": 0}.get(kind, shape.get(kind))

@@ -34,6 +34,16 @@ def test_more_sequences_than_a_kernel_looks_at_in_one_step(seed):
 
 
 @kernels
+@pytest.mark.parametrize("seed", range(20) if CUDA else (6, 18, 24))
+def test_rings_that_are_read_in_pieces(seed):
+    """They begin anywhere in a step: pieces of all steps are more than those of as many tokens."""
+    sizes = ((1, 4, 64), 900, (64,), None, (300, 1000)) if CUDA else ((1, 4), 40, (8,), None, (33,))
+    call = PagedCall(seed, torch.float32, *sizes)
+    expected = call.expected()
+    assert (call(DEVICE, backend="triton").double() - expected).norm() <= 5e-5 * expected.norm()
+
+
+@kernels
 @pytest.mark.parametrize("seed", range(20) if CUDA else (8, 48))  # no window, one of 100
 def test_memory_that_nobody_has_written_reaches_nobody(seed, monkeypatch):
     from ka_attention.ops.triton import pasts

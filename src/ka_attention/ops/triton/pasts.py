@@ -53,7 +53,9 @@ def _by_pages(
     BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
     if BM == 16 and window is not None:
         BN = min(BN, max(16, triton.next_power_of_2(window)))
-    longest = width * S if window is None else min(width * S, window - 1 + BN)  # from a multiple of BN on
+    longest = width * S
+    if window is not None and longest >= window - 1:  # it may be a ring, whose first step begins before it
+        longest = window - 1 + BN
     blocks, least = T // BM + N, 16 if interpreted else 256
     pieces = _pieces(blocks * H, triton.cdiv(longest, least), T)
     span = triton.cdiv(triton.cdiv(longest, pieces), BN) * BN
