@@ -26,6 +26,7 @@ ARMS = (
     "3to1-ka-head-w4-gated",
     "3to1-ka-token-w2+3-qkv",
     "3to1-ka-head-w4-gated-bias",
+    "all-ka-head-w4+64-from0-gated",
     "1to1-softmax-w4-gated",
     "all-ka-w1",
     "3to1-conv-gated",

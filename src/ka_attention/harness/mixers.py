@@ -157,12 +157,13 @@ class HybridAttention(LlamaAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> tuple[Tensor, ...]:
         """A ``[B, H, T, D]`` of whole sequences; softmax with a window on the operator too, which skips the rest."""
         layer = Layer.of(self) if self.config._attn_implementation == "ka" else None
-        if layer is None or not (layer.is_ka or layer.window):
+        cuts = layer is not None and layer.cuts(q.shape[2])
+        if layer is None or not (layer.is_ka or cuts):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling), *gates
         if layer.window == 1:  # a token reads its own value
             return v, *gates
         gate = layer.gate_of(self, v) if layer.is_ka else 0.0
-        return ka_attention(q, k, v, gate=gate, scale=self.scaling, window=layer.window), *gates
+        return ka_attention(q, k, v, gate=gate, scale=self.scaling, window=layer.window if cuts else None), *gates
 
     def after(self, a: Tensor, *gates: Tensor) -> Tensor:
         a = a.transpose(1, 2).flatten(2)
