@@ -52,6 +52,23 @@ def test_images_that_see_themselves_are_honoured_at_gate_0_and_refused_elsewhere
                 logits()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_that_is_to_look_both_ways(padded):
+    """As softmax attention it may; nothing else does without a word what it was not asked for."""
+    model, ids = make("llama"), tokens(2, 8)
+    inputs = {"attention_mask": (torch.arange(8) > torch.tensor([[2], [-1]])).long()} if padded else {}
+    want = parallel(model, ids, is_causal=False, **inputs)
+    for settings in ({"gate": 0}, {"layers": ()}):
+        with use(model, **settings):
+            assert torch.equal(parallel(model, ids, is_causal=False, **inputs), want)
+    for settings in ({}, {"gate": 0, "window": 4}, {"layers": (2,)}):
+        with use(model, **settings), pytest.raises(ValueError, match="is_causal: KA-attention and its windows look"):
+            parallel(model, ids, is_causal=False, **inputs)
+    plain = make("llama", attention="ka")
+    with pytest.raises(ValueError, match="is_causal: "):
+        parallel(plain, ids, is_causal=False)
+
+
 def test_four_dimensional_masks():
     model, ids = make("llama"), tokens(2, 8)
     everything = torch.ones(2, 1, 8, 8, dtype=torch.bool)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, MllamaForCausalLM
 from zoo import make, tokens
 
 from ka_attention.hf import (
@@ -57,6 +57,12 @@ def test_refused_with_the_reason(family):
     with pytest.raises(ValueError, match=reason):
         attach(model)
     assert not is_attached(model)
+
+
+def test_layers_that_attend_to_images_are_no_self_attention():
+    config = AutoConfig.for_model("mllama_text_model", **SMALL, cross_attention_layers=[1])
+    with pytest.raises(ValueError, match="1 of its 2 layers have causal self-attention"):
+        attach(MllamaForCausalLM(config))
 
 
 def test_attention_sinks_are_refused_by_whatever_model_has_them():

@@ -84,6 +84,7 @@ def attention_forward(
     if not _UNSUPPORTED.isdisjoint(kwargs):
         _refuse_unsupported(module, kwargs)
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        _refuse_both_ways(module)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
@@ -289,6 +290,15 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
     names = sorted(name for name in _UNSUPPORTED - {"output_attentions"} if kwargs.get(name) is not None)
     if names:
         raise ValueError(f"{type(module).__name__} passes {', '.join(names)}, which KA-attention does not support")
+
+
+def _refuse_both_ways(module: nn.Module) -> None:
+    """ValueError where a decoder's layer is asked to look both ways; that of a vision tower does so by itself."""
+    if "ka_layer" not in vars(module) and not getattr(module, "is_causal", False):
+        return
+    layer = Layer.of(module)
+    if layer.is_ka or layer.window is not None:
+        raise ValueError("is_causal: KA-attention and its windows look back only, got False")
 
 
 def _refuse_split_tokens() -> None:

@@ -32,7 +32,7 @@ def attention_modules(model: Any) -> list[Any]:
         if getattr(m, "config", None) is text
         and getattr(m, "layer_idx", None) is not None
         and "Attention" in type(m).__name__
-        and not getattr(m, "is_cross_attention", False)
+        and not (getattr(m, "is_cross_attention", False) or "CrossAttention" in type(m).__name__)
     ]
     return sorted(found, key=lambda m: m.layer_idx)
 
