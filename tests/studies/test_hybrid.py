@@ -86,10 +86,12 @@ def test_states_are_as_large_as_computed(name):
 def test_the_report_pairs_arms_and_shows_gates(run):
     page = (run[1] / "report.md").read_text()
     pair = "| 3:1 KA, gate per head, window 4, output gate | 3:1 softmax, window 4, output gate |"
-    assert pair in page.partition("## Differences")[2]
+    pair_row = page[page.index(pair) :].partition("\n")[0]
     assert "With its gates set to 0 after training" in page
     assert "gates after training (mean over seeds)" in page
     assert "| window | 3:1 softmax, output gate |" in page
+    beside = page.partition("KA's loss less that of softmax with the same window")[2]
+    assert beside.split("| 4 | ")[1].partition(" |")[0] == pair_row.split(" | ")[2]
     for name in ("state", "training", "windows", "decoding", "way", "position"):
         assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
 

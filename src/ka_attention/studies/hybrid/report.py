@@ -203,13 +203,14 @@ def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section 
     pairs = sorted(_pairs(arms), key=lambda pair: -len(_paired(results, *pair)))
     if not pairs:
         return None
-    table = Table(
-        "Loss of the first less that of the second, paired by seed, ± 95 % confidence interval (below 0: first better)",
-        ["arm", "against", "difference (nats)", "seeds", "its loss is"],
-        [row(*pair) for pair in pairs],
-    )
+    caption = "Loss of the first less that of the second"
+    shown = f"{caption}, paired by seed, ± 95 % confidence interval (below 0: first better)"
+    columns = ["arm", "against", "difference (nats)", "seeds", "its loss is"]
+    several = [row(*pair) for pair in pairs if len(_paired(results, *pair)) > 1]
+    single = [row(*pair) for pair in pairs if len(_paired(results, *pair)) == 1]
     words = ["A difference counts if 0 lies outside its interval. With one seed nothing is known of the spread."]
-    return Section("Differences", words, [table])
+    folded = [Table(f"{caption}, one seed", columns, single)] if several and single else []
+    return Section("Differences", words, [Table(shown, columns, several or single)], folded=folded)
 
 
 def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
@@ -237,8 +238,18 @@ def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | No
         ax.set_xticks(widths, map(str, widths))
         _axes(ax, "window (tokens)")
 
-    table = Table("Validation loss by window (tokens)", ["window", *series], rows)
-    return Section("Windows", (), [table], [Figure("hybrid_windows", "Validation loss by window", draw, LEGEND_ABOVE)])
+    tables = [Table("Validation loss by window (tokens)", ["window", *series], rows)]
+    beside: dict[str, dict[int, str]] = {}
+    for name, other in _pairs(arms):
+        each = arms[name]
+        if each.mixer == "ka" and arms[other].mixer == "softmax" and isinstance(each.window, int):
+            beside.setdefault(replace(each, window=None).label, {})[each.window] = _nats(_paired(results, name, other))
+    if beside:
+        counts = sorted({window for found in beside.values() for window in found})
+        rows = [[str(w), *(found.get(w, "–") for found in beside.values())] for w in counts]
+        caption = "KA's loss less that of softmax with the same window, paired by seed, ± 95 % confidence interval"
+        tables.append(Table(caption, ["window", *beside], rows))
+    return Section("Windows", (), tables, [Figure("hybrid_windows", "Validation loss by window", draw, LEGEND_ABOVE)])
 
 
 def _drawn(results: HybridResults, arms: dict[str, HybridArm]) -> dict[str, HybridArm]:
