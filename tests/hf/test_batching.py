@@ -1,17 +1,22 @@
 """Many requests at once give what each gives alone."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 from schedules import alone, check, greedy, schedule, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import make, tokens
 
 from ka_attention.hf import KAConfig, attach, detach, reconfigure
 from ka_attention.hf.batching import KABatchingManager, windows_of
 from ka_attention.hf.paged import Group, KAPagedCache, Place, page_name
+from ka_attention.hf.preparing import carried_over
 from ka_attention.ops import paged
 
 PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 1, 9)]
@@ -143,6 +148,24 @@ def test_lists_that_go_to_the_gpu_are_of_blocks():
             model.init_continuous_batching(greedy(), limits).continuous_batching_config.kv_padding_interval_size > 1e9
         )
         serve(model, [*PROMPTS, tokens(1, 36, seed=1)[0].tolist()], max_requests_per_batch=3)
+
+
+def test_tokens_that_are_on_their_way_are_carried_over():
+    """As transformers does it, for sets of inputs that take turns, which are made on a GPU alone."""
+    for seed in range(10):
+        rng = random.Random(seed)
+        names = [str(i) for i in range(12)]
+        sets = [
+            SimpleNamespace(
+                req_id_to_new_token_position=dict(zip(rng.sample(names, n), rng.sample(range(40), n), strict=True))
+            )
+            for n in (rng.randrange(8), rng.randrange(8))
+        ]
+        pairs = [SimpleNamespace(host_io=io) for io in sets]
+        inputs = SimpleNamespace(io_pairs=pairs, current_pair=seed % 2, max_batch_tokens=40)
+        expected = ContinuousBatchingAsyncIOs.infer_carry_over_ids(inputs)
+        assert torch.equal(carried_over(inputs), expected)
+        assert carried_over(inputs).dtype == expected.dtype
 
 
 def test_no_masks_are_made(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer
-from ka_attention.hf.paged import ARGUMENTS, SLIDING, SMALLEST, Group, KAPagedCache, cache_config, page_name
+from ka_attention.hf.paged import ARGUMENTS, SLIDING, SMALLEST, KAPagedCache, cache_config, page_name
+from ka_attention.hf.preparing import prepare_less
 from ka_attention.hf.stopping import Requests, ends_with_any
 from ka_attention.hf.support import attention_modules
 
@@ -65,26 +66,8 @@ class KABatchingManager(ContinuousBatchingManager):
             self.model = model
         cache: Any = processor.cache
         KAPagedCache.adopt(cache, self.layers, Heads.of(model.config))
-        self._spare_masks(processor.inputs_and_outputs)
-        self._shorten_lists(processor.inputs_and_outputs, cache.groups.values())
+        prepare_less(processor.inputs_and_outputs, cache.groups.values(), model.device)
         return processor
-
-    def _spare_masks(self, inputs: Any) -> None:
-        """Give the model a mask that stands for none, or it makes one of all tokens with all, for nobody."""
-        arguments, none = inputs.get_model_kwargs, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
-        inputs.get_model_kwargs = lambda *args, **kwargs: {**arguments(*args, **kwargs), "attention_mask": none}
-
-    def _shorten_lists(self, inputs: Any, groups: Iterable[Group]) -> None:
-        """Take from the lists of places to read, which have room for all tokens of the cache, what blocks do not need:
-        all of them go to the GPU with every batch.
-        """
-        pairs = getattr(inputs, "io_pairs", None)  # of asynchronous batches
-        for io in [inputs] if pairs is None else [io for pair in pairs for io in (pair.host_io, pair.device_io)]:
-            held = io.read_index_storage
-            most = max(group.longest(io.max_requests_per_batch, held.shape[1]) for group in groups)
-            io.read_index_storage = held[:, :most].clone()
-            if held.is_pinned():
-                io.read_index_storage = io.read_index_storage.pin_memory()
 
 
 def windows_of(model: Any) -> list[int | None]:
