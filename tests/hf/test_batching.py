@@ -150,6 +150,17 @@ def test_lists_that_go_to_the_gpu_are_of_blocks():
         serve(model, [*PROMPTS, tokens(1, 36, seed=1)[0].tolist()], max_requests_per_batch=3)
 
 
+def test_a_processor_that_is_used_again_keeps_its_lists():
+    """Graphs that were captured before, as `warmup` does, read them."""
+    manager = attach(make("llama"), KAConfig(window=5)).init_continuous_batching(greedy(), settings())
+    manager.warmup()
+    inputs = manager.batch_processor.inputs_and_outputs
+    held, arguments = inputs.read_index_storage, inputs.get_model_kwargs
+    assert manager._create_batch_processor() is manager.batch_processor
+    assert inputs.read_index_storage is held
+    assert inputs.get_model_kwargs is arguments
+
+
 def test_tokens_that_are_on_their_way_are_carried_over():
     """As transformers does it, for sets of inputs that take turns, which are made on a GPU alone."""
     for seed in range(10):

@@ -58,12 +58,14 @@ class KABatchingManager(ContinuousBatchingManager):
             )
 
     def _create_batch_processor(self) -> Any:
-        model = self.model
+        model, before = self.model, self.batch_processor
         self.model = _Sized(model, self.sized)  # type: ignore[assignment]
         try:
             processor = super()._create_batch_processor()
         finally:
             self.model = model
+        if processor is before:  # with graphs that read its lists
+            return processor
         cache: Any = processor.cache
         KAPagedCache.adopt(cache, self.layers, Heads.of(model.config))
         prepare_less(processor.inputs_and_outputs, cache.groups.values(), model.device)

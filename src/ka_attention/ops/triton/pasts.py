@@ -93,7 +93,7 @@ def _pieces(programs: int, most: int, rows: int) -> int:
     """Into how many pieces the longest past falls: enough programs for a GPU where there are few, some in any case, as
     one past may be longer than all others together, and little memory between the kernels.
     """
-    return max(1, min(most, max(512 // programs, min(16, 8192 // programs)), (1 << 17) // rows))
+    return max(1, min(most, max(512 // programs, min(16, 8192 // programs)), (1 << 17) // max(1, rows)))
 
 
 def _joined(
