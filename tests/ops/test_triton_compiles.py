@@ -73,7 +73,7 @@ def compile_ring() -> None:
     step(q, k, v, tuple(ring), count, gate, (0.0, 1.0), 8, mask, 0.125, None)
 
 
-def compile_pages(new: int, window: int | None) -> None:
+def compile_pages(new: int, window: int | None, gated: bool = True) -> None:
     from ka_attention.ops.inputs import Past
     from ka_attention.ops.triton import paged, store
 
@@ -82,7 +82,7 @@ def compile_pages(new: int, window: int | None) -> None:
 
     q, k, v = (there(1, heads, 3 * new, 64) for heads in (4, 2, 2))
     past = Past(there(9, 2, 16, 64), there(9, 4, 16, 64), there(3, 3, dtype=torch.int32), there(3, dtype=torch.int32))
-    gate, ends = there(1, 4, 3 * new), there(4, dtype=torch.int32)
+    gate, ends = there(1, 4, 3 * new) if gated else None, there(4, dtype=torch.int32)
     a = paged(q, k, v, gate, past, ends, 0.125, window, None, False, (0.0, 1.0))
     place = there(3 * new, dtype=torch.int64)
     store(k, v, a, gate, past, place, place, False, (0.0, 1.0))
@@ -94,6 +94,7 @@ ALL: dict[str, Callable[[], None]] = {
     "steps after pages": lambda: compile_pages(1, None),
     "chunks after pages": lambda: compile_pages(50, None),
     "chunks after rings": lambda: compile_pages(1500, 8),
+    "chunks after rings, gate 1": lambda: compile_pages(1500, 40, gated=False),
 }
 
 

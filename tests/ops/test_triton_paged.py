@@ -34,6 +34,41 @@ def test_more_sequences_than_a_kernel_looks_at_in_one_step(seed):
 
 
 @kernels
+@pytest.mark.parametrize("window", [2, 8, 17, 20, 65])
+@pytest.mark.parametrize("seed", range(12) if CUDA else (0, 4))
+def test_many_tokens_after_pasts_in_narrow_windows(seed, window, monkeypatch):
+    """The first tokens of each sequence, then the rest after them; padding is of no sequence."""
+    from ka_attention.ops.triton import pasts
+
+    taken, after_first = [], pasts._after_first
+    monkeypatch.setattr(pasts, "_after_first", lambda *given: taken.append(1) or after_first(*given))
+    sizes = ((1, 4, 7, 64), 300, (64, 128)) if CUDA else ((1, 4, 7), 40, (8,))
+    calls = (PagedCall(100 * seed + i, torch.float32, *sizes, None, (window,)) for i in range(99))
+    call = next(c for c in calls if c.ends[-1] > 4 * len(c.ends) and not (isinstance(c.gate, int) and c.gate == 0))
+    expected = call.expected()
+    assert (call(DEVICE, backend="triton").double() - expected).norm() <= 5e-5 * expected.norm()
+    assert taken
+
+
+@kernels
+def test_padding_is_0_whatever_it_holds():
+    """After the first tokens of sequences, so that layers after this one meet nothing that is not finite."""
+    torch.manual_seed(0)
+    new = [torch.randn(1, h, 40, 8) for h in (4, 2, 2)]
+    pool, ends = (torch.randn(5, 2, 4, 8), torch.randn(5, 4, 4, 8)), torch.tensor([0, 9, 33], dtype=torch.int32)
+    table, lengths = torch.tensor([[2, 0], [4, 1]], dtype=torch.int32), torch.tensor([5, 0], dtype=torch.int32)
+    options, found = {"scale": 0.5, "window": 5, "softcap": None}, []
+    for padding in (0.0, torch.nan):
+        for x in new:
+            x[:, :, 33:] = padding
+        there = [x.to(DEVICE) for x in (*new, torch.rand(1, 4, 40, generator=torch.Generator().manual_seed(0)))]
+        past = Past(*(x.to(DEVICE) for x in (*pool, table, lengths)))
+        found.append(paged.run(*there, past, ends.to(DEVICE), options, False, "triton", (0.0, 1.0)).cpu())
+    assert torch.equal(*found)
+    assert found[0][:, :, 33:].count_nonzero() == 0
+
+
+@kernels
 @pytest.mark.parametrize("seed", range(20) if CUDA else (6, 18, 24))
 def test_rings_that_are_read_in_pieces(seed):
     """They begin anywhere in a step: pieces of all steps are more than those of as many tokens."""
@@ -69,13 +104,16 @@ def test_new_tokens_are_stored(kind):
     k, v, a = (torch.randn(1, h, T, 8) for h in (2, 2, H))
     gate, is_softmax = torch.rand(1, H, T) if kind == "gate" else None, kind == "softmax"
     place = torch.randperm(8 * 4)[:T]
+    page, slot = place // 4, place % 4
+    page[::5] = -1  # of these nobody will read
     found = []
     for device, backend in (("cpu", "blocked"), (DEVICE, "triton")):
         pool = (torch.zeros(8, 2, 4, 8), torch.zeros(8, 2 if is_softmax else H, 4, 8))
         past = Past(*(x.to(device) for x in pool), torch.zeros(0), torch.zeros(0))
         new = [None if x is None else x.to(device) for x in (k, v, a, gate)]
-        paged.store(*new, past, place.to(device) // 4, place.to(device) % 4, is_softmax, backend, (0.2, 0.7))
+        paged.store(*new, past, page.to(device), slot.to(device), is_softmax, backend, (0.2, 0.7))
         found.append([x.cpu() for x in past[:2]])
+    assert all(int((x != 0).any(3).any(1).sum()) == int((page >= 0).sum()) for pool in found for x in pool)
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

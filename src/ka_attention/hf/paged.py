@@ -80,21 +80,19 @@ def attend_paged(
     pool = pages.cache.pool_of[layer.index]
     k, v = pages.key.to(pool[0].dtype), pages.value.to(pool[0].dtype)
     past = Past(pool[0], pool[1], place.block_table, place.cache_seqlens)
+    backend = "triton" if q.is_cuda else "blocked"
     if layer.has_adapter:
         out, u = _each(attend, module, layer, q, k, v, past, ends, options)
-    else:
-        if options.dropout:
-            raise ValueError(f"attention_dropout must be 0 to serve, got {options.dropout}")
-        query, is_softmax = q.to(k.dtype), not layer.is_ka
-        numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
-        backend = "triton" if q.is_cuda else "blocked"
-        gate, bounds = _gates(module, layer, query, v) if layer.is_ka else (None, paged.UNBOUNDED)
-        a = paged.run(query, k, v, gate, past, ends, numbers, is_softmax, backend, bounds)
-        paged.store(k, v, a, gate, past, place.page, place.slot, is_softmax, backend, bounds)
-        return a.to(q.dtype).transpose(1, 2).contiguous()
-    for pages_of, new in zip(pool, (k, u), strict=True):
-        pages_of[place.page, :, place.slot] = new[0].transpose(0, 1)
-    return out
+        paged.store(k, v, u, None, past, place.page, place.slot, False, backend)
+        return out
+    if options.dropout:
+        raise ValueError(f"attention_dropout must be 0 to serve, got {options.dropout}")
+    query, is_softmax = q.to(k.dtype), not layer.is_ka
+    numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
+    gate, bounds = _gates(module, layer, query, v) if layer.is_ka else (None, paged.UNBOUNDED)
+    a = paged.run(query, k, v, gate, past, ends, numbers, is_softmax, backend, bounds)
+    paged.store(k, v, a, gate, past, place.page, place.slot, is_softmax, backend, bounds)
+    return a.to(q.dtype).transpose(1, 2).contiguous()
 
 
 def _gates(module: nn.Module, layer: Layer, q: Tensor, v: Tensor) -> tuple[Tensor | None, tuple[float, float]]:
@@ -136,7 +134,7 @@ class Place(NamedTuple):
 
     block_table: Tensor
     cache_seqlens: Tensor
-    page: Tensor  # [N]
+    page: Tensor  # [N], −1 for tokens that nobody will read
     slot: Tensor
 
     @classmethod
@@ -146,7 +144,8 @@ class Place(NamedTuple):
         Shapes follow from shapes, and no number is looked at: so it may be part of a CUDA graph.
         """
         width = group.ring or -(-longest // group.page)
-        page, slot = write // group.stride, write % group.stride
+        slot = write % group.stride
+        page = (write // group.stride).masked_fill(write == group.trash, -1)
         if read.numel() == 0:  # no request has a past
             nothing = write.new_zeros(count, 0, dtype=torch.int32)
             return cls(nothing, nothing.sum(1, dtype=torch.int32), page, slot)
@@ -166,6 +165,7 @@ class Group:
     page:   tokens of a page.
     stride: transformers counts places, so many to a block, of which the first ``page`` are used here.
     ring:   pages of a ring, None where all tokens are kept.
+    trash:  the place where transformers has tokens written that nobody will read.
     """
 
     index: int
@@ -173,6 +173,7 @@ class Group:
     page: int
     stride: int
     ring: int | None
+    trash: int = -1
 
     def row(self, request: str, past: int) -> list[int]:
         """−1 − past, a mark that no block has, and the blocks where the past of a request lies."""
@@ -251,7 +252,9 @@ class KAPagedCache(PagedAttentionCache):
             tokens = page if ring is None else kept // ring
             counts = heads.key, heads.query if layer.is_ka else heads.key
             cache.pool_of[i] = pages_of(held, counts, tokens, heads.dim)
-            cache.group_of[i] = cache.groups.setdefault(index, Group(index, owner.block_table, tokens, stride, ring))
+            trash = (owner if hasattr(owner, "write_trash_index") else cache).write_trash_index
+            group = Group(index, owner.block_table, tokens, stride, ring, trash)
+            cache.group_of[i] = cache.groups.setdefault(index, group)
 
     def extend_read_and_write_indices(
         self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any

@@ -100,7 +100,9 @@ def store(
     k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool,
     backend: str, bounds: tuple[float, float] = UNBOUNDED,
 ) -> None:  # fmt: skip
-    """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``."""
+    """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``, or,
+    where that is −1, nowhere.
+    """
     dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax, bounds)
 
 

@@ -33,10 +33,11 @@ def _joined(pages: Tensor, page: Tensor, slot: Tensor, mask: Tensor | None, own:
 
 
 def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool, bounds) -> None:
-    """K and U = V + g (A − V) of new tokens into their places of the pages; V where the gate is 0."""
+    """K and U = V + g (A − V) of new tokens into their places of the pages, if any; V where the gate is 0."""
     u = v if is_softmax else a
     if gate is not None and not is_softmax:
         v = repeat_heads(v, a)
         u = v + gate.clamp(*bounds)[..., None] * (a - v)
+    kept = page >= 0
     for pages, new in ((past.k_pages, k), (past.u_pages, u)):
-        pages[page, :, slot] = new[0].transpose(0, 1).to(pages.dtype)
+        pages[page[kept], :, slot[kept]] = new[0, :, kept].transpose(0, 1).to(pages.dtype)

@@ -119,15 +119,21 @@ def chunk_kernel(
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, A_ROW: tl.constexpr,
     GROUP: tl.constexpr, U_GROUP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, WINDOW: tl.constexpr,
-    WHOLE: tl.constexpr, PIECES: tl.constexpr, SOLVE: tl.constexpr, CHAIN: tl.constexpr, HAS_GATE: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, PIECES: tl.constexpr, SOLVE: tl.constexpr, CHAIN: tl.constexpr, FIRST: tl.constexpr,
+    HAS_GATE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A of one row block, and U for the blocks after it. PIECES: `past_kernel` has read the past. Without SOLVE the
-    gate is 0 and blocks do not wait. Gates are those of GATE, from low to high.
+    gate is 0 and blocks do not wait. FIRST: of each sequence the first block alone. Gates are those of GATE, from low
+    to high.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     h = tl.program_id(0) % H
-    n, r0, start, rows = _find(tl.program_id(0) // H, CU, N, BM, MOST)
+    if FIRST:
+        n, r0 = tl.program_id(0) // H, H * 0
+        start = tl.load(CU + n)
+        rows = tl.minimum(tl.load(CU + n + 1) - start, BM)
+    else:
+        n, r0, start, rows = _find(tl.program_id(0) // H, CU, N, BM, MOST)
     if CHAIN:
         # A program takes the next block of its sequence and head, so whom it waits for runs already.
         FLAGS += (n * H + h) * 2
@@ -175,8 +181,9 @@ def chunk_kernel(
             acc, m, total = _absorb(q, k, v, seen, acc, m, total, scale, softcap, SOFTCAP, DOT)
         store_tile(A, acc / tl.where(total == 0.0, 1.0, total)[:, None], r0, A_ROW, rows, BM, D, BD)
     else:
-        if CHAIN:
+        if U is not None:
             U += h * a_strides[1] + start * A_ROW
+        if CHAIN:
             while j < r0:
                 stop = tl.minimum(wait(FLAGS + 1, j // BM + 1) * BM, r0)
                 for c in range(j, stop, BN):
@@ -215,11 +222,10 @@ def chunk_kernel(
                 L = L * g[None, :]
             a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), a.to(v.dtype), a, input_precision=DOT)
         store_tile(A, a, r0, A_ROW, rows, BM, D, BD)
-        if CHAIN:
-            if HAS_GATE:
-                store_tile(U, v + g[:, None] * (a - v), r0, A_ROW, rows, BM, D, BD)
-            if rows > BM:
-                publish(FLAGS + 1, r0 // BM + 1)
+        if HAS_GATE and (CHAIN or FIRST):
+            store_tile(U, v + g[:, None] * (a - v), r0, A_ROW, rows, BM, D, BD)
+        if CHAIN and rows > BM:
+            publish(FLAGS + 1, r0 // BM + 1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -228,13 +234,13 @@ def store_kernel(
     low, high, T, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     SOLVE: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """K, and U = V + g (A − V), of BM tokens and one head into their places; V without SOLVE."""
+    """K, and U = V + g (A − V), of BM tokens and one head into their places, if they have any; V without SOLVE."""
     h = tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)[None, :]
-    inside = (t < T)[:, None] & (d < D)
-    page = tl.load(PAGE + t, mask=t < T, other=0)[:, None]
+    page = tl.load(PAGE + t, mask=t < T, other=-1)[:, None]
     slot = tl.load(SLOT + t, mask=t < T, other=0)[:, None]
+    inside = (page >= 0) & (d < D)
     t = t.to(tl.int64)[:, None]
     if h % GROUP == 0:
         k = tl.load(K + h // GROUP * k_strides[1] + t * k_strides[2] + d, mask=inside)
@@ -253,61 +259,55 @@ def store_kernel(
         tl.store(U_PAGES + at, u.to(U_PAGES.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T2", "N", "window", "width"])
-def join_kernel(
-    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, STARTS, Q2, K2, V2, GATE2, q_strides, k_strides, v_strides,
-    gate_strides, kp_strides, up_strides, table_stride, low, high, T2, N, window, S, width, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, MOST: tl.constexpr, HAS_GATE: tl.constexpr, BACK: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "T"])
+def after_first_kernel(
+    K, V, GATE, CU, K2, V2, GATE2, STARTS, k_strides, v_strides, gate_strides, low, high, N, T, K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
+    STEPS: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of one head of sequences that are made of the last window − 1 tokens of a past, K and U as K and V with
-    gate 0, and of the new tokens; zeros after the last. STARTS: the first row of each row's sequence. BACK: Q, of the
-    new tokens alone, from Q2.
+    """V, gates and, where heads share them, K of BM tokens for one head, for sequences whose first REACH tokens have U
+    in V's place: that is left to `chunk_kernel`. STARTS: the first token that each sees; one of those itself alone, so
+    that U is what it gets, and padding none.
     """
     h = tl.program_id(1)
-    j0 = tl.program_id(0) * BM
-    j = j0 + tl.arange(0, BM)
-    n, first, total = N * 0, N * 0, N * 0  # the sequence of row j0, the row where it begins, rows of pasts
-    for i in range(0, N, MOST):
-        at = i + tl.arange(0, MOST)
-        seen = tl.minimum(tl.load(LENGTHS + at, mask=at < N, other=0), window - 1)
-        end = tl.load(CU + at + 1, mask=at < N, other=0) + total + tl.cumsum(seen, 0)
-        over = (end <= j0) & (at < N)
-        n += tl.sum(over.to(tl.int32))
-        first = tl.maximum(first, tl.max(tl.where(over, end, 0)))
-        total += tl.sum(seen)
-    total += tl.load(CU + N)
-    d, row = tl.arange(0, BD)[None, :], tl.cast(h, tl.int64) * T2 + j
-    to = row[:, None] * D + d
-    while first < tl.minimum(j0 + BM, total):
-        start, stop, length = tl.load(CU + n), tl.load(CU + n + 1), tl.load(LENGTHS + n)
-        p = tl.maximum(length - window + 1, 0) + j - first
-        is_past, is_new = (j >= first) & (p < length), (p >= length) & (p < length + stop - start)
-        new, t = is_new[:, None] & (d < D), (start + p - length).to(tl.int64)
-        q = Q + h * q_strides[1] + t[:, None] * Q_ROW + d
-        if BACK:
-            tl.store(q, tl.load(Q2 + to, mask=new), mask=new)
-        else:
-            held, both, slot = is_past[:, None] & (d < D), (is_past | is_new)[:, None] & (d < D), (p % S)[:, None]
-            page = tl.load(TABLE + n * table_stride + p // S % width, mask=is_past, other=0).to(tl.int64)[:, None]
-            k = tl.load(K + h // GROUP * k_strides[1] + t[:, None] * K_ROW + d, mask=new, other=0.0)
-            v = tl.load(V + h // GROUP * v_strides[1] + t[:, None] * V_ROW + d, mask=new, other=0.0)
-            at_k = page * kp_strides[0] + h // GROUP * kp_strides[1] + slot * kp_strides[2] + d
-            at_u = page * up_strides[0] + h // U_GROUP * up_strides[1] + slot * up_strides[2] + d
-            tl.store(Q2 + to, tl.load(q, mask=new, other=0.0), mask=both)
-            tl.store(K2 + to, tl.where(held, tl.load(K_PAGES + at_k, mask=held, other=0.0), k), mask=both)
-            tl.store(V2 + to, tl.where(held, tl.load(U_PAGES + at_u, mask=held, other=0.0), v), mask=both)
-            g = tl.full([BM], 1.0, tl.float32)
-            if HAS_GATE:
-                g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new, low, high)
-            tl.store(GATE2 + row, tl.where(is_new, g, 0.0), mask=is_past | is_new)
-            tl.store(STARTS + j, j * 0 + first, mask=(is_past | is_new) & (h == 0))
-        first += tl.minimum(length, window - 1) + stop - start
-        n += 1
-    if not BACK:
-        empty = (j >= total) & (j < T2)
-        tl.store(Q2 + to, 0.0, mask=empty[:, None] & (d < D))
-        tl.store(K2 + to, 0.0, mask=empty[:, None] & (d < D))
-        tl.store(V2 + to, 0.0, mask=empty[:, None] & (d < D))
-        tl.store(GATE2 + row, 0.0, mask=empty)
-        tl.store(STARTS + j, j, mask=empty & (h == 0))
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = t * 0  # the last sequence that begins at t or before, 2^STEPS > N
+    for step in tl.static_range(STEPS):
+        at = n + (1 << (STEPS - 1 - step))
+        n = tl.where(tl.load(CU + at, mask=at <= N, other=T) <= t, at, n)
+    start = tl.load(CU + n, mask=t < T, other=0)
+    is_first, is_new = t - start < REACH, n < N
+    if h == 0:
+        tl.store(STARTS + t, tl.where(is_new, tl.where(is_first, t, start), T), mask=t < T)
+    d, row = tl.arange(0, BD)[None, :], tl.cast(h, tl.int64) * T + t
+    token, to = t.to(tl.int64)[:, None], row[:, None] * D + d
+    rest = (t < T) & ((is_first & is_new) == 0)
+    v = V + h // GROUP * v_strides[1] + token * V_ROW + d
+    tl.store(V2 + to, tl.load(v, mask=(rest & is_new)[:, None] & (d < D), other=0.0), mask=rest[:, None] & (d < D))
+    if GROUP > 1:
+        k = K + h // GROUP * k_strides[1] + token * K_ROW + d
+        tl.store(K2 + to, tl.load(k, mask=(t < T)[:, None] & (d < D), other=0.0), mask=(t < T)[:, None] & (d < D))
+    if HAS_GATE:
+        g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new & (t < T), low, high)
+        tl.store(GATE2 + row, g, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gather_kernel(
+    A2, FIRST, STARTS, A, T, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """A [T, H, D] from A2 [H, T, D], for BM tokens of one head. What it holds of the first tokens of sequences is U,
+    which is A where gates are 1; else that is in FIRST.
+    """
+    h = tl.program_id(1)
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    d, inside = tl.arange(0, BD)[None, :], (t < T)[:, None] & (tl.arange(0, BD)[None, :] < D)
+    at = (tl.cast(h, tl.int64) * T + t)[:, None] * D + d
+    if HAS_GATE:
+        is_first = (tl.load(STARTS + t, mask=t < T, other=0) == t)[:, None]
+        a = tl.load(FIRST + at, mask=inside & is_first, other=0.0)
+        a = tl.where(is_first, a, tl.load(A2 + at, mask=inside & (is_first == 0), other=0.0))
+    else:
+        a = tl.load(A2 + at, mask=inside, other=0.0)
+    tl.store(A + (t.to(tl.int64)[:, None] * H + h) * D + d, a, mask=inside)

@@ -1,7 +1,8 @@
 """Pasts in pages: which kernels run. Grids and all else follow from shapes, so that a CUDA graph serves other lengths.
 
 Where many tokens are new, and the window is narrow or there is no past at all, the kernels for packed sequences are
-faster than those of `pages.py`. For them a past token is one more token, of gate 0, whose value is U.
+faster than those of `pages.py`. These give the first tokens of each sequence, as many as may see its past; for the rest
+those are tokens whose U is known.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ka_attention.ops.inputs import Past
-from ka_attention.ops.triton.pages import chunk_kernel, join_kernel, past_kernel, store_kernel
+from ka_attention.ops.triton.pages import after_first_kernel, chunk_kernel, gather_kernel, past_kernel, store_kernel
 from ka_attention.ops.triton.plan import strides
 from ka_attention.ops.triton.tiles import INTERPRETED, narrow_reach, padded
 
@@ -25,13 +26,14 @@ def attend(
     """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past, from
     their ends or, [1, T], the first token of each token's.
     """
-    T, N, is_empty = q.shape[2], len(cu_seqlens) - 1, past.block_table.shape[1] == 0
-    if T > 4 * N and not is_softmax and (is_empty or narrow_reach(q, window) is not None):
-        if is_empty:
-            gate = None if gate is None else gate.float().clamp(*bounds)
-            return packed(q, k, v, gate, F.pad(cu_seqlens, (0, 1), value=T))  # padding is one sequence more
-        return _joined(packed, q, k, v, gate, past, cu_seqlens, window or 0, bounds)
-    return _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds)
+    T, N, reach = q.shape[2], len(cu_seqlens) - 1, narrow_reach(q, window)
+    arguments = q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds
+    if T <= 4 * N or is_softmax:
+        return _by_pages(*arguments)
+    if past.block_table.shape[1] == 0:
+        gate = None if gate is None else gate.float().clamp(*bounds)
+        return packed(q, k, v, gate, F.pad(cu_seqlens, (0, 1), value=T))  # padding is one sequence more
+    return _by_pages(*arguments) if reach is None else _after_first(packed, reach, *arguments)
 
 
 def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
@@ -44,20 +46,22 @@ def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
 def _by_pages(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, scale: float,
     window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
+    first: tuple[int, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
+    """All tokens, or, with ``first`` = (count, a, u), of each sequence so many, A into a and U into u."""
     k_pages, u_pages, table, lengths = past
     (_, H, T, D), N, (S, width) = q.shape, len(cu_seqlens) - 1, (k_pages.shape[2], table.shape[1])
-    a = q.new_empty(1, T, H, D).transpose(1, 2)
     interpreted = q.device == INTERPRETED
     BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64 if D <= 128 else 32
+    BM, a, u = first or (BM, q.new_empty(1, T, H, D).transpose(1, 2), None)
     BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
     if BM == 16 and window is not None:
         BN = min(BN, max(16, triton.next_power_of_2(window)))
     longest = width * S
     if window is not None and longest >= window - 1:  # it may be a ring, whose first step begins before it
         longest = window - 1 + BN
-    blocks, least = T // BM + N, 16 if interpreted else 256
-    pieces = _pieces(blocks * H, triton.cdiv(longest, least), T)
+    blocks, least = N if first else T // BM + N, 16 if interpreted else 256
+    pieces = 1 if first else _pieces(blocks * H, triton.cdiv(longest, least), T)
     span = triton.cdiv(triton.cdiv(longest, pieces), BN) * BN
     precision = "half"
     if q.dtype == torch.float32:
@@ -67,9 +71,9 @@ def _by_pages(
         "num_warps": 4 if BM * padded(D) > 2048 else 2,
     }  # fmt: skip
     pages, table_stride = (strides(k_pages), strides(u_pages)), strides(table)[0]
-    part = lse = u = flags = None
+    part = lse = flags = None
     numbers = window or 0, span, S, max(width, 1)
-    chain = not is_softmax and BM < T
+    chain = not first and not is_softmax and BM < T
     with torch.cuda.device_of(q):
         if pieces > 1:
             part, lse = (q.new_empty(pieces, H, T, *size, dtype=torch.float32) for size in ((D,), ()))
@@ -84,7 +88,7 @@ def _by_pages(
             q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u, strides(q), strides(k),
             strides(v), strides(gate), *pages, strides(a), table_stride, scale, softcap or 0.0, *bounds, H, N, T,
             *numbers, K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax,
-            CHAIN=chain, HAS_GATE=gate is not None, PRECISION=precision, **constants,
+            CHAIN=chain, FIRST=first is not None, HAS_GATE=gate is not None, PRECISION=precision, **constants,
         )  # fmt: skip
     return a
 
@@ -96,32 +100,30 @@ def _pieces(programs: int, most: int, rows: int) -> int:
     return max(1, min(most, max(512 // programs, min(16, 8192 // programs)), (1 << 17) // max(1, rows)))
 
 
-def _joined(
-    packed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor,
-    window: int, bounds: tuple[float, float],
+def _after_first(
+    packed: Callable[..., Tensor], reach: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past,
+    cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None, is_softmax: bool,
+    bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
-    """A of sequences that are made of what is in sight of their pasts and of their new tokens."""
-    k_pages, u_pages, table, lengths = past
-    (_, H, T, D), N, S = q.shape, len(cu_seqlens) - 1, k_pages.shape[2]
-    T2 = T + N * (window - 1)
-    q2, k2, v2 = q.new_empty(3, 1, H, T2, D).unbind()
-    gate2 = torch.empty(1, H, T2, dtype=torch.float32, device=q.device)
-    starts = torch.empty(1, T2, dtype=torch.int32, device=q.device)
-    a = q.new_empty(1, T, H, D).transpose(1, 2)
+    """The first ``reach`` tokens of each sequence, which alone see its past, then the rest after them."""
+    (_, H, T, D), N = q.shape, len(cu_seqlens) - 1
+    k2 = k if k.shape[1] == H else q.new_empty(1, H, T, D)
+    a, v2 = q.new_empty(1, T, H, D).transpose(1, 2), q.new_empty(1, H, T, D)
+    gate2 = first = None
+    if gate is not None:
+        first, gate2 = torch.empty_like(v2), torch.empty(1, H, T, dtype=torch.float32, device=q.device)
+    starts = torch.empty(1, T, dtype=torch.int32, device=q.device)
     BM = 16 if q.device == INTERPRETED else 64
-    constants = _constants(q, k, u_pages) | {"BM": BM, "HAS_GATE": gate is not None}
-    places = strides(k), strides(v), strides(gate), strides(k_pages), strides(u_pages), strides(table)[0]
-
-    def join(x: Tensor, x2: Tensor, back: bool) -> None:
-        join_kernel[triton.cdiv(T2, BM), H](
-            x, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, starts, x2, k2, v2, gate2, strides(x),
-            *places, *bounds, T2, N, window, S, table.shape[1], K_ROW=k.stride(2), V_ROW=v.stride(2), BACK=back,
-            **constants | {"Q_ROW": x.stride(2)},
-        )  # fmt: skip
-
+    sizes: Any = {"D": D, "BD": padded(D), "BM": BM, "HAS_GATE": gate is not None}
+    grid = triton.cdiv(T, BM), H
     with torch.cuda.device_of(q):
-        join(q, q2, False)
-        join(a, packed(q2, k2, v2, gate2, starts), True)
+        after_first_kernel[grid](
+            k, v, gate, cu_seqlens, k2, v2, gate2, starts, strides(k), strides(v), strides(gate), *bounds, N, T,
+            K_ROW=k.stride(2), V_ROW=v.stride(2), GROUP=H // k.shape[1], REACH=reach, STEPS=N.bit_length(), **sizes,
+        )  # fmt: skip
+        outputs = reach, v2 if first is None else first, v2
+        _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds, outputs)
+        gather_kernel[grid](packed(q, k2, v2, gate2, starts), first, starts, a, T, H=H, **sizes)
     return a
 
 
