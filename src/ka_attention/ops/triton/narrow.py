@@ -17,7 +17,7 @@ from ka_attention.ops.triton.plan import Plan, sum_groups
 
 
 class Narrow(Plan):
-    """Segments of `span` blocks, each of which reaches `before` tokens back."""
+    """Segments of `span` blocks of `before` rows."""
 
     def __init__(self, da, q, *others):
         super().__init__(da, q, *others)
@@ -25,12 +25,11 @@ class Narrow(Plan):
         assert before is not None
         self.before, self.solved, self.heads = before, before > tiles.NARROW_BLOCK, self.B * self.H
         self.options = tiles.narrow_options(before, q)
-        blocks = triton.cdiv(self.T, tiles.NARROW_BLOCK)
-        reach = before // tiles.NARROW_BLOCK  # the walk takes as many blocks a step
+        blocks = triton.cdiv(self.T, before)
         # Up to 17 tokens the gradients walk over the segments, too.
         most = self.options["segments" if da is None or self.solved else "spans"]
         parts = tiles.segments(self.device, self.heads, blocks, most)
-        self.span = triton.cdiv(blocks, parts * reach) * reach
+        self.span = triton.cdiv(blocks, parts)
         self.segments = triton.cdiv(blocks, self.span)
         self.width = tiles.narrow_width(before, self.save)
         apart = self.packed or self.constants["HAS_MASK"]

@@ -139,17 +139,40 @@ def publish(FLAG, blocks):
 
 @triton.jit
 def inverse(N, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """S of (I − N)⁻¹ = I + S = (I + N)(I + N²)(I + N⁴)…, for strictly triangular, hence nilpotent, N [SIZE, SIZE].
+    """S of (I − N)⁻¹ = I + S for strictly triangular N [SIZE, SIZE].
+
+    First for tiles of 16 rows on the diagonal, side by side: (I − N)⁻¹ = (I − M)⁻¹ (I + D), where I + D is the inverse
+    of those alone and M = (I + D) (N − diagonal tiles) moves from tile to tile.
 
     For gates in [0, 1] every entry of N, of its powers and of S is a probability (the walk visits a token at most
     once), so float16, with the mantissa of tf32, cannot overflow: PRECISION "half" computes with float16 operands.
     Matrix units round their sums towards zero. Over these factors that adds up, so "tf32x3" is float32 proper here.
     """
+    if SIZE == 16:
+        return _geometric(N, 16, PRECISION)
+    else:
+        OPERAND: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
+        DOT: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+        TILES: tl.constexpr = SIZE // 16
+        t = tl.arange(0, TILES)
+        diagonal = t[:, None, None, None] == t[None, None, :, None]
+        tiles = tl.reshape(N, [TILES, 16, TILES, 16])
+        D = _geometric(tl.sum(tl.where(diagonal, tiles, 0.0), 2), 16, PRECISION).to(OPERAND)
+        M = tl.reshape(tl.where(diagonal, 0.0, tiles), [TILES, 16, SIZE])
+        M = tl.reshape(tl.dot(D, M.to(OPERAND), M, input_precision=DOT), [SIZE, SIZE])
+        M = _geometric(M, TILES, PRECISION)
+        D = tl.reshape(tl.where(diagonal, D[:, :, None, :], 0.0), [SIZE, SIZE])
+        return tl.dot(M.to(OPERAND), D, M + D, input_precision=DOT)
+
+
+@triton.jit
+def _geometric(N, ORDER: tl.constexpr, PRECISION: tl.constexpr):
+    """N + N² + … = (I + N)(I + N²)(I + N⁴)… − I for N whose power ORDER is 0."""
     DOT: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     S = N
     power = N.to(tl.float16) if PRECISION == "half" else N
-    for k in tl.static_range(1, 7):
-        if (1 << k) < SIZE:
+    for k in tl.static_range(1, 4):
+        if (1 << k) < ORDER:
             square = tl.dot(power, power, input_precision=DOT)
             power = square.to(power.dtype)
             S = tl.dot(S.to(power.dtype), power, S + square, input_precision=DOT)
