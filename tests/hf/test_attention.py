@@ -160,6 +160,11 @@ def test_learned_gates(kind):
         assert largest(parallel(model, ids) - parallel(fixed, ids)) > 0.1
     model(ids, use_cache=False, labels=ids).loss.backward()
     assert all(p.grad.abs().sum() > 0 for gate in gates for p in gate.parameters())
+    model.zero_grad()
+    model(
+        ids[:, :1], use_cache=False
+    ).logits.sum().backward()  # DistributedDataParallel waits for gradients of them all
+    assert all(p.grad is not None and not p.grad.any() for gate in gates for p in gate.parameters())
 
 
 def test_gates_reach_their_bounds_exactly():

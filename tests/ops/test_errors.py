@@ -10,8 +10,9 @@ from ka_attention import ka_attention, truncated, walk
 Q, KV = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
 PAST = torch.randn(2, 2, 3, 8), torch.randn(2, 4, 3, 8)
 BAD = [
-    ({"q": 1}, TypeError, "q must be a floating-point tensor, got int"),
-    ({"q": Q.int()}, TypeError, "q must be a floating-point tensor, got a torch.int32 tensor"),
+    ({"q": 1}, TypeError, "q must be a floating-point tensor of 16 to 64 bits, got int"),
+    ({"q": Q.int()}, TypeError, "q must be a floating-point tensor .* got a torch.int32 tensor"),
+    ({"q": Q.to(torch.float8_e5m2)}, TypeError, "q must be a floating-point tensor .* got a torch.float8_e5m2 tensor"),
     ({"q": Q[0]}, ValueError, r"q must be \[B, H, T, D\], got \[4, 6, 8\]"),
     ({"k": KV.double()}, TypeError, "k must have q's dtype torch.float32, got torch.float64"),
     ({"k": KV.to("meta")}, ValueError, "k must be on q's device cpu, got meta"),

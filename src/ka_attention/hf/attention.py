@@ -218,7 +218,9 @@ def _attend(
         return out
     _refuse_dropout(options)
     gate = layer.gate_of(module, v)
-    if n == 1:
+    if n == 1 and (
+        state is not None or not getattr(gate, "requires_grad", False)
+    ):  # else its gradient is 0, not absent
         values = values if length > 1 else repeat_heads(values, q)  # a cache repeats what it keeps
         out = attend_one(q, k, values, mask, *options[:3])
         read = out if adapter is None or state is None else adapter(out)

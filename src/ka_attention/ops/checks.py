@@ -7,8 +7,8 @@ from torch import Tensor
 
 def check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] | None) -> None:
     """4-D, floating point, of q's dtype and device, and of `shape`, in which None is any size."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(x)}")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.element_size() < 2:
+        raise TypeError(f"{name} must be a floating-point tensor of 16 to 64 bits, got {kind_of(x)}")
     if x.ndim != 4:
         raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
     if x.dtype != q.dtype:
