@@ -52,6 +52,13 @@ def test_every_private_name_is_here():
     assert not found
 
 
+def test_the_oldest_compiler_can_trace_it():
+    """torch.compile of PyTorch 2.9 knows neither `isinstance(x, A | B)` nor properties of named tuples."""
+    sources = {file.name: file.read_text() for file in Path(private.__file__).parent.glob("*.py")}
+    assert not [name for name, text in sources.items() if re.search(r"isinstance\([^()]*\|", text)]
+    assert not [name for name, text in sources.items() if "NamedTuple)" in text and "@property" in text]
+
+
 def test_this_pytorch_has_them():
     """A name that an update took away is to be noticed here, since nothing else fails."""
     assert [path for path in PATHS if private._find(path) is None] == []

@@ -160,4 +160,4 @@ def _is_index(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+    return isinstance(x, (int, float)) and not isinstance(x, bool)

@@ -283,9 +283,9 @@ def config_class(base: Any) -> Any:
 def _let_trainers_resume() -> None:
     """Let the base class of configurations, of which no model is made, read those of KA models.
 
-    A Trainer that resumes asks it for the version of transformers that wrote the checkpoint, and nothing else. Of 5.17 to
-    5.24 none has a public way to allow a type of layers, or to read a checkpoint by another class. The list is private
-    to huggingface_hub's `strict`; where it is missing, a Trainer that resumes raises as it does for any unknown type.
+    A Trainer that resumes asks it for the version of transformers that wrote the checkpoint, and nothing else. From
+    5.17 to 5.24 there is no public way to allow a type of layers, or to read a checkpoint by another class. The list is
+    private to huggingface_hub's `strict`; where it is missing, a Trainer that resumes raises as for any unknown type.
     """
     checks: Any = getattr(PreTrainedConfig, "__class_validators__", [])  # subclasses have their own
 

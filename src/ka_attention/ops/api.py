@@ -141,7 +141,7 @@ def ka_attention(
         return paged.attend(call, gate, past, cu_seqlens, block_table, cache_seqlens, backend)
     call = normalise(q, k, v, gate, scale, window, past, attn_mask, cu_seqlens, softcap)
     if q.numel() == 0:  # every input has a gradient, of zeros
-        return q + sum(0 * x.sum().to(q.dtype) for x in call.tensors.differentiable if x is not None)
+        return q + sum(0 * x.sum().to(q.dtype) for x in call.tensors.differentiable() if x is not None)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.dense(*call.tensors, **call.options)
@@ -168,7 +168,7 @@ def _is_one_token_after_a_past(call: Call) -> bool:
     if x.q.shape[2] != 1 or x.k_past is None or call.options["softcap"] is not None:
         return False
     trains_gate = x.gate is not None and x.gate.requires_grad  # its gradient is 0 then, not absent
-    return not trains_gate and (x.mask is None or not x.may_train)
+    return not trains_gate and (x.mask is None or not x.may_train())
 
 
 def _default(q: Tensor) -> str:
@@ -231,7 +231,7 @@ def _normalise(q, k, v, gate, past, scale, window, attn_mask, cu_seqlens, softca
 
     k_past = u_past = None
     if past is not None:
-        if not isinstance(past, tuple | list) or len(past) != 2:
+        if not isinstance(past, (tuple, list)) or len(past) != 2:
             raise TypeError("past must be None or the pair (k_past, u_past)")
         k_past, u_past = past
         check_tensor("past[0] (k_past)", k_past, q, (B, Hkv, None, D))
@@ -273,7 +273,7 @@ def _warn_of_unstable(gate: Tensor) -> None:
 def expand_gate(gate: float | Tensor, q: Tensor) -> Tensor | None:
     """The gate as [B, Hq, T] in float32 (float64 for float64 queries); None for the number 1."""
     B, Hq, T, _ = q.shape
-    if isinstance(gate, int | float) and not isinstance(gate, bool):
+    if isinstance(gate, (int, float)) and not isinstance(gate, bool):
         if not finite(gate):
             raise ValueError(f"gate must be finite, got {gate}")
         if gate == 1:

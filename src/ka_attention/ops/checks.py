@@ -23,7 +23,7 @@ def check_tensor(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...] 
 
 
 def number(name: str, x: float, above: float = -math.inf) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be None or a number, got {kind_of(x)}")
     if not finite(x) or x <= above:
         raise ValueError(f"{name} must be finite{'' if above < 0 else ' and above 0'}, got {x}")

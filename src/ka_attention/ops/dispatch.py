@@ -129,7 +129,7 @@ def _differentiate(ctx, da, *_):
     arguments = (da, *tensors, a, lse, saved, *ctx.options)
     if torch.is_grad_enabled() or traced(da):  # the library operator refuses a second derivative
         present = iter(backward(*arguments))
-        grads = [None if x is None else next(present) for x in Tensors(*tensors).differentiable]
+        grads = [None if x is None else next(present) for x in Tensors(*tensors).differentiable()]
     else:
         grads = _gradients(*arguments)
     return *grads, *(None,) * (_ARGUMENTS - len(grads))
@@ -173,13 +173,13 @@ def attend(tensors: Tensors, options: Options, backend: str) -> Tensor:
     autograd too where no gradient is asked for.
     """
     library = traced(tensors.q, tensors.k, tensors.v, tensors.gate)
-    leaves = tensors.differentiable
+    leaves = tensors.differentiable()
     if not torch.compiler.is_compiling() and (private.takes_derivatives_of_func() or private.has_tangent(*leaves)):
         raise RuntimeError(  # without this, forward mode would find zeros
             "torch.func.grad, vjp, jvp and forward-mode derivatives need backend='reference'; the others have the "
             "derivative of torch.autograd and run under torch.vmap"
         )
-    save = tensors.may_train or (library and torch.is_grad_enabled())
+    save = tensors.may_train() or (library and torch.is_grad_enabled())
     run: Callable = forward if library else _apply if save else _forward
     return run(*tensors, options["scale"], options["window"], options["softcap"], save, backend, REVISION)[0]
 

@@ -19,15 +19,13 @@ class Tensors(NamedTuple):
     mask: Tensor | None
     cu_seqlens: Tensor | None
 
-    @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """Those that may have a gradient."""
         return self.q, self.k, self.v, self.gate, self.k_past, self.u_past
 
-    @property
     def may_train(self) -> bool:
         """Whether a gradient may be asked for."""
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.differentiable)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.differentiable())
 
 
 class Options(TypedDict):

@@ -26,9 +26,9 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """`ka_attention` of a checked call with ``gate`` after pasts in pages, which are checked here."""
     q, k, v, gates = call.tensors[:4]
-    window, is_softmax = call.options["window"], isinstance(gate, int | float) and gate == 0
+    window, is_softmax = call.options["window"], isinstance(gate, (int, float)) and gate == 0
     (_, H, _, D), heads = q.shape, k.shape[1]
-    if not isinstance(past, tuple | list) or len(past) != 2:
+    if not isinstance(past, (tuple, list)) or len(past) != 2:
         raise TypeError("past must be the pair (k_pages, u_pages)")
     k_pages, u_pages = past
     check_tensor("past[0] (k_pages)", k_pages, q, (None, heads, None, D))
@@ -44,7 +44,7 @@ def attend(
             wanted = "[N, width]" if name == "block_table" else "[N]"
             raise ValueError(f"{name} must be {wanted} with N = {N} as in cu_seqlens, got {list(x.shape)}")
     if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*call.tensors.differentiable, *past)
+        x is not None and x.requires_grad for x in (*call.tensors.differentiable(), *past)
     ):
         raise RuntimeError("block_table is for inference: no gradient flows through it, call it under torch.no_grad()")
     places = Past(k_pages, u_pages, block_table, cache_seqlens)

@@ -73,7 +73,7 @@ def by_tokens(group: Group, call: Call, cu_seqlens: Tensor | None, backend: str)
         return dispatch.attend(tensors._replace(cu_seqlens=cu_seqlens), call.options, backend)
     if backend == "reference":
         raise RuntimeError("backend 'reference' does not take a group with a window: use 'blocked'")
-    part = _Part(group, share_of(rank, T, window, ends), call.options, backend, window - 1, tensors.may_train)
+    part = _Part(group, share_of(rank, T, window, ends), call.options, backend, window - 1, tensors.may_train())
     with dispatch.without_autocast(q, backend):
         return _ByTokens.apply(q, k, v, gate, part)
 

@@ -65,7 +65,7 @@ def dense(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, sof
     """
     inputs, options = Tensors(q, k, v, gate, k_past, u_past, mask, cu_seqlens), (scale, window, softcap)
     traced = torch.compiler.is_compiling() or private.observed() or q.is_meta
-    if traced or all(x is None or x.isfinite().all() for x in inputs.differentiable):
+    if traced or all(x is None or x.isfinite().all() for x in inputs.differentiable()):
         return _solve(inputs, options)
     with torch.no_grad():
         loop = token_loop(*inputs, scale=scale, window=window, softcap=softcap)

@@ -11,7 +11,7 @@ from operator import or_
 import triton
 from torch import Tensor
 
-VERSIONS = ("3.6", "3.7", "3.8")
+VERSIONS = ("3.5", "3.6", "3.7", "3.8")
 
 
 def private_names() -> tuple | None:
