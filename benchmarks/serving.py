@@ -119,7 +119,8 @@ class Filled:
             rows = [group.row(name, context) for name in group.tables]
             tables = torch.tensor(list(group.tables.values()), device=device)
             pages = tables[:, positions // group.page % tables.shape[1]].flatten()
-            read[group.index] = torch.tensor([x for row in rows for x in row], device=device)
+            padding = [0] * (MOST * 2 if new > 1 else 0)
+            read[group.index] = torch.tensor([*chain(*rows), *padding], device=device)
             write[group.index] = pages * group.stride + (positions % group.page).repeat(requests)
         ends = torch.arange(requests + 1, dtype=torch.int32, device=device) * new
         if new > 1:

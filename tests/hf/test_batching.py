@@ -124,7 +124,14 @@ def test_places_of_fewer_requests_than_sequences():
     place = Place.read(group, read, torch.tensor([4 * 3 + 2, 4 * 9, 4 * 5 + 3]), 5, 8)
     assert place.cache_seqlens.tolist() == [6, 0, 3, 0, 0]
     assert [place.block_table[i].tolist()[:n] for i, n in ((0, 2), (2, 1))] == [[7, 3], [5]]
-    assert (place.page.tolist(), place.slot.tolist()) == ([3, 9, 5], [2, 0, 3])
+    assert (place.slots.place.tolist(), place.slots.stride) == ([4 * 3 + 2, 4 * 9, 4 * 5 + 3], 4)
+    ring = Group(0, {"a": [7, 3], "b": [], "c": [5]}, 4, 4, 2)
+    read = torch.tensor([*ring.row("a", 600), *ring.row("b", 0), *ring.row("c", 3), *[9] * 20])
+    place = Place.read(ring, read, read, 5, 8)
+    assert place.cache_seqlens.tolist() == [600, 0, 3, 0, 0]
+    assert place.block_table[0].tolist() == [7, 3]
+    assert place.block_table[2, 0] == 5
+    assert Place.read(ring, read[:9], read, 5, 8).cache_seqlens.tolist() == [600, 0, 3, 0, 0]
 
 
 @pytest.mark.parametrize("ring", [None, 1, 2])

@@ -74,7 +74,7 @@ def compile_ring() -> None:
 
 
 def compile_pages(new: int, window: int | None, gated: bool = True) -> None:
-    from ka_attention.ops.inputs import Past
+    from ka_attention.ops.inputs import Past, Slots
     from ka_attention.ops.triton import paged, store
 
     def there(*size, dtype=torch.bfloat16):
@@ -84,8 +84,8 @@ def compile_pages(new: int, window: int | None, gated: bool = True) -> None:
     past = Past(there(9, 2, 16, 64), there(9, 4, 16, 64), there(3, 3, dtype=torch.int32), there(3, dtype=torch.int32))
     gate, ends = there(1, 4, 3 * new) if gated else None, there(4, dtype=torch.int32)
     a = paged(q, k, v, gate, past, ends, 0.125, window, None, False, (0.0, 1.0))
-    place = there(3 * new, dtype=torch.int64)
-    store(k, v, a, gate, past, place, place, False, (0.0, 1.0))
+    slots = Slots(there(3 * new, dtype=torch.int64), 16, 0)
+    store(k, v, a, gate, past, slots, False, (0.0, 1.0))
 
 
 ALL: dict[str, Callable[[], None]] = {

@@ -6,7 +6,7 @@ from paged_calls import PagedCall
 from test_triton import CUDA, DEVICE, HALVES, KERNELS, in_the_interpreter, kernels
 
 from ka_attention.ops import paged
-from ka_attention.ops.inputs import Past
+from ka_attention.ops.inputs import Past, Slots
 
 if not KERNELS:
 
@@ -104,16 +104,15 @@ def test_new_tokens_are_stored(kind):
     k, v, a = (torch.randn(1, h, T, 8) for h in (2, 2, H))
     gate, is_softmax = torch.rand(1, H, T) if kind == "gate" else None, kind == "softmax"
     place = torch.randperm(8 * 4)[:T]
-    page, slot = place // 4, place % 4
-    page[::5] = -1  # of these nobody will read
+    place[::5] = 99  # of these nobody will read
     found = []
     for device, backend in (("cpu", "blocked"), (DEVICE, "triton")):
         pool = (torch.zeros(8, 2, 4, 8), torch.zeros(8, 2 if is_softmax else H, 4, 8))
         past = Past(*(x.to(device) for x in pool), torch.zeros(0), torch.zeros(0))
         new = [None if x is None else x.to(device) for x in (k, v, a, gate)]
-        paged.store(*new, past, page.to(device), slot.to(device), is_softmax, backend, (0.2, 0.7))
+        paged.store(*new, past, Slots(place.to(device), 4, 99), is_softmax, backend, (0.2, 0.7))
         found.append([x.cpu() for x in past[:2]])
-    assert all(int((x != 0).any(3).any(1).sum()) == int((page >= 0).sum()) for pool in found for x in pool)
+    assert all(int((x != 0).any(3).any(1).sum()) == int((place < 99).sum()) for pool in found for x in pool)
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

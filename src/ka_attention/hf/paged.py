@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -22,7 +23,7 @@ from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer, Options
 from ka_attention.ops import paged
 from ka_attention.ops.api import expand_gate, repeat_heads
-from ka_attention.ops.inputs import Past
+from ka_attention.ops.inputs import Past, Slots
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ARGUMENTS = ("cu_seq_lens_q", "read_index", "write_index")
@@ -83,7 +84,7 @@ def attend_paged(
     backend = "triton" if q.is_cuda else "blocked"
     if layer.has_adapter:
         out, u = _each(attend, module, layer, q, k, v, past, ends, options)
-        paged.store(k, v, u, None, past, place.page, place.slot, False, backend)
+        paged.store(k, v, u, None, past, place.slots, False, backend)
         return out
     if options.dropout:
         raise ValueError(f"attention_dropout must be 0 to serve, got {options.dropout}")
@@ -91,7 +92,7 @@ def attend_paged(
     numbers: Any = {"scale": options.scale, "window": options.window, "softcap": options.softcap}
     gate, bounds = _gates(module, layer, query, v) if layer.is_ka else (None, paged.UNBOUNDED)
     a = paged.run(query, k, v, gate, past, ends, numbers, is_softmax, backend, bounds)
-    paged.store(k, v, a, gate, past, place.page, place.slot, is_softmax, backend, bounds)
+    paged.store(k, v, a, gate, past, place.slots, is_softmax, backend, bounds)
     return a.to(q.dtype).transpose(1, 2).contiguous()
 
 
@@ -134,8 +135,7 @@ class Place(NamedTuple):
 
     block_table: Tensor
     cache_seqlens: Tensor
-    page: Tensor  # [N], −1 for tokens that nobody will read
-    slot: Tensor
+    slots: Slots
 
     @classmethod
     def read(cls, group: Group, read: Tensor, write: Tensor, count: int, longest: int) -> Place:
@@ -143,17 +143,21 @@ class Place(NamedTuple):
 
         Shapes follow from shapes, and no number is looked at: so it may be part of a CUDA graph.
         """
-        width = group.ring or -(-longest // group.page)
-        slot = write % group.stride
-        page = (write // group.stride).masked_fill(write == group.trash, -1)
+        slots = Slots(write, group.stride, group.trash)
         if read.numel() == 0:  # no request has a past
             nothing = write.new_zeros(count, 0, dtype=torch.int32)
-            return cls(nothing, nothing.sum(1, dtype=torch.int32), page, slot)
-        begins = (read < 0).cumsum(0)
-        first = torch.searchsorted(begins, torch.arange(1, count + 1, device=read.device))[:, None]
-        at = first + torch.arange(1 + width, device=read.device)  # one request after the last: beyond the end
-        rows = read[at.clamp(max=len(read) - 1)].masked_fill(first >= len(read), -1)
-        return cls(rows[:, 1:].int(), (-1 - rows[:, 0]).int(), page, slot)
+            return cls(nothing, nothing.sum(1, dtype=torch.int32), slots)
+        if group.ring is not None:
+            missing = count * (1 + group.ring) - len(read)
+            read = F.pad(read, (0, missing)) if missing > 0 else read
+            rows = read[: count * (1 + group.ring)].view(count, -1).int()
+        else:
+            begins = (read < 0).cumsum(0)
+            first = torch.searchsorted(begins, torch.arange(1, count + 1, device=read.device))[:, None]
+            # One request after the last begins beyond the end.
+            at = first + torch.arange(1 - longest // -group.page, device=read.device)
+            rows = read[at.clamp(max=len(read) - 1)].masked_fill(first >= len(read), 0).int()
+        return cls(rows[:, 1:], (-1 - rows[:, 0]).clamp(min=0), slots)  # padding is positive
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,13 @@ class Group:
     trash: int = -1
 
     def row(self, request: str, past: int) -> list[int]:
-        """−1 − past, a mark that no block has, and the blocks where the past of a request lies."""
-        kept = past if self.ring is None else min(past, self.ring * self.page)
-        return [-1 - past, *self.tables.get(request, ())[: -(-kept // self.page)]]
+        """−1 − past, a mark that no block has, and the blocks where the past of a request lies; of rings always as many
+        numbers.
+        """
+        table = self.tables.get(request, [])
+        if self.ring is None:
+            return [-1 - past, *table[: -(-past // self.page)]]
+        return [-1 - past, *table, *[0] * (self.ring - len(table))]
 
     def longest(self, requests: int, tokens: int) -> int:
         """The length that rows of so many requests with pasts of so many tokens together have at most."""

@@ -43,6 +43,14 @@ class Call(NamedTuple):
     options: Options
 
 
+class Slots(NamedTuple):
+    """Where new tokens go: to slot ``place % stride`` of page ``place // stride``, or, for ``nowhere``, nowhere."""
+
+    place: Tensor  # int64 [T]
+    stride: int
+    nowhere: int
+
+
 class Past(NamedTuple):
     """The pasts of N sequences, in pages of a pool (`ka_attention.ops.paged`)."""
 

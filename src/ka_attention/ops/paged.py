@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ka_attention.ops import dispatch, private
 from ka_attention.ops.checks import check_tensor, kind_of
-from ka_attention.ops.inputs import Call, Options, Past
+from ka_attention.ops.inputs import Call, Options, Past, Slots
 
 UNBOUNDED = -math.inf, math.inf
 _checked = WeakTensorKeyDictionary()  # of each block_table that was right: what it was looked at with, and the lengths
@@ -97,13 +97,11 @@ def run(
 
 
 def store(
-    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool,
-    backend: str, bounds: tuple[float, float] = UNBOUNDED,
+    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, slots: Slots, is_softmax: bool, backend: str,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> None:  # fmt: skip
-    """Write K and U of the new tokens of `run` into the pool: token t to place ``slot[t]`` of page ``page[t]``, or,
-    where that is −1, nowhere.
-    """
-    dispatch.load(backend).store(k, v, a, gate, past, page, slot, is_softmax, bounds)
+    """Write K and U of the new tokens of `run` into their ``slots`` of the pool."""
+    dispatch.load(backend).store(k, v, a, gate, past, slots, is_softmax, bounds)
 
 
 def _forward(

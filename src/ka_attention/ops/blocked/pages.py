@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ka_attention.ops.inputs import Past
+from ka_attention.ops.inputs import Past, Slots
 from ka_attention.ops.one import attend_one, repeat_heads
 
 
@@ -32,12 +32,13 @@ def _joined(pages: Tensor, page: Tensor, slot: Tensor, mask: Tensor | None, own:
     return x
 
 
-def store(k, v, a, gate, past: Past, page: Tensor, slot: Tensor, is_softmax: bool, bounds) -> None:
-    """K and U = V + g (A − V) of new tokens into their places of the pages, if any; V where the gate is 0."""
+def store(k, v, a, gate, past: Past, slots: Slots, is_softmax: bool, bounds) -> None:
+    """K and U = V + g (A − V) of new tokens into their slots of the pages, if any; V where the gate is 0."""
     u = v if is_softmax else a
     if gate is not None and not is_softmax:
         v = repeat_heads(v, a)
         u = v + gate.clamp(*bounds)[..., None] * (a - v)
-    kept = page >= 0
+    kept = slots.place != slots.nowhere
+    place = slots.place[kept]
     for pages, new in ((past.k_pages, k), (past.u_pages, u)):
-        pages[page[kept], :, slot[kept]] = new[0, :, kept].transpose(0, 1).to(pages.dtype)
+        pages[place // slots.stride, :, place % slots.stride] = new[0, :, kept].transpose(0, 1).to(pages.dtype)

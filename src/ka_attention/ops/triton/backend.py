@@ -88,9 +88,9 @@ def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, b
     )
 
 
-def store(k, v, a, gate, past, page, slot, is_softmax, bounds) -> None:
-    """K and U of new tokens into their places of the pages."""
-    pasts.store(k, v, a, gate, past, page, slot, is_softmax, bounds)
+def store(k, v, a, gate, past, slots, is_softmax, bounds) -> None:
+    """K and U of new tokens into their slots of the pages."""
+    pasts.store(k, v, a, gate, past, slots, is_softmax, bounds)
 
 
 _plans: dict[tuple, Narrow | Wide] = {}

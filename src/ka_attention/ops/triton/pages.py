@@ -228,19 +228,18 @@ def chunk_kernel(
             publish(FLAGS + 1, r0 // BM + 1)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "nowhere"])
 def store_kernel(
-    K, V, A, GATE, PAGE, SLOT, K_PAGES, U_PAGES, k_strides, v_strides, a_strides, gate_strides, kp_strides, up_strides,
-    low, high, T, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    SOLVE: tl.constexpr, HAS_GATE: tl.constexpr,
+    K, V, A, GATE, PLACE, K_PAGES, U_PAGES, k_strides, v_strides, a_strides, gate_strides, kp_strides, up_strides,
+    low, high, T, stride, nowhere, GROUP: tl.constexpr, U_GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, SOLVE: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """K, and U = V + g (A − V), of BM tokens and one head into their places, if they have any; V without SOLVE."""
+    """K, and U = V + g (A − V), of BM tokens and one head into their slots, if they have any; V without SOLVE."""
     h = tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)[None, :]
-    page = tl.load(PAGE + t, mask=t < T, other=-1)[:, None]
-    slot = tl.load(SLOT + t, mask=t < T, other=0)[:, None]
-    inside = (page >= 0) & (d < D)
+    place = tl.load(PLACE + t, mask=t < T, other=0)[:, None]
+    page, slot, inside = place // stride, place % stride, ((t < T)[:, None] & (place != nowhere)) & (d < D)
     t = t.to(tl.int64)[:, None]
     if h % GROUP == 0:
         k = tl.load(K + h // GROUP * k_strides[1] + t * k_strides[2] + d, mask=inside)

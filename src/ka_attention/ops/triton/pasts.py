@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ka_attention.ops.inputs import Past
+from ka_attention.ops.inputs import Past, Slots
 from ka_attention.ops.triton.pages import after_first_kernel, chunk_kernel, gather_kernel, past_kernel, store_kernel
 from ka_attention.ops.triton.plan import strides
 from ka_attention.ops.triton.tiles import INTERPRETED, narrow_reach, padded
@@ -128,15 +128,16 @@ def _after_first(
 
 
 def store(
-    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, page: Tensor, slot: Tensor, is_softmax: bool,
+    k: Tensor, v: Tensor, a: Tensor, gate: Tensor | None, past: Past, slots: Slots, is_softmax: bool,
     bounds: tuple[float, float],
 ) -> None:  # fmt: skip
-    """K and U of new tokens into their places of the pool; V in U's place where the gate is 0."""
+    """K and U of new tokens into their slots of the pool; V in U's place where the gate is 0."""
     k_pages, u_pages = past[:2]
     T = k.shape[2]
     constants = {name: x for name, x in _constants(a, k, u_pages).items() if name in ("GROUP", "U_GROUP", "D", "BD")}
     with torch.cuda.device_of(a):
         store_kernel[triton.cdiv(T, 16), a.shape[1]](
-            k, v, a, gate, page, slot, k_pages, u_pages, *map(strides, (k, v, a, gate, k_pages, u_pages)), *bounds, T,
-            BM=16, SOLVE=not is_softmax, HAS_GATE=gate is not None, num_warps=1, **constants,
+            k, v, a, gate, slots.place, k_pages, u_pages, *map(strides, (k, v, a, gate, k_pages, u_pages)), *bounds, T,
+            slots.stride, slots.nowhere, BM=16, SOLVE=not is_softmax, HAS_GATE=gate is not None, num_warps=1,
+            **constants,
         )  # fmt: skip
