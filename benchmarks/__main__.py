@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.harness import machine
 
-NAMES = ("cpu", "gpu", "hybrid", "models", "ranks", "serving", "training")
+NAMES = ("cpu", "gpu", "hybrid", "models", "ranks", "serving", "traffic", "training")
 
 
 def main(arguments: list[str] | None = None) -> None:

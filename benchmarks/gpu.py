@@ -16,10 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -30,6 +32,7 @@ from benchmarks.harness import machine
 from benchmarks.timing import both_passes, inputs, passes, replayed, sdpa
 from ka_attention import ka_attention
 from ka_attention.ops import reference
+from ka_attention.ops.ring import ring_step
 
 SHAPES = [
     (32, 8, 128, 64),
@@ -56,6 +59,8 @@ NARROW_WINDOWS = (2, 4, 8, 16, 64)
 SHORT = [(32, 8, 128, 64), (16, 8, 512, 64)]
 WINDOWED = (1, 16, 8192, 128)
 WINDOWS = (256, 1024)
+RINGS = [(1, 16, 64), (32, 16, 64), (32, 32, 128)]  # batch, heads, head dimension
+SLOTS = (8, 512, 4096)
 DECODES = [(8, 8, 2048, 64), (1, 32, 8192, 128), (16, 32, 2048, 128)]
 VERSIONS = ("triton", "transformers", "flash-linear-attention")
 FIRST = (8, 8, 2048, 64)
@@ -179,6 +184,22 @@ def decoding() -> Iterator[Record]:
             yield {"section": "decode", "case": case, "shape": [B, H, P, D], "pass": "decode", "ms": took}
 
 
+@torch.no_grad()
+def rings() -> Iterator[Record]:
+    """One new token through a ring, beside PyTorch's attention to as many keys and values, which stores nothing."""
+    for (B, H, D), S in product(RINGS, SLOTS):
+        q, k, v = (x.detach() for x in inputs(B, H, 1, D)[:3])
+        keys, values = (x.detach() for x in inputs(B, H, S, D)[:2])
+        count = torch.tensor(S + 100, device=q.device)
+        options: dict[str, Any] = {"gate": 1.0, "window": S, "mask": None, "scale": D**-0.5, "softcap": None}
+        calls = {
+            "SDPA": partial(F.scaled_dot_product_attention, q, keys, values),
+            "KA": partial(ring_step, q, k, v, (keys, values), count, **options),
+        }
+        took = {name: replayed(call) for name, call in calls.items()}
+        yield {"section": "ring", "case": f"{S:,} slots", "shape": [B, H, S, D], "pass": "step", "ms": took}
+
+
 def first_call() -> Iterator[Record]:
     """Milliseconds of the first forward and backward of a process: nothing compiled yet, then again from the cache; and
     how many kernels later calls compile that differ in T, B and the window's value alone.
@@ -221,6 +242,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {
     "short": short_windows,
     "windows": windows,
     "decode": decoding,
+    "ring": rings,
     "loop": peers.token_loops,
     "deltaformer": peers.deltaformers,
     "deltarule": peers.delta_rules,

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of
 from benchmarks import decode, goals
 
 KERNELS = pytest.importorskip("triton", reason="the GPU's benchmarks need Triton")
-from benchmarks import gpu, models, peers, timing  # noqa: E402
+from benchmarks import gpu, models, peers, timing, traffic  # noqa: E402
 
 
 def record(section, shape, label, peer, ratio, **more):
@@ -124,6 +124,24 @@ def test_a_peer_that_is_absent_or_fails_is_skipped_with_the_reason(monkeypatch):
         assert row["ms"] == {}
         assert row["skipped"] == "ModuleNotFoundError: No module named 'fla'"
     assert "skipped" not in next(peers.deltaformers())
+
+
+def test_bytes_are_those_of_each_pass(monkeypatch):
+    sizes = {"weights": 100, "walk": 20, "adjoint_walk": 30, "scan": 4, "gradients": 500}  # in millions
+    counters = [
+        f'"{kernel}_kernel","dram__bytes_{way}.sum","{size},000,000"'
+        for kernel, size in sizes.items()
+        for way in ("read", "write")
+    ]
+    head = ["==PROF== Connected", '"Kernel Name","Metric Name","Metric Value"']
+    assert traffic.counted([*head, *counters, *counters]) == [(240e6, 1068e6)] * 2
+    output = "\n".join(head + counters * len(gpu.NARROW) * len(traffic.WINDOWS))
+    monkeypatch.setattr(traffic.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=output))
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in next(traffic.run()).splitlines()]
+    assert found[2:4] == [
+        ["window 2", "1, 16, 8192, 128", "forward", "134", "240", "1.79"],
+        ["window 2", "1, 16, 8192, 128", "backward", "268", "1068", "3.98"],
+    ]
 
 
 def test_models_train_and_decode_with_every_attention(monkeypatch):
