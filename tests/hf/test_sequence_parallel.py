@@ -1,6 +1,7 @@
 """A model whose texts are split over processes trains as in one process, and refuses what it cannot do."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch.distributed as dist
 from processes import together
 from text_shares import LENGTH, batches, loss_of, make_model, shifted
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
-from ka_attention.hf import KACache, KAConfig, attach, sequence_parallel, share
+from ka_attention.hf import KACache, KAConfig, attach, detach, reconfigure, sequence_parallel, share
 
 PACKED = torch.tensor([3, 5, 12, 4])  # the second ends with the first of three shares, the third crosses the second
 
@@ -65,6 +67,11 @@ def work(folder):
         share(batch | {"attention_mask": batch["labels"] > 0}, group)
     with pytest.raises(ValueError, match="25 tokens cannot be shared out"):
         share({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, group)
+    for wrong in ({"input_ids": batch["input_ids"][0]}, {"position_ids": torch.arange(LENGTH)}):
+        with pytest.raises(ValueError, match=r"expected input_ids, and labels .* \[B, T\]"):
+            share(batch | wrong, group)
+    with pytest.raises(ValueError, match=r"expected input_ids, .* got \{\}"):
+        share({"inputs_embeds": torch.zeros(1, LENGTH, 8)}, group)
     with pytest.raises(ValueError, match="stand in one row, got 2"):
         share(batch | {"position_ids": packed(batch)["position_ids"].expand(2, -1)}, group)
     own_windows(group)
@@ -103,3 +110,16 @@ def test_refusals_change_nothing(two_processes, monkeypatch):
     with pytest.raises(ValueError, match="no KA model"):
         sequence_parallel(GPTNeoXForCausalLM(config), two_processes)
     sequence_parallel(make_model(KAConfig(window=3)), two_processes)  # windows ask nothing of the heads
+    for wrong in ("world", SimpleNamespace(get_group=None, ndim=2)):
+        with pytest.raises(ValueError, match="group: expected a ProcessGroup or one dimension of a DeviceMesh"):
+            sequence_parallel(make_model(KAConfig(window=3)), wrong)
+
+
+def test_a_model_in_shares_stays_so(two_processes):
+    """Where its settings change, and in a copy (an average of weights is made of one); else shares would be texts."""
+    model = sequence_parallel(make_model(KAConfig(window=3)), two_processes)
+    for each in (AveragedModel(model).module, model):
+        reconfigure(each, KAConfig(window=2))
+        layers = [layer.attention.ka_layer for layer in each.gpt_neox.layers]
+        assert [(layer.group, layer.window) for layer in layers] == [(two_processes, 2)] * len(layers)
+    assert attach(detach(model)).gpt_neox.layers[0].attention.ka_layer.group is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,9 @@ class Layer:
     has_adapter: bool
     group: Any = None
     _gates: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> Layer:
+        return self  # nothing of it changes, and a group cannot be copied
 
     @classmethod
     def make(cls, config: Any, index: int, is_first: bool, ka: KAConfig | None = None) -> Layer:
@@ -102,10 +105,11 @@ class Layer:
 
 
 def configure(model: Any, ka: KAConfig) -> None:
-    """Give every attention layer of ``model``, whose ``config.ka_config`` is set, its settings."""
+    """Give every attention layer of ``model``, whose ``config.ka_config`` is set, its settings; groups stay."""
     text = text_config(model)
     for i, module in enumerate(attention_modules(model)):
-        module.ka_layer = Layer.make(text, module.layer_idx, i == 0, ka)
+        group = getattr(module.__dict__.get("ka_layer"), "group", None)
+        module.ka_layer = replace(Layer.make(text, module.layer_idx, i == 0, ka), group=group)
 
 
 def reconfigure(model: Any, ka: KAConfig) -> None:

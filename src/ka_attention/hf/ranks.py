@@ -70,7 +70,8 @@ def share(batch: dict[str, Tensor], group: Any) -> dict[str, Any]:
 
 
 def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
-    batch, length = dict(batch), batch["input_ids"].shape[1]
+    length = _length(batch)
+    batch = dict(batch)
     if length % size:
         raise ValueError(f"batch: {length} tokens cannot be shared out to {size} processes, pad or cut the text")
     mask = batch.pop("attention_mask", None)
@@ -94,6 +95,15 @@ def _cut(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Any]:
     if "shift_labels" in batch:
         cut["num_items_in_batch"] = (batch["shift_labels"] != IGNORED).sum() / size
     return {**cut, "use_cache": False}
+
+
+def _length(batch: dict[str, Tensor]) -> int:
+    """T, of token ids, labels and positions alike."""
+    shapes = {name: list(batch[name].shape) for name in ("input_ids", "labels", "position_ids") if name in batch}
+    first, *others = shapes.get("input_ids", []), *shapes.values()
+    if len(first) != 2 or any(len(shape) != 2 or shape[1] != first[1] for shape in others):
+        raise ValueError(f"batch: expected input_ids, and labels and positions like them, [B, T], got {shapes}")
+    return first[1]
 
 
 def _ends_of(positions: Tensor) -> dict[str, Tensor]:
@@ -202,7 +212,10 @@ class SequenceParallelMixin:
 
 
 def _process_group(group: Any) -> Any:
-    return group.get_group() if hasattr(group, "get_group") else group
+    is_mesh = hasattr(group, "get_group")
+    if (is_mesh and group.ndim != 1) or not (group is None or hasattr(group, "size")):
+        raise ValueError(f"group: expected a ProcessGroup or one dimension of a DeviceMesh, got {group!r}")
+    return group.get_group() if is_mesh else group
 
 
 def attend_share(
