@@ -192,7 +192,8 @@ def test_longer_reaches_wait_from_block_to_block(name, links, monkeypatch):
 
     monkeypatch.setattr(backend, "_plans", {})
     monkeypatch.setattr(backend, "narrow_reach", lambda *_: None)
-    monkeypatch.setattr(wide, "longest_reach", lambda *_: 0)
+    for module in (backend, wide):
+        monkeypatch.setattr(module, "band", lambda *_: 0)
     monkeypatch.setattr(wide, "links", lambda *_: links)
     assert_within_budget(Problem(**SMALL | CASES[name], dtype=torch.float32))
 
@@ -230,10 +231,11 @@ def test_a_wave_fits_the_cache_and_fills_the_device(heads, size, expected, monke
 @kernels
 @pytest.mark.parametrize("lengths", [(1, 33, 100), (30,)])
 def test_a_band_as_long_as_the_sequence(lengths, monkeypatch):
-    from ka_attention.ops.triton import backend, wide
+    from ka_attention.ops.triton import backend, tiles, wide
 
     monkeypatch.setattr(backend, "_plans", {})
-    monkeypatch.setattr(wide, "longest_reach", lambda *_: 8)
+    for module in (backend, wide):
+        monkeypatch.setattr(module, "band", tiles.reach)
     assert_within_budget(Problem(**SMALL | {"lengths": lengths, "gate": "token"}, dtype=torch.float32))
 
 

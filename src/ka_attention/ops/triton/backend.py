@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ka_attention.ops.triton import pasts
 from ka_attention.ops.triton.narrow import Narrow
-from ka_attention.ops.triton.tiles import choose, narrow_reach, narrow_width
+from ka_attention.ops.triton.tiles import band, choose, narrow_reach, narrow_width
 from ka_attention.ops.triton.wide import Wide
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -18,11 +18,11 @@ MAX_PLANS = 1024
 
 def outputs(q: Tensor, save: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
-    each block what the backward would have to solve again: the rows of S, where I + S = (I − L G)⁻¹, or, for a narrow
-    window, those of E and S.
+    each block what the backward would have to form again: the rows of S, where I + S = (I − L G)⁻¹, and of the tiles
+    that the sweep of a window reads, or, for a narrow window, those of E and S.
     """
     before = narrow_reach(q, window)
-    width = choose(q).columns.BM if before is None else narrow_width(before, True)
+    width = (1 + band(q, window)) * choose(q).forward.BM if before is None else narrow_width(before, True)
     return _outputs(q, width if save else 0)
 
 

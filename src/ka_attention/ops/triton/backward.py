@@ -10,6 +10,9 @@ With dU_j = Σ_{i>j} W_ij Y_i and everything below transposed (columns j are the
 The forward saved S, so no system is solved again.
 """
 
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow while Triton unrolls loops)
+
 import triton
 import triton.language as tl
 
@@ -48,62 +51,6 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
 
 
 @triton.jit
-def _solve(SOLVE, c0, n, BM: tl.constexpr, GUARD: tl.constexpr):
-    """Sᵀ of the block at c0."""
-    return tl.trans(load_tile(SOLVE, c0, BM, n, BM, BM, BM, GUARD))
-
-
-@triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
-def prepare_kernel(
-    DA, Q, K, V, GATE, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, BAND,
-    da_strides, q_strides, k_strides, v_strides, gate_strides, mask_strides,
-    scale, softcap, B, H, T, P, window, wave,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the sweep needs of one column block: (I + Sᵀ) dA, into Y, and into BAND, side by side, the tiles
-    C_i = (I + Sᵀ) G W_ijᵀ of the REACH row blocks after it. With a gate also U.
-    """
-    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    MASKED: tl.constexpr = WINDOW or HAS_MASK
-    _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, wave, PACKED)
-    c0 = rank * BM
-    if PACKED and c0 >= n:
-        return
-    b = tl.cast(b, tl.int64)
-    head = (b * H + h) * T + start
-    Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
-    K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
-    LSE += head
-    if HAS_MASK:
-        MASK += b * mask_strides[0] + h * mask_strides[1]
-    i = tl.arange(0, BM)
-    if HAS_GATE:
-        V += b * v_strides[0] + h // GROUP * v_strides[1] + tl.cast(start, tl.int64) * V_ROW
-        GATE += b * gate_strides[0] + h * gate_strides[1] + tl.cast(start, tl.int64) * gate_strides[2]
-        g = tl.load(GATE + tl.cast(c0 + i, tl.int64) * gate_strides[2], mask=c0 + i < n, other=0.0)
-        v = load_tile(V, c0, V_ROW, n, BM, D, BD, RAGGED)
-        a = load_tile(A + head * D, c0, D, n, BM, D, BD, RAGGED)
-        store_tile(U + head * D, v + g[:, None] * (a.to(tl.float32) - v), c0, D, n, BM, D, BD)
-    DA += b * da_strides[0] + h * da_strides[1] + tl.cast(start, tl.int64) * da_strides[2]
-    da = load_tile(DA, c0, da_strides[2], n, BM, D, BD, RAGGED)
-    S = _solve(SOLVE + head * BM, c0, n, BM, RAGGED)
-    store_tile(Y + head * D, tl.dot(S, da, da.to(tl.float32), input_precision=DOT), c0, D, n, BM, D, BD)
-    if REACH > 0:
-        BAND += head * REACH * BM
-        k = load_tile(K, c0, K_ROW, n, BM, D, BD, RAGGED)
-        for r0 in range(c0 + BM, tl.minimum(c0 + (REACH + 1) * BM, n), BM):
-            p = _weights(k, Q, LSE, P + c0, r0, n, P + n, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM, BM,
-                         D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
-            if HAS_GATE:
-                p *= g[:, None]
-            p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT)
-            store_tile(BAND + (r0 - c0 - BM), p, c0, REACH * BM, n, BM, BM, BM)
-
-
-@triton.jit
 def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap,
               du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr,
               BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
@@ -130,9 +77,26 @@ def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strid
     return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT), d
 
 
+@triton.jit
+def _links(k, SAVED, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap,
+           Q_ROW: tl.constexpr, REACH: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+           HAS_GATE: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
+           SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """(I + Sᵀ) G W_ijᵀ of the REACH row blocks after column block j, the last first."""
+    S = tl.trans(load_tile(SAVED, c0, BM, n, BM, BM, BM, True))
+    links = ()
+    for distance in tl.static_range(REACH, 0, -1):
+        p = _weights(k, Q, LSE, j, c0 + distance * BM, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW,
+                     BM, BM, D, BD, True, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
+        if HAS_GATE:
+            p *= g[:, None]
+        links += (tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype),)
+    return links
+
+
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def columns_kernel(
-    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SOLVE, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
+    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SAVED, Y, DELTA, DK, DV, DU, DGATE, LINKS, FLAGS,
     da_strides, q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -143,21 +107,24 @@ def columns_kernel(
     """One column block of one head, last block first: all that flows back into its keys and values.
 
     MODE: "chain" finds Y and δ of the block, waiting for the blocks after it, and with a gate U. The REACH nearest of
-    them it meets with (I + Sᵀ) G W_ijᵀ, formed before it waits, so that one product lies between two blocks. "solved"
-    finds all this complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
+    them it meets with (I + Sᵀ) G W_ijᵀ, formed before it waits for them, with a window before all else, so that one
+    product lies between two blocks. "solved" finds all this complete; "past" handles cached columns, K and U_PAST being
+    the cache: DK and DU.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK or MODE == "past"
     R: tl.constexpr = BM // BN
-    APART: tl.constexpr = R * REACH if MODE == "chain" else 0  # row tiles that wait for the last moment
-    t = tl.atomic_add(FLAGS, 1) if MODE == "chain" else tl.program_id(0)
+    CHAIN: tl.constexpr = MODE == "chain" and REACH > 0
+    AHEAD: tl.constexpr = CHAIN and WINDOW and REACH > 1
+    APART: tl.constexpr = R * REACH if CHAIN else 0  # row tiles that wait for the last moment
+    t = tl.atomic_add(FLAGS, 1) if CHAIN else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, wave, PACKED)
     blocks = tl.cdiv(n, BM)
     if PACKED and rank >= blocks:
         return
     c0 = rank * BM if MODE == "past" else (blocks - 1 - rank) * BM
     b = tl.cast(b, tl.int64)
-    flag = FLAGS + 1 + sequence * H + h if MODE == "chain" else 0
+    flag = FLAGS + 1 + sequence * H + h if CHAIN else 0
     head = (b * H + h) * T + start
     Q += b * q_strides[0] + h * q_strides[1] + tl.cast(start, tl.int64) * Q_ROW
     K += b * k_strides[0] + h // GROUP * k_strides[1] + tl.cast(start, tl.int64) * K_ROW
@@ -171,6 +138,7 @@ def columns_kernel(
     size = P if MODE == "past" else n
 
     k = load_tile(K, c0, K_ROW, size, BM, D, BD, True)
+    g = tl.full([BM], 1.0, tl.float32)
     if MODE == "past":
         U_PAST += b * u_strides[0] + h * u_strides[1]
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
@@ -189,6 +157,14 @@ def columns_kernel(
         else:
             u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
 
+    links = ()
+    if AHEAD:
+        LINKS += head * REACH * BM  # kept there, as registers would not hold them
+        links = _links(k, SAVED + head * BM, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale,
+                       softcap, Q_ROW, REACH, BM, D, BD, HAS_GATE, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        for link in tl.static_range(REACH):
+            store_tile(LINKS + link * BM, links[link], c0, REACH * BM, n, BM, BM, BM)
+        tl.debug_barrier()
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
     d = tl.zeros([BM], tl.float32)
@@ -199,7 +175,7 @@ def columns_kernel(
     end = blocks * R if MODE == "past" else rank * R
     near = tl.maximum(end - APART, 0)
     while t < near:
-        stop = tl.minimum(wait(flag, t // R + 1) * R, near) if MODE == "chain" else near
+        stop = tl.minimum(wait(flag, t // R + 1) * R, near) if CHAIN else near
         for tile in range(t, stop):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
                                   mask_strides, P, window, scale, softcap, du, dk, d, False,
@@ -212,26 +188,27 @@ def columns_kernel(
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, D, P, BM, D, BD)
     else:
         if MODE == "chain":
-            S = _solve(SOLVE + head * BM, c0, n, BM, RAGGED)
+            if not AHEAD:
+                links = _links(k, SAVED + head * BM, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale,
+                               softcap, Q_ROW, REACH, BM, D, BD, HAS_GATE, MASKED, WINDOW, HAS_MASK, SOFTCAP,
+                               DOT)  # fmt: skip
+            S = tl.trans(load_tile(SAVED + head * BM, c0, BM, n, BM, BM, BM, RAGGED))
             DA += b * da_strides[0] + h * da_strides[1] + tl.cast(start, tl.int64) * da_strides[2]
             y = load_tile(DA, c0, da_strides[2], n, BM, D, BD, RAGGED) + (g[:, None] * du if HAS_GATE else du)
             y = tl.dot(S, y.to(S.dtype), y, input_precision=DOT)
-            if REACH > 0:
-                for before in tl.range(near // R, rank, num_stages=1):
-                    r0 = (blocks - 1 - before) * BM
-                    p = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
-                                 BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
-                    if HAS_GATE:
-                        p *= g[:, None]
-                    p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype)
-                    wait(flag, before + 1)
-                    y = tl.dot(p, load_tile(Y, r0, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
+            for link in tl.static_range(REACH):
+                distance = REACH - link
+                wait(flag, rank + 1 - distance)
+                nearest = load_tile(Y, c0 + distance * BM, D, n, BM, D, BD, True)
+                met = load_tile(LINKS + link * BM, c0, REACH * BM, n, BM, BM, BM, RAGGED) if AHEAD else links[link]
+                y = tl.dot(met, nearest, y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
             y = y.to(u.dtype)
             delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
             store_tile(Y, y, c0, D, n, BM, D, BD)
             tl.store(DELTA + i, delta, mask=i < n)
-            publish(flag, rank + 1)
+            if CHAIN:
+                publish(flag, rank + 1)
         # Last the rows that `du` must not have had before the solve: those of a link, and the block's own.
         for tile in range(near, end + R):
             du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,

@@ -108,9 +108,9 @@ def visible(i, j, rows, columns, MASK, mask_strides, P, window, WINDOW: tl.const
 
     Positions count the P cached tokens; MASK, of this head, has one row a new token and one column a position.
     """
-    seen = (i < rows) & (j < columns)
-    if WINDOW:
-        seen = seen & (i - j < window)
+    first = tl.maximum(i - window + 1, 0) if WINDOW else i * 0
+    # One comparison a pair: rows outside see nothing, and nothing sees columns outside.
+    seen = tl.where(j < columns, j, -1) >= tl.where(i < rows, first, columns)
     if HAS_MASK:
         mask = MASK + (tl.cast(i - P, tl.int64) * mask_strides[2] + tl.cast(j, tl.int64) * mask_strides[3])
         seen = seen & (tl.load(mask, mask=seen, other=0) != 0)

@@ -2,10 +2,11 @@
 
 A block whose window ends within K blocks reads those only, so all that remains sequential (docs/maths.md) is
 
-    forward     A_b = X_b + Σ_{d=1…K} C_bd A_{b−d},     C_bd = (I + S_b) W_b,b−d G_{b−d}
-    backward    Y_b = X_b + Σ_{d=1…K} C_bd Y_{b+d},     C_bd = (I + S_b) G_b W_b+d,bᵀ
+    forward     A_b = X_b + Σ_{d=1…K} C_b,b−d A_{b−d},           C_bc = (I + S_b) W_bc G_c
+    backward    Z_b = dA_b + Σ_{d=1…K} C_b+d,bᵀ Z_{b+d},         Y_b = (I + S_b)ᵀ Z_b
 
-where I + S is the inverse of the block's own triangular system and X_b what the block has without the others.
+where I + S is the inverse of the block's own triangular system and X_b what the block has without the others. Both
+passes read the same tiles C, which the forward kernel forms.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -19,46 +20,79 @@ from ka_attention.ops.triton.primitives import block, load_tile, put
 
 @triton.jit(do_not_specialize=["B", "H", "T"])
 def sweep_kernel(
-    X, BAND, CU, B, H, T,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
-    DOT: tl.constexpr,
+    X, V, GATE, A, SAVED, CU, Y, U, x_strides, v_strides, gate_strides, B, H, T,
+    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
+    PARTS: tl.constexpr, ROW: tl.constexpr, STAGES: tl.constexpr, HAS_GATE: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence in place, X becoming A or Y, for BD columns of one head: the columns of X are independent.
+    """The recurrence from X to Y, for BD columns of one head: the columns are independent. REVERSE: the backward's, and
+    with a gate also U.
 
-    A finished block is pushed into the sums of the REACH blocks after it, which stay in registers: one product, of the
-    nearest, lies between two blocks.
+    A finished block is pushed into the sums of the REACH blocks that read it, which stay in registers: one product, of
+    the tiles of all of them at once (PARTS, a power of two), lies between two blocks.
     """
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    SIGN: tl.constexpr = -1 if REVERSE else 1
     h = tl.program_id(0) % H
     sequence = tl.program_id(0) // H
     d0 = tl.program_id(1) * BD
-    if PACKED:
-        start = tl.load(CU + sequence)
-        n = tl.load(CU + sequence + 1) - start
-        head = tl.cast(h, tl.int64) * T + start
-    else:
-        n = T
-        head = (tl.cast(sequence, tl.int64) * H + h) * T
-    X += head * D
-    BAND += head * REACH * BM
-    SIGN: tl.constexpr = -1 if REVERSE else 1
+    start = tl.load(CU + sequence) if PACKED else 0
+    n = tl.load(CU + sequence + 1) - start if PACKED else T
+    b = tl.cast(0 if PACKED else sequence, tl.int64)
+    start = tl.cast(start, tl.int64)
+    head = (b * H + h) * T + start
+    X += b * x_strides[0] + h * x_strides[1] + start * x_strides[2]
+    Y += head * D
+    SAVED += head * ROW
+    BAND = SAVED + ROW - REACH * BM
+    if HAS_GATE and REVERSE:
+        V += b * v_strides[0] + h // GROUP * v_strides[1] + start * V_ROW
+        GATE += b * gate_strides[0] + h * gate_strides[1] + start * gate_strides[2]
+        A += head * D
+        U += head * D
     blocks = tl.cdiv(n, BM)
     first = blocks - 1 if REVERSE else 0
+    i = tl.arange(0, BM)
+    part = tl.arange(0, PARTS * BM)
+    distance = 1 + part // BM
     sums = ()
-    for distance in tl.static_range(REACH + 1):
-        sums += (block(X, (first + SIGN * distance) * BM, D, n, d0, BM, D, BD).to(tl.float32),)
+    for k in tl.static_range(PARTS + 1):
+        sums += (block(X, (first + SIGN * k) * BM, x_strides[2], n, d0, BM, D, BD).to(tl.float32),)
     # Loads run stages ahead of the recurrence: no step loads what another stores.
     for step in tl.range(0, blocks, num_stages=STAGES):
-        b = first + SIGN * step
-        y = sums[0].to(X.dtype.element_ty)
-        put(X, y, b * BM, D, 0, n, d0, BM, D, BD)
+        r0 = (first + SIGN * step) * BM
+        y = sums[0].to(Y.dtype.element_ty)
+        if REVERSE:
+            rows = r0 + i
+            c = BAND + tl.cast(rows, tl.int64)[:, None] * ROW + part[None, :]
+            c = tl.trans(tl.load(c, mask=(rows < n)[:, None] & (distance <= REACH)[None, :], other=0.0))
+        else:
+            rows = r0 + distance * BM + part % BM
+            c = BAND + tl.cast(rows, tl.int64)[:, None] * ROW + ((distance - 1) * BM)[:, None] + i[None, :]
+            c = tl.load(c, mask=((rows < n) & (distance <= REACH))[:, None], other=0.0)
+        pushed = _apart(tl.dot(c, y, input_precision=DOT), PARTS, BM, BD)  # c [PARTS BM, BM]
         rest = ()
-        for distance in tl.static_range(1, REACH + 1):
-            to = b + SIGN * distance
-            inside = (to >= 0) & (to < blocks)
-            c = load_tile(BAND + (distance - 1) * BM, tl.where(inside, to, b) * BM, REACH * BM, n, BM, BM, BM, RAGGED)
-            # A sum apart from the product, which the selection keeps apart: as its accumulator it would move from
-            # register to register between products, and the compiler lets each of these finish before the next.
-            rest += (sums[distance] + tl.where(inside, tl.dot(c, y, input_precision=DOT), 0.0),)
-        rest += (block(X, (b + SIGN * (REACH + 1)) * BM, D, n, d0, BM, D, BD).to(tl.float32),)
+        for k in tl.static_range(PARTS):
+            rest += (sums[k + 1] + pushed[k],)
+        rest += (block(X, r0 + SIGN * (PARTS + 1) * BM, x_strides[2], n, d0, BM, D, BD).to(tl.float32),)
         sums = rest
+        if REVERSE:
+            S = tl.trans(load_tile(SAVED, r0, ROW, n, BM, BM, BM, True))
+            put(Y, tl.dot(S, y, y.to(tl.float32), input_precision=DOT), r0, D, 0, n, d0, BM, D, BD)
+        else:
+            put(Y, y, r0, D, 0, n, d0, BM, D, BD)
+        if HAS_GATE and REVERSE:
+            g = tl.load(GATE + tl.cast(r0 + i, tl.int64) * gate_strides[2], mask=r0 + i < n, other=0.0)
+            v = block(V, r0, V_ROW, n, d0, BM, D, BD)
+            a = block(A, r0, D, n, d0, BM, D, BD).to(tl.float32)
+            put(U, v + g[:, None] * (a - v), r0, D, 0, n, d0, BM, D, BD)
+
+
+@triton.jit
+def _apart(x, PARTS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+    """The PARTS tiles [BM, BD] of x, which are registers of their own."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        x = tl.split(tl.permute(tl.reshape(x, (2, PARTS // 2 * BM, BD)), (1, 2, 0)))
+        return _apart(x[0], PARTS // 2, BM, BD) + _apart(x[1], PARTS // 2, BM, BD)

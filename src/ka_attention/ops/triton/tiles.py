@@ -29,15 +29,14 @@ class Table(NamedTuple):
     """The tiles of each kernel for one architecture, dtype and head dimension."""
 
     forward: Tiles
-    prepare: Tiles
-    columns: Tiles  # BM of all those above is the same: they share the systems of the diagonal blocks
+    columns: Tiles  # BM of both is the same: they share the systems of the diagonal blocks
     dq: Tiles
-    solved_dq: Tiles  # of dq where it runs before columns: a window is short, or all is one block
+    banded: Tiles  # of columns and dq where a window is short
 
 
 def _table(rows: Tiles, columns: Tiles | None = None) -> Table:
     """The same tiles for all kernels, but for `columns`."""
-    return Table(rows, rows._replace(stages=1), columns or rows, rows, rows)
+    return Table(rows, columns or rows, rows, rows)
 
 
 # Keyed by the padded head dimension, for half precision.
@@ -45,12 +44,11 @@ HOPPER = {
     64: _table(Tiles(64, 64, 4, 3), columns=Tiles(64, 64, 4, 1)),
     128: Table(
         forward=Tiles(64, 32, 4, 3),
-        prepare=Tiles(64, 64, 4, 1),
         columns=Tiles(64, 32, 4, 2),
         dq=Tiles(128, 64, 8, 3),
-        solved_dq=Tiles(64, 64, 4, 2),
+        banded=Tiles(64, 64, 4, 2),
     ),
-    256: _table(Tiles(64, 32, 4, 2), columns=Tiles(64, 32, 8, 2)),
+    256: _table(Tiles(64, 32, 4, 2), columns=Tiles(64, 64, 8, 2)),
 }
 # For a GPU with 99 KiB of shared memory a block (sm_86, sm_89); runs everywhere.
 SMALL = {
@@ -125,14 +123,18 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def longest_reach(device: torch.device, windowed: bool) -> int:
-    """How many blocks back the sweep may read: beyond, the band costs more memory than keys and values do.
+def reach(q: Tensor, window: int | None) -> int:
+    """How many row blocks back rows read."""
+    BM = choose(q).forward.BM
+    return triton.cdiv(min(q.shape[2], window or q.shape[2]) - 1, BM)
 
-    Without a window the chain is faster even where there are two blocks.
+
+def band(q: Tensor, window: int | None) -> int:
+    """The same where the sweep takes those blocks, 0 where a chain does: for a longer reach the band costs more memory
+    than keys and values do, and without a window the chain is faster even where there are two blocks.
     """
-    if not windowed:
-        return 0
-    return 8 if _roomy(device) else 4
+    blocks = reach(q, window)
+    return blocks if window is not None and blocks <= 4 else 0
 
 
 def wave(device: torch.device, heads: int, size: int) -> int:
@@ -153,7 +155,7 @@ def links(device: torch.device, heads: int) -> int:
 
     With few heads what a block computes beside the loop decides how fast the chain advances; with many it is only work.
     """
-    return 3 if heads * 8 <= _processors(device) else 1
+    return 2 if heads * 8 <= _processors(device) else 1
 
 
 def sweep_stages(device: torch.device, reach: int) -> int:

@@ -4,18 +4,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ka_attention.ops.triton.backward import columns_kernel, dq_kernel, prepare_kernel
+from ka_attention.ops.triton.backward import columns_kernel, dq_kernel
 from ka_attention.ops.triton.forward import forward_kernel
 from ka_attention.ops.triton.launcher import Launch
 from ka_attention.ops.triton.plan import Plan, sum_groups
 from ka_attention.ops.triton.sweep import sweep_kernel
-from ka_attention.ops.triton.tiles import Tiles, choose, links, longest_reach, sweep_stages, wave
+from ka_attention.ops.triton.tiles import Tiles, band, choose, links, reach, sweep_stages, wave
 
 SWEEP_WIDTH = 16  # columns of the head dimension that a program of the sweep owns
 
 
 class Wide(Plan):
-    """Row blocks of BM rows that reach one another as `mode` says."""
+    """Row blocks of BM rows, of which `band` are reached back by a sweep, or, where it is 0, `reach` by links."""
 
     def __init__(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
         super().__init__(da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
@@ -24,19 +24,20 @@ class Wide(Plan):
         self.wave = wave(self.device, self.H if self.packed else self.B * self.H, read)
         self.numbers = scale, softcap or 0.0, self.B, self.H, self.T, self.P, window or 0, self.wave
         table = self.table = choose(q)
-        self.BM = table.columns.BM
-        self.width = self.BM if save else 0
-        self.mode, self.reach = self._mode()
-        self.row_tiles = table.dq if self.mode == "chain" else table.solved_dq
+        self.BM, self.band = table.forward.BM, band(q, window)
+        chains = self.wave * (self.sequences if self.packed else 1)
+        self.reach = self.band or min(reach(q, window), links(self.device, chains))
+        self.width = (save + self.band) * self.BM
         self._make_launches()
 
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
-        u = a if gate is None or self.mode != "chain" else torch.empty_like(a)
-        band, flags = self.band(q), self.flags(q)
+        u = a if gate is None or self.band else torch.empty_like(a)
+        if self.band and not self.save:
+            saved = q.new_empty(*q.shape[:3], self.width)
         schedule = self.schedule(cu_seqlens, self.BM)
-        self.rows(q, k, v, gate, k_past, u_past, mask, cu_seqlens, schedule, a, u, lse, saved, band, flags)
-        if self.mode == "band":
-            self.forward_sweep(a, band, cu_seqlens)
+        self.rows(q, k, v, gate, k_past, u_past, mask, cu_seqlens, schedule, a, u, lse, saved, self.flags(q))
+        if self.band:
+            self.forward_sweep(a, None, None, None, saved, cu_seqlens, a, None)
 
     def backward(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> tuple:
         y, delta = torch.empty_like(a), torch.empty_like(lse)
@@ -50,51 +51,48 @@ class Wide(Plan):
             self.queries(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
             return dq
 
-        schedule = self.schedule(cu_seqlens, self.BM)
-        if self.mode != "chain":
-            band = self.band(q)
-            self.prepare(da, q, k, v, gate, mask, cu_seqlens, schedule, a, u, lse, saved, y, band)
-            if self.mode == "band":
-                self.backward_sweep(y, band, cu_seqlens)
-            del band  # its memory serves for the gradients
+        if self.band:
+            self.backward_sweep(da, v, gate, a, saved, cu_seqlens, y, u)
             dq = query_gradients()
         dk, dv = torch.empty_like(a), torch.empty_like(a)
+        schedule = self.schedule(cu_seqlens, self.column_tiles.BM)
         self.columns(
             da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, saved, y, delta, dk, dv, None, dgate,
-            self.flags(q),
+            self.room(q), self.flags(q),
         )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
             self.past_columns(
                 None, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, None, y, delta, dk_past, None,
-                du_past, None, None,
+                du_past, None, None, None,
             )  # fmt: skip
-        if self.mode == "chain":
+        if not self.band:
             dq = query_gradients()
         return dq, sum_groups(dk, k), sum_groups(dv, v), dgate, sum_groups(dk_past, k_past), du_past
 
     def _make_launches(self) -> None:
-        table, chain, reach = self.table, self.mode == "chain", {"REACH": self.reach}
+        table, reach = self.table, {"REACH": self.reach}
         new, past = (self.q, self.k, self.v, self.gate), (self.k_past, self.u_past)
-        self.rows = self._launch(forward_kernel, table.forward, *new, *past, self.mask, MODE=self.mode, **reach)
-        self.prepare = self._launch(prepare_kernel, table.prepare, self.da, *new, self.mask, **reach)
-        mode = "chain" if chain else "solved"
-        self.columns = self._launch(columns_kernel, table.columns, self.da, *new, None, self.mask, MODE=mode, **reach)
-        self.queries = self._launch(dq_kernel, self.row_tiles, *new[:3], *past, self.mask, SOLVED=not chain)
-        if self.mode == "band":
-            self.forward_sweep, self.backward_sweep = self._sweep(reverse=False), self._sweep(reverse=True)
+        banded = {"BAND": self.band > 0, "ROW": self.width}
+        self.rows = self._launch(forward_kernel, table.forward, *new, *past, self.mask, **banded, **reach)
+        self.column_tiles, self.row_tiles = (table.banded,) * 2 if self.band else (table.columns, table.dq)
+        columns, mode = (self.da, *new, None, self.mask), "solved" if self.band else "chain"
+        self.columns = self._launch(columns_kernel, self.column_tiles, *columns, MODE=mode, **reach)
+        self.queries = self._launch(dq_kernel, self.row_tiles, *new[:3], *past, self.mask, SOLVED=self.band > 0)
+        if self.band:
+            shape = (self.H * self.T * self.D, self.T * self.D, self.D)
+            self.forward_sweep, self.backward_sweep = self._sweep(shape, False), self._sweep(self.da, True)
         if self.P:
             strides = None, self.q, self.k_past, self.v, None, self.u_past, self.mask
             constants = {"MODE": "past", "REACH": 0, "HAS_GATE": False, "K_ROW": self.k_past[2]}
             self.past_columns = self._launch(columns_kernel, table.columns, *strides, length=self.P, **constants)
 
-    def _sweep(self, reverse: bool) -> Launch:
+    def _sweep(self, strides: tuple[int, ...], reverse: bool) -> Launch:
         """The sequential part of a window, over slices of the head dimension side by side."""
-        return Launch(
-            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), *self.numbers[2:5],
-            D=self.D, BD=SWEEP_WIDTH, BM=self.BM, REACH=self.reach, STAGES=sweep_stages(self.device, self.reach),
-            PACKED=self.packed, RAGGED=self.ragged(self.BM), REVERSE=reverse,
-            DOT="ieee" if self.precision == "half" else self.precision,
+        return self.launch(
+            sweep_kernel, (self.sequences * self.H, triton.cdiv(self.D, SWEEP_WIDTH)), strides, self.v, self.gate,
+            *self.numbers[2:5], BD=SWEEP_WIDTH, BM=self.BM, REACH=self.band, PARTS=triton.next_power_of_2(self.band),
+            ROW=self.width, STAGES=sweep_stages(self.device, self.band), REVERSE=reverse,
         )  # fmt: skip
 
     def _launch(self, kernel, tiles: Tiles, *strides, length: int | None = None, **constants) -> Launch:
@@ -104,15 +102,6 @@ class Wide(Plan):
             blocks = self.T // tiles.BM + self.sequences
         constants = {"BM": tiles.BM, "BN": tiles.BN, "RAGGED": self.ragged(tiles.BM)} | constants | tiles.options
         return self.launch(kernel, (blocks * self.H,), *strides, *self.numbers, **constants)
-
-    def _mode(self) -> tuple[str, int]:
-        """How row blocks reach one another, see `forward_kernel`, and how many blocks back by links."""
-        reach = triton.cdiv(self.T, self.BM) - 1
-        if self.window is not None:
-            reach = min(reach, triton.cdiv(self.window - 1, self.BM))
-        if reach <= longest_reach(self.device, self.window is not None):
-            return ("band" if reach else "single"), reach
-        return "chain", links(self.device, self.wave * (self.sequences if self.packed else 1))
 
     def ragged(self, BM: int) -> bool:
         """Whether a sequence may end within a row block."""
@@ -132,10 +121,11 @@ class Wide(Plan):
         order = rank.argsort(stable=True)
         return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
 
+    def room(self, q: Tensor) -> Tensor | None:
+        """Where a chain with a window keeps what it forms for the nearest blocks."""
+        return q.new_empty(*q.shape[:3], self.reach * self.BM) if self.window and not self.band else None
+
     def flags(self, q: Tensor) -> Tensor | None:
         """For a chain the ticket, then the number of published blocks of each sequence and head."""
-        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if self.mode == "chain" else None
-
-    def band(self, q: Tensor) -> Tensor | None:
-        """Room for what joins each row block of a band to those it reaches, side by side."""
-        return q.new_empty(*q.shape[:3], self.reach * self.BM) if self.mode == "band" else None
+        chained = self.reach and not self.band
+        return q.new_zeros(1 + self.sequences * self.H, dtype=torch.int32) if chained else None
