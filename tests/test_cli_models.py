@@ -214,3 +214,6 @@ def test_what_cannot_be_served(folder, monkeypatch):
     model = attach(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=30, **SIZES | {"hidden_size": 14, "rotary_pct": 0.5})))
     model.save_pretrained("odd")
     assert refused(ka("serve", "odd"), "MODEL: odd cannot be served: head_dim: continuous batching stores halves")
+    assert refused(ka("serve", "model/config.json"), "MODEL: model/config.json is a file, not the folder of a model")
+    attach(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=30, **SIZES))).save_pretrained("bare")
+    assert refused(ka("serve", "bare"), "MODEL: bare has no tokenizer, which the server needs; tokenizer.save_")

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from click import ClickException
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.utils.import_utils import is_serve_available
 
 from ka_attention.errors import UserError
+from ka_attention.files import user_path
 from ka_attention.harness import hub
 from ka_attention.hf import is_attached, register
 from ka_attention.hf.batching import KABatchingManager, check_batching
@@ -68,20 +69,27 @@ def honour_stop_strings() -> None:
 
 
 def make_known(source: str, trust_remote_code: bool = False) -> None:
-    """Check the model of a folder or Hub name, and let the server find its class if it is a KA model.
+    """Check the model of a folder or Hub name and its tokenizer, and let the server find its class if it is a KA model.
 
     The server looks classes up by name among those of transformers itself.
     """
     hub.require("MODEL", source)
+    if user_path(source).is_file():
+        raise UserError(f"MODEL: {source} is a file, not the folder of a model")
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):  # no weights, a moment
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
-        if not is_attached(model):
-            return
-        check_batching(model)
+        if is_attached(model):
+            check_batching(model)
     except (OSError, ValueError) as error:
         hub.refuse_remote_code("MODEL", source, error)
         raise UserError(f"MODEL: {source} cannot be served: {hub.first_line(error)}") from None
-    # The module that imports find by now: transformers replaces its own when it is loaded.
-    setattr(sys.modules["transformers"], type(model).__name__, type(model))
+    try:
+        AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        raise UserError(
+            f"MODEL: {source} has no tokenizer, which the server needs; tokenizer.save_pretrained puts one there"
+        ) from None
+    if is_attached(model):  # the module that imports find by now: transformers replaces its own when it is loaded
+        setattr(sys.modules["transformers"], type(model).__name__, type(model))
