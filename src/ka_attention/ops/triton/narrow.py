@@ -88,25 +88,27 @@ class Narrow(Plan):
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
         if not self.save:
             saved = q.new_empty(*q.shape[:3], self.width)
+        r = q.new_empty(*q.shape[:3], self.before)
         room: Any = (None, None, None) if self.segments == 1 else self._room(q)
         into, state, maps = room
-        self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, state, maps)
+        self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, r, state, maps)
         if self.segments > 1:
             of_groups = [x.new_empty(*x.shape[:2], self.groups, *x.shape[3:]) for x in (state, maps)]
             for scan in self.scans:
                 scan(state, maps, into, *of_groups)
-        self.apply(v, gate, u_past, saved, into, a, None, None)
+        self.apply(v, gate, u_past, saved, r, into, a, None, None)
 
-    def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps) -> None:
-        self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps)
+    def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, r, state, maps) -> None:
+        self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, r, state, maps)
         if self.segments > 1 and not self.walks_at_once:
-            self.maps(v, gate, u_past, saved, None, None, state, maps)
+            self.maps(v, gate, u_past, saved, r, None, None, state, maps)
 
     def open(self, q, k, v, gate, k_past, u_past, a, lse, saved) -> tuple[Tensor, Tensor, Callable]:
         """A share over ranks (`backend.open`): all segments are one map more, and what each meets is affine, too."""
         _, state, maps = self._room(q)
         saved = saved if self.save else q.new_empty(*q.shape[:3], self.width)
-        self._maps(q, k, v, gate, k_past, u_past, None, None, lse, saved, state, maps)
+        r = q.new_empty(*q.shape[:3], self.before)
+        self._maps(q, k, v, gate, k_past, u_past, None, None, lse, saved, r, state, maps)
         state = F.pad(state, (0, self.before))
         state[:, :, 0, :, self.D :] = maps[:, :, 0]
         into = torch.empty_like(state)
@@ -118,7 +120,7 @@ class Narrow(Plan):
             before = F.pad(u_past, (0, 0, self.before - self.P, 0))[:, :, None]
             with torch.cuda.device_of(q):
                 met = into[..., : self.D] + into[..., self.D :] @ before
-                self.apply(v, gate, u_past, saved, met, a, None, None)
+                self.apply(v, gate, u_past, saved, r, met, a, None, None)
             return a, lse, saved
 
         return both[..., self.D :][..., last], both[..., : self.D], close

@@ -18,7 +18,7 @@ from ka_attention.ops.triton.primitives import LN2, block, inverse, put, scores,
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "span", "segments"])
 def adjoint_walk_kernel(
-    DA, GATE, E, INTO, Y, STATE, MAP,
+    DA, GATE, F, INTO, Y, STATE, MAP,
     da_strides, gate_strides, H, T, span, segments,
     D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr,
     SOLVED: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -30,7 +30,7 @@ def adjoint_walk_kernel(
     head, b, h, segment = place(H, segments)
     slot = (head * segments + segment) * BEFORE
     DA += b * da_strides[0] + h * da_strides[1]
-    E += head * T * WIDTH
+    F += head * T * WIDTH
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
     d0 = tl.program_id(1) * BD
@@ -42,7 +42,7 @@ def adjoint_walk_kernel(
     M = unit(tl.float32, BEFORE)
     for step in tl.range(0, last - first, num_stages=STAGES):
         r0 = (last - (1 if SOLVED else 0) - step) * BEFORE
-        F = block(E, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
+        f = block(F, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
         if HAS_GATE:
             g = gates(GATE, r0 + tl.arange(0, BEFORE), gate_strides[2], T)[None, :]
             z *= g
@@ -50,12 +50,12 @@ def adjoint_walk_kernel(
         x = z + tokens(DA, r0, da_strides[2], T, d0, BEFORE, D, BD)
         rounded = x.to(DA.dtype.element_ty)
         if MAPS:
-            M = tl.dot(M.to(rounded.dtype), F, input_precision=DOT)
+            M = tl.dot(M.to(rounded.dtype), f, input_precision=DOT)
         else:
-            S = block(E + 2 * BEFORE, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
+            S = block(F + BEFORE, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
             y = tl.dot(rounded, S, x, input_precision=DOT)
             put(Y + head * T * D, tl.trans(y.to(rounded.dtype)), r0, D, 0, T, d0, BEFORE, D, BD)
-        z = tl.dot(rounded, F, input_precision=DOT)
+        z = tl.dot(rounded, f, input_precision=DOT)
     if MAPS:
         put(STATE + slot * D, tl.trans(z), 0, D, 0, BEFORE, d0, BEFORE, D, BD)
         put(MAP + slot * BEFORE, tl.trans(M), 0, BEFORE, 0, BEFORE, 0, BEFORE, BEFORE, BEFORE)

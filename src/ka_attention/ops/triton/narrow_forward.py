@@ -4,7 +4,7 @@ A block has as many rows as the window reaches back, BEFORE of them, so it reads
 
     A_b = F_b U_{b−1} + R_b V_b,     [F R] = (I − N)⁻¹ [W_{b,b−1} W_bb − N],     N = L_bb G
 
-`weights_kernel` forms E, the rows of F, R and, where there is room, S of (I − N)⁻¹ = I + S. What is left is to walk:
+`weights_kernel` forms the rows of F, R and, where there is room beside F, S of (I − N)⁻¹ = I + S. Then it is to walk:
 `walk_kernel` first with nothing before a segment, and with the unit matrix there and V = 0, which gives what the
 segment makes of any state before it, u ↦ c + M u; `scan_kernel` goes through the maps of a head; `walk_kernel` again,
 from the states found, gives A. With blocks of 16 rows the first walk is short, and `weights_kernel` does it as it goes.
@@ -69,7 +69,7 @@ def attends(i, j, n, P, window, STARTS, MASK, mask_strides, CAUSAL: tl.constexpr
 
 @triton.jit(do_not_specialize=["gate_strides", "mask_strides", "H", "T", "P", "window", "span", "segments"])
 def weights_kernel(
-    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, LSE, E, STATE, MAP,
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, LSE, F, R, STATE, MAP,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, H, T, P, window, span, segments,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -77,14 +77,15 @@ def weights_kernel(
     WIDTH: tl.constexpr, WALK: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, SOFTCAP: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp and E of `span` blocks of one head; with WALK, for which these are a segment, its c and M, too."""
+    """Log-sum-exp, F and R of `span` blocks of one head; with WALK, for which these are a segment, its c and M, too."""
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     # Weights as operands: float16 has the mantissa of tf32 and suffices for their range.
     SMALL: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
     head, b, h, segment = place(H, segments)
     Q += b * q_strides[0] + h * q_strides[1]
     K += b * k_strides[0] + h // GROUP * k_strides[1]
-    E += head * T * WIDTH
+    F += head * T * WIDTH
+    R += head * T * BEFORE
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
     if HAS_MASK:
@@ -144,10 +145,10 @@ def weights_kernel(
         if APART:  # rows without weights, and those that read them
             lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
             p = tl.where((tl.sum(lost, 1)[:, None] > 0.0) & diagonal, float("nan"), p)
-        put(E, pp, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
-        put(E + BEFORE, p, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
-        if WIDTH > 2 * BEFORE:
-            put(E + 2 * BEFORE, S, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
+        put(F, pp, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
+        put(R, p, r0, BEFORE, 0, T, 0, BEFORE, BEFORE, BEFORE)
+        if WIDTH > BEFORE:
+            put(F + BEFORE, S, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
         if WALK:
             v = block(V, r0, V_ROW, T, 0, BEFORE, D, BD)
             a = tl.dot(p.to(v.dtype), v, input_precision=DOT)
@@ -195,7 +196,7 @@ def tokens(X, r0, stride, n, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.con
 
 
 @triton.jit
-def _walk(u, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
+def _walk(u, M, V, GATE, F, R, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
           BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, HAS_GATE: tl.constexpr,
           APART: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """The loop of `walk_kernel` over `rows` rows from r on: the state after it, M, and 0 · a of all a together."""
@@ -203,11 +204,11 @@ def _walk(u, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr,
     for step in tl.range(0, tl.cdiv(rows, BEFORE), num_stages=1 if SPREAD else STAGES):
         r0 = r + step * BEFORE
         v = tokens(V, r0, V_ROW, T, d0, BEFORE, D, BD)
-        a = _read(v, block(E + BEFORE, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE), None, SPREAD, DOT)
-        F = block(E, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
-        a = _read(u, F, a, SPREAD, DOT)
+        a = _read(v, block(R, r0, BEFORE, T, 0, BEFORE, BEFORE, BEFORE), None, SPREAD, DOT)
+        f = block(F, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
+        a = _read(u, f, a, SPREAD, DOT)
         if MAPS:
-            m = _read(M, F, None, SPREAD, DOT)
+            m = _read(M, f, None, SPREAD, DOT)
         else:
             put(A, tl.trans(a.to(v.dtype)), r0, D, 0, T, d0, BEFORE, D, BD)
         if APART:
@@ -225,7 +226,7 @@ def _walk(u, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr,
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
 def walk_kernel(
-    V, GATE, U_PAST, E, INTO, A, STATE, MAP,
+    V, GATE, U_PAST, F, R, INTO, A, STATE, MAP,
     v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
     V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
     WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr,
@@ -239,7 +240,8 @@ def walk_kernel(
     head, b, h, segment = place(H, segments)
     slot = (head * segments + segment) * BEFORE  # of the segment's state, in rows
     V += b * v_strides[0] + h // GROUP * v_strides[1]
-    E += head * T * WIDTH
+    F += head * T * WIDTH
+    R += head * T * BEFORE
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
     gate_stride = gate_strides[2] if HAS_GATE else 0
@@ -255,11 +257,11 @@ def walk_kernel(
     if not MAPS:
         A += head * T * D
     rows = tl.minimum(span * BEFORE, T - first * BEFORE)
-    after, maps, zero = _walk(u, M, V, GATE, E, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
+    after, maps, zero = _walk(u, M, V, GATE, F, R, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
                               WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
     if APART and tl.sum(zero) != 0.0:
-        after, maps, zero = _walk(u, M, V, GATE, E, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
-                                  WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
+        after, maps, zero = _walk(u, M, V, GATE, F, R, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD,
+                                  BEFORE, WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
     if MAPS:
         put(STATE + slot * D, tl.trans(after), 0, D, 0, BEFORE, d0, BEFORE, D, BD)
         put(MAP + slot * BEFORE, tl.trans(maps), 0, BEFORE, 0, BEFORE, 0, BEFORE, BEFORE, BEFORE)

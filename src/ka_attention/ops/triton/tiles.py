@@ -92,8 +92,8 @@ def segments(device: torch.device, heads: int, blocks: int, most: int) -> int:
 
 
 def narrow_width(before: int, save: bool) -> int:
-    """Numbers a row that a narrow window keeps: F and R, and S for a backward that does not solve again."""
-    return (3 if save and before > NARROW_BLOCK else 2) * before
+    """Numbers a row that a narrow window keeps: F, and S for a backward that does not solve again."""
+    return (2 if save and before > NARROW_BLOCK else 1) * before
 
 
 def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
