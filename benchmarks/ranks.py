@@ -330,6 +330,7 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
                 print(json.dumps(row), flush=True)
                 file.write_text(json.dumps(rows))
     dist.destroy_process_group()
+    time.sleep(1)  # threads of gloo give back their last messages, which they cannot once Python has ended
 
 
 def measure(processes: int, only: list[str] | None, seconds: float, tiny: bool, out: Path) -> None:
