@@ -142,7 +142,7 @@ def test_one_of_many_ranks_computes_by_itself():
 @pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
-        (ranks.main, ["--processes", "1", "--only", "bytes,nothing"], "--only: expected of exact, data, 131k, "),
+        (ranks.main, ["--processes", "1", "--only", "bytes,nothing"], "--only: expected of exact, 131k, data, "),
         (every.main, ["cpu", "nothing"], "expected of cpu, gpu, "),
     ],
 )
