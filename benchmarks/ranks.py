@@ -90,8 +90,8 @@ class Processes:
         return time.perf_counter()
 
     def timed(self, call: Callable[[], object], repeat: int) -> list[float]:
-        """Milliseconds of the slowest process in each of ``repeat`` calls, which begin together, after one more; of that
-        one alone where it takes ten seconds.
+        """Milliseconds of the slowest process in each of ``repeat`` calls, which begin together, after one more; of the
+        first alone where that takes ten seconds.
         """
         took: list[float] = []
         while len(took) <= repeat and not (took and took[0] > 1e4):
