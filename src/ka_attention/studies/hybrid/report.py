@@ -136,15 +136,20 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, Hybri
 
 
 def _verdict(results: HybridResults, arms: dict[str, HybridArm]) -> str:
-    """The best arm beside the first, and KA beside softmax with the same window."""
-    base = next(iter(arms))
-    best = min(arms, key=lambda name: mean(_losses(results, name)))
+    """The best arm of those with the most seeds, what beats it in fewer, and KA beside softmax, the window the same."""
+    base, known = next(iter(arms)), _most_seeds(results, arms)
+    best = min(known, key=lambda name: mean(_losses(results, name)))
+    other = min(arms, key=lambda name: mean(_paired(results, name, best)))
     share = 100 * results.decoding[best].computed_bytes / results.decoding[base].computed_bytes
     text = f"The lowest loss has **{arms[best].label}**"
     if best != base:
         text += (
             f": {_nats(_paired(results, best, base))} nats against {arms[base].label}, at {share:.0f} % of its state"
         )
+    if other not in known:
+        count = len(_losses(results, other))
+        text += f". With {count} seed{'s' if count > 1 else ''} {arms[other].label} is lower by"
+        text += f" {-mean(_paired(results, other, best)):.4f}"
     beside = {pair: _paired(results, *pair) for pair in _pairs(arms) if arms[pair[1]].mixer == "softmax"}
     for (name, _), found in beside.items():
         if len(found) == max(map(len, beside.values())):
@@ -252,8 +257,8 @@ def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | No
     return Section("Windows", (), tables, [Figure("hybrid_windows", "Validation loss by window", draw, LEGEND_ABOVE)])
 
 
-def _drawn(results: HybridResults, arms: dict[str, HybridArm]) -> dict[str, HybridArm]:
-    """The arms whose curves are shown: those with the most seeds."""
+def _most_seeds(results: HybridResults, arms: dict[str, HybridArm]) -> dict[str, HybridArm]:
+    """The arms with the most seeds; the curves of others are not shown."""
     most = max(map(len, results.arms.values()))
     return {name: each for name, each in arms.items() if len(results.arms[name]) == most}
 
@@ -270,7 +275,7 @@ def _way(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
     table = Table("Validation loss on the way", ["arm", *(f"{tokens / 1e6:,.1f} M tokens" for tokens in counts)], rows)
 
     def draw(ax: Any) -> None:
-        for name, each in _drawn(results, arms).items():
+        for name, each in _most_seeds(results, arms).items():
             points = [mean([one.training.rows[i].loss for one in results.arms[name]]) for i in range(len(counts))]
             ax.plot([tokens / 1e6 for tokens in counts], points, label=each.label, **look(each))
         _axes(ax, "tokens read (millions)")
@@ -289,7 +294,7 @@ def _positions(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
         ]
 
     def draw(ax: Any) -> None:
-        for name, each in _drawn(results, arms).items():
+        for name, each in _most_seeds(results, arms).items():
             pairs = zip(losses(name), losses(base), strict=True)
             ax.plot([loss - other for loss, other in pairs], label=each.label, **look(each))
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
