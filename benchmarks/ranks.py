@@ -39,7 +39,7 @@ from transformers import AttentionInterface
 from benchmarks import costs, exact, models
 from benchmarks.harness import device_type, machine
 from benchmarks.messages import OneOf, bytes_sent, constants, counted
-from ka_attention.hf import KAConfig, attach, sequence_parallel
+from ka_attention.hf import KAConfig, attach, sequence_parallel, share
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/results/ranks" if torch.cuda.is_available() else ROOT / "runs/ranks"
@@ -127,8 +127,9 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, positions: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+        hidden = self.model.model(**inputs).last_hidden_state
         chunks = zip(hidden.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         losses = [checkpoint(self.summed, h, t, use_reentrant=False) for h, t in chunks]
         return torch.stack(losses).sum() / targets.numel()
@@ -228,8 +229,10 @@ def long_text(own: Processes, part: str, name: str, arm: str, ranks: int, length
 
 
 def _share_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int) -> Callable[[], None]:
-    share = tuple(x.chunk(ranks, dim=1)[dist.get_rank(own.group(ranks))].to(own.device) for x in whole)
-    return step(loss, share, nullcontext())
+    names = ("input_ids", "position_ids", "shift_labels", "attention_mask")
+    batch = dict(zip(names, whole, strict=False))
+    found = share(batch, own.group(ranks)) if ranks > 1 else batch
+    return step(loss, tuple(found[name].to(own.device) for name in names if name in found), nullcontext())
 
 
 def _ring_step(loss: Loss, whole: tuple[Tensor, ...], own: Processes, ranks: int) -> Callable[[], None]:

@@ -60,7 +60,12 @@ def work(folder):
     batch = next(batches())
     cache = {"past_key_values": KACache(model.config), "use_cache": True}
     hidden = torch.zeros(2, LENGTH // size, dtype=torch.long)
-    for wrong, words in ((cache, "use_cache=False"), ({"attention_mask": hidden}, "pack")):
+    nothing = {"attention_mask": None}  # as where every process calls the model with texts of its own
+    for wrong, words in (
+        (cache, "use_cache=False"),
+        ({"attention_mask": hidden}, "packed"),
+        (nothing, "that of .*share"),
+    ):
         with pytest.raises((RuntimeError, ValueError), match=words):
             model(**share(batch, group) | wrong)
     with pytest.raises(ValueError, match="ends of texts"):

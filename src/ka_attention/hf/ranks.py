@@ -231,8 +231,11 @@ def attend_share(
     """Attention of this process's share of the text, ``[B, n, Hq, D]``; softmax attention is the gate 0."""
     if not isinstance(v, Tensor) or v.shape[2] != q.shape[2]:
         raise RuntimeError("a text that is split over processes is not cached: call the model with use_cache=False")
-    if mask is not None and mask.numel() > 1:
-        raise ValueError("attention_mask: a text that is split over processes has none; pack its sequences")
+    if mask is None or mask.numel() > 1:  # without that of `share` every process may have a text of its own
+        raise ValueError(
+            "attention_mask: expected that of ka_attention.hf.share, which cuts a text for a model over processes and "
+            "has its sequences packed; with a Trainer use SequenceParallelMixin"
+        )
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale, window, softcap, _, ends = options
