@@ -10,9 +10,6 @@ With dU_j = Σ_{i>j} W_ij Y_i and everything below transposed (columns j are the
 The forward saved S, so no system is solved again.
 """
 
-# mypy: disable-error-code="assignment, misc"
-# (tuples grow while Triton unrolls loops)
-
 import triton
 import triton.language as tl
 
@@ -51,52 +48,40 @@ def _weights(k, Q, LSE, j, i, n, columns, MASK, mask_strides, P, window, scale, 
 
 
 @triton.jit
-def _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, r0, n, columns, MASK, mask_strides, P, window, scale, softcap,
-              du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr, V_ROW: tl.constexpr,
-              BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
-              MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-              DOT: tl.constexpr):  # fmt: skip
-    """Add what rows r0 … r0 + BN, whose Y and δ are final, give to dU, if wanted, dK and, on the DIAGONAL, d."""
-    q, p, slopes = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN, BM,
-                           D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-    y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
-    rows = r0 + tl.arange(0, BN)
-    delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
-    dw = tl.dot(u, tl.trans(y), input_precision=DOT)
-    if DIAGONAL:
-        own = tl.sum(y.to(tl.float32) * load_tile(V, r0, V_ROW, n, BN, D, BD, RAGGED), 1)
-        column = c0 + tl.arange(0, BM)[:, None]
-        dw = tl.where(column == rows[None, :], own[None, :], dw)
-        d += tl.sum(tl.where(column == rows[None, :], p, 0.0), 1)
-        p = tl.where(column <= rows[None, :], p, 0.0)
-    ds = p * (dw - delta[None, :]) * slopes
-    if WITH_DU:
+def _row_tiles(first, last, end, k, u, Q, V, Y, LSE, DELTA, j, c0, n, columns, MASK, mask_strides, P, window, scale,
+               softcap, du, dk, d, DIAGONAL: tl.constexpr, WITH_DU: tl.constexpr, Q_ROW: tl.constexpr,
+               V_ROW: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+               RAGGED: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
+               SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Add what tiles first … last of BN rows, counted from row `end` up, give to dU, if wanted, dK and, on the
+    DIAGONAL, d. Their Y and δ are final.
+    """
+    for tile in range(first, last):
+        r0 = end - (tile + 1) * BN
+        q, p, slopes = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BN,
+                                BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        y = load_tile(Y, r0, D, n, BN, D, BD, RAGGED)
+        rows = r0 + tl.arange(0, BN)
+        delta = tl.load(DELTA + rows, mask=rows < n, other=0.0)
+        dw = tl.dot(u, tl.trans(y), input_precision=DOT)
         if DIAGONAL:
-            p = tl.where(column < rows[None, :], p, 0.0)
-        du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
-    return du, tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT), d
-
-
-@triton.jit
-def _links(k, SAVED, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale, softcap,
-           Q_ROW: tl.constexpr, REACH: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-           HAS_GATE: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
-           SOFTCAP: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """(I + Sᵀ) G W_ijᵀ of the REACH row blocks after column block j, the last first."""
-    S = tl.trans(load_tile(SAVED, c0, BM, n, BM, BM, BM, True))
-    links = ()
-    for distance in tl.static_range(REACH, 0, -1):
-        p = _weights(k, Q, LSE, j, c0 + distance * BM, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW,
-                     BM, BM, D, BD, True, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
-        if HAS_GATE:
-            p *= g[:, None]
-        links += (tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype),)
-    return links
+            own = tl.sum(y.to(tl.float32) * load_tile(V, r0, V_ROW, n, BN, D, BD, RAGGED), 1)
+            column = c0 + tl.arange(0, BM)[:, None]
+            dw = tl.where(column == rows[None, :], own[None, :], dw)
+            d += tl.sum(tl.where(column == rows[None, :], p, 0.0), 1)
+            p = tl.where(column <= rows[None, :], p, 0.0)
+        ds = p * (dw - delta[None, :]) * slopes
+        if WITH_DU:
+            if DIAGONAL:
+                p = tl.where(column < rows[None, :], p, 0.0)
+            du = tl.dot(p.to(y.dtype), y, du, input_precision=DOT)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT)
+    return du, dk, d
 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def columns_kernel(
-    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SAVED, Y, DELTA, DK, DV, DU, DGATE, LINKS, FLAGS,
+    DA, Q, K, V, GATE, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SAVED, Y, DELTA, DK, DV, DU, DGATE, FLAGS,
     da_strides, q_strides, k_strides, v_strides, gate_strides, u_strides, mask_strides,
     scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -107,15 +92,13 @@ def columns_kernel(
     """One column block of one head, last block first: all that flows back into its keys and values.
 
     MODE: "chain" finds Y and δ of the block, waiting for the blocks after it, and with a gate U. The REACH nearest of
-    them it meets with (I + Sᵀ) G W_ijᵀ, formed before it waits for them, with a window before all else, so that one
-    product lies between two blocks. "solved" finds all this complete; "past" handles cached columns, K and U_PAST being
-    the cache: DK and DU.
+    them it meets with (I + Sᵀ) G W_ijᵀ, formed before it waits, so that one product lies between two blocks. "solved"
+    finds all this complete; "past" handles cached columns, K and U_PAST being the cache: DK and DU.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK or MODE == "past"
     R: tl.constexpr = BM // BN
     CHAIN: tl.constexpr = MODE == "chain" and REACH > 0
-    AHEAD: tl.constexpr = CHAIN and WINDOW and REACH > 1
     APART: tl.constexpr = R * REACH if CHAIN else 0  # row tiles that wait for the last moment
     t = tl.atomic_add(FLAGS, 1) if CHAIN else tl.program_id(0)
     sequence, b, h, rank, start, n = locate(t, CU, SCHEDULE, B, H, T, wave, PACKED)
@@ -138,7 +121,6 @@ def columns_kernel(
     size = P if MODE == "past" else n
 
     k = load_tile(K, c0, K_ROW, size, BM, D, BD, True)
-    g = tl.full([BM], 1.0, tl.float32)
     if MODE == "past":
         U_PAST += b * u_strides[0] + h * u_strides[1]
         u = load_tile(U_PAST, c0, u_strides[2], size, BM, D, BD, True)
@@ -157,14 +139,6 @@ def columns_kernel(
         else:
             u = load_tile(U + head * D, c0, D, n, BM, D, BD, RAGGED)
 
-    links = ()
-    if AHEAD:
-        LINKS += head * REACH * BM  # kept there, as registers would not hold them
-        links = _links(k, SAVED + head * BM, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale,
-                       softcap, Q_ROW, REACH, BM, D, BD, HAS_GATE, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        for link in tl.static_range(REACH):
-            store_tile(LINKS + link * BM, links[link], c0, REACH * BM, n, BM, BM, BM)
-        tl.debug_barrier()
     du = tl.zeros([BM, BD], tl.float32)
     dk = tl.zeros([BM, BD], tl.float32)
     d = tl.zeros([BM], tl.float32)
@@ -174,34 +148,37 @@ def columns_kernel(
         t = (blocks * BM - tl.minimum(j + BM - 1 + window - P, blocks * BM)) // BN
     end = blocks * R if MODE == "past" else rank * R
     near = tl.maximum(end - APART, 0)
-    while t < near:
-        stop = tl.minimum(wait(flag, t // R + 1) * R, near) if CHAIN else near
-        for tile in range(t, stop):
-            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                  mask_strides, P, window, scale, softcap, du, dk, d, False,
-                                  MODE != "solved" or HAS_GATE, Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED,
-                                  WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
-        t = stop
+    if CHAIN:
+        while t < near:
+            stop = tl.minimum(wait(flag, t // R + 1) * R, near)
+            du, dk, d = _row_tiles(t, stop, blocks * BM, k, u, Q, V, Y, LSE, DELTA, j, c0, n, columns, MASK,
+                                   mask_strides, P, window, scale, softcap, du, dk, d, False, True, Q_ROW, V_ROW,
+                                   BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+            t = stop
+    else:
+        du, dk, d = _row_tiles(t, near, blocks * BM, k, u, Q, V, Y, LSE, DELTA, j, c0, n, columns, MASK,
+                               mask_strides, P, window, scale, softcap, du, dk, d, False, MODE == "past" or HAS_GATE,
+                               Q_ROW, V_ROW, BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
 
     if MODE == "past":
         store_tile(DU + (b * H + h) * P * D, du, c0, D, P, BM, D, BD)
         store_tile(DK + (b * H + h) * P * D, dk * scale, c0, D, P, BM, D, BD)
     else:
         if MODE == "chain":
-            if not AHEAD:
-                links = _links(k, SAVED + head * BM, Q, LSE, g, j, c0, n, columns, MASK, mask_strides, P, window, scale,
-                               softcap, Q_ROW, REACH, BM, D, BD, HAS_GATE, MASKED, WINDOW, HAS_MASK, SOFTCAP,
-                               DOT)  # fmt: skip
             S = tl.trans(load_tile(SAVED + head * BM, c0, BM, n, BM, BM, BM, RAGGED))
             DA += b * da_strides[0] + h * da_strides[1] + tl.cast(start, tl.int64) * da_strides[2]
             y = load_tile(DA, c0, da_strides[2], n, BM, D, BD, RAGGED) + (g[:, None] * du if HAS_GATE else du)
             y = tl.dot(S, y.to(S.dtype), y, input_precision=DOT)
-            for link in tl.static_range(REACH):
-                distance = REACH - link
-                wait(flag, rank + 1 - distance)
-                nearest = load_tile(Y, c0 + distance * BM, D, n, BM, D, BD, True)
-                met = load_tile(LINKS + link * BM, c0, REACH * BM, n, BM, BM, BM, RAGGED) if AHEAD else links[link]
-                y = tl.dot(met, nearest, y, input_precision=DOT)
+            if CHAIN:
+                for before in tl.range(near // R, rank, num_stages=1):
+                    r0 = (blocks - 1 - before) * BM
+                    p = _weights(k, Q, LSE, j, r0, n, columns, MASK, mask_strides, P, window, scale, softcap, Q_ROW, BM,
+                                 BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)[1]  # fmt: skip
+                    if HAS_GATE:
+                        p *= g[:, None]
+                    p = tl.dot(S, p.to(S.dtype), p, input_precision=DOT).to(S.dtype)
+                    wait(flag, before + 1)
+                    y = tl.dot(p, load_tile(Y, r0, D, n, BM, D, BD, RAGGED), y, input_precision=DOT)
             # dW is taken from the rounded Y, so δ, its weighted mean, is too.
             y = y.to(u.dtype)
             delta = tl.sum(y.to(tl.float32) * load_tile(A, c0, D, n, BM, D, BD, RAGGED), 1)
@@ -210,10 +187,13 @@ def columns_kernel(
             if CHAIN:
                 publish(flag, rank + 1)
         # Last the rows that `du` must not have had before the solve: those of a link, and the block's own.
-        for tile in range(near, end + R):
-            du, dk, d = _row_tile(k, u, Q, V, Y, LSE, DELTA, j, c0, blocks * BM - (tile + 1) * BN, n, columns, MASK,
-                                  mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW,
-                                  BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        if CHAIN:
+            du, dk, d = _row_tiles(near, end, blocks * BM, k, u, Q, V, Y, LSE, DELTA, j, c0, n, columns, MASK,
+                                   mask_strides, P, window, scale, softcap, du, dk, d, False, HAS_GATE, Q_ROW, V_ROW,
+                                   BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
+        du, dk, d = _row_tiles(end, end + R, blocks * BM, k, u, Q, V, Y, LSE, DELTA, j, c0, n, columns, MASK,
+                               mask_strides, P, window, scale, softcap, du, dk, d, True, HAS_GATE, Q_ROW, V_ROW,
+                               BN, BM, D, BD, RAGGED, MASKED, WINDOW, HAS_MASK, SOFTCAP, DOT)  # fmt: skip
         dv = d[:, None] * load_tile(Y, c0, D, n, BM, D, BD, RAGGED)
         if HAS_GATE:
             dv += (1.0 - g)[:, None] * du
@@ -241,15 +221,15 @@ def _dq_step(q, y, lse, delta, K, U, j, n, k_stride, u_stride, seen, dq, scale, 
 
 @triton.jit(do_not_specialize=["B", "H", "T", "P", "window", "wave"])
 def dq_kernel(
-    Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, Y, DELTA, DQ,
+    Q, K, V, K_PAST, U_PAST, MASK, CU, SCHEDULE, A, U, LSE, SAVED, Y, DELTA, DQ,
     q_strides, k_strides, v_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, B, H, T, P, window, wave,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOLVED: tl.constexpr,
-    HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ROW: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one row block of one head, longest rows first; with SOLVED also δ, which otherwise is there already."""
+    """dQ of one row block of one head, longest rows first; with SOLVED also δ, and Y from the Z of a sweep."""
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     MASKED: tl.constexpr = WINDOW or HAS_MASK
     _, b, h, rank, start, n = locate(tl.program_id(0), CU, SCHEDULE, B, H, T, wave, PACKED)
@@ -270,6 +250,9 @@ def dq_kernel(
     y = load_tile(Y + head * D, r0, D, n, BM, D, BD, RAGGED)
     lse = tl.load(LSE + head + rows, mask=rows < n, other=float("inf")) / LN2
     if SOLVED:
+        S = tl.trans(load_tile(SAVED + head * ROW, r0, ROW, n, BM, BM, BM, RAGGED))
+        y = tl.dot(S, y, y.to(tl.float32), input_precision=DOT).to(y.dtype)
+        store_tile(Y + head * D, y, r0, D, n, BM, D, BD)
         delta = tl.sum(y.to(tl.float32) * load_tile(A + head * D, r0, D, n, BM, D, BD, RAGGED), 1)
         tl.store(DELTA + head + rows, delta, mask=rows < n)
     else:

@@ -3,7 +3,7 @@
 A block whose window ends within K blocks reads those only, so all that remains sequential (docs/maths.md) is
 
     forward     A_b = X_b + Σ_{d=1…K} C_b,b−d A_{b−d},           C_bc = (I + S_b) W_bc G_c
-    backward    Z_b = dA_b + Σ_{d=1…K} C_b+d,bᵀ Z_{b+d},         Y_b = (I + S_b)ᵀ Z_b
+    backward    Z_b = dA_b + Σ_{d=1…K} C_b+d,bᵀ Z_{b+d},         then Y_b = (I + S_b)ᵀ Z_b
 
 where I + S is the inverse of the block's own triangular system and X_b what the block has without the others. Both
 passes read the same tiles C, which the forward kernel forms.
@@ -15,7 +15,7 @@ passes read the same tiles C, which the forward kernel forms.
 import triton
 import triton.language as tl
 
-from ka_attention.ops.triton.primitives import block, load_tile, put
+from ka_attention.ops.triton.primitives import block, put
 
 
 @triton.jit(do_not_specialize=["B", "H", "T"])
@@ -25,67 +25,82 @@ def sweep_kernel(
     PARTS: tl.constexpr, ROW: tl.constexpr, STAGES: tl.constexpr, HAS_GATE: tl.constexpr, PACKED: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence from X to Y, for BD columns of one head: the columns are independent. REVERSE: the backward's, and
-    with a gate also U.
+    """The recurrence, X becoming Y, for BD columns of one head: the columns are independent. REVERSE: the backward's,
+    which leaves Z in Y, and with a gate also U.
 
     A finished block is pushed into the sums of the REACH blocks that read it, which stay in registers: one product, of
     the tiles of all of them at once (PARTS, a power of two), lies between two blocks.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    SIGN: tl.constexpr = -1 if REVERSE else 1
     h = tl.program_id(0) % H
     sequence = tl.program_id(0) // H
     d0 = tl.program_id(1) * BD
     start = tl.load(CU + sequence) if PACKED else 0
     n = tl.load(CU + sequence + 1) - start if PACKED else T
+    if PACKED and n == 0:
+        return
     b = tl.cast(0 if PACKED else sequence, tl.int64)
     start = tl.cast(start, tl.int64)
     head = (b * H + h) * T + start
     X += b * x_strides[0] + h * x_strides[1] + start * x_strides[2]
     Y += head * D
-    SAVED += head * ROW
-    BAND = SAVED + ROW - REACH * BM
+    BAND = SAVED + head * ROW + ROW - REACH * BM
     if HAS_GATE and REVERSE:
         V += b * v_strides[0] + h // GROUP * v_strides[1] + start * V_ROW
         GATE += b * gate_strides[0] + h * gate_strides[1] + start * gate_strides[2]
         A += head * D
         U += head * D
     blocks = tl.cdiv(n, BM)
-    first = blocks - 1 if REVERSE else 0
+    sums = ()
+    for k in tl.static_range(PARTS + 1):
+        r0 = (blocks - 1 - k) * BM if REVERSE else k * BM
+        sums += (block(X, r0, x_strides[2], n, d0, BM, D, BD).to(tl.float32),)
+    # Between the first step and the last ones all that is read lies within the sequence.
+    bounds = (0, 1, tl.maximum(blocks - PARTS - 1, 1), blocks)
+    for part in tl.static_range(3):
+        sums = _steps(sums, bounds[part], bounds[part + 1], X, V, GATE, A, BAND, Y, U, x_strides[2], gate_strides, n,
+                      d0, V_ROW, D, BD, BM, REACH, PARTS, ROW, STAGES, HAS_GATE, REVERSE, part != 1 or REACH < PARTS,
+                      DOT)  # fmt: skip
+
+
+@triton.jit
+def _steps(sums, first, last, X, V, GATE, A, BAND, Y, U, x_stride, gate_strides, n, d0, V_ROW: tl.constexpr,
+           D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr, PARTS: tl.constexpr,
+           ROW: tl.constexpr, STAGES: tl.constexpr, HAS_GATE: tl.constexpr, REVERSE: tl.constexpr, GUARD: tl.constexpr,
+           DOT: tl.constexpr):  # fmt: skip
+    """Steps first … last of the recurrence: the sums of the next PARTS + 1 blocks after them."""
+    SIGN: tl.constexpr = -1 if REVERSE else 1
+    blocks = tl.cdiv(n, BM)
     i = tl.arange(0, BM)
     part = tl.arange(0, PARTS * BM)
     distance = 1 + part // BM
-    sums = ()
-    for k in tl.static_range(PARTS + 1):
-        sums += (block(X, (first + SIGN * k) * BM, x_strides[2], n, d0, BM, D, BD).to(tl.float32),)
     # Loads run stages ahead of the recurrence: no step loads what another stores.
-    for step in tl.range(0, blocks, num_stages=STAGES):
-        r0 = (first + SIGN * step) * BM
+    for step in tl.range(first, last, num_stages=STAGES):
+        r0 = (blocks - 1 - step if REVERSE else step) * BM
         y = sums[0].to(Y.dtype.element_ty)
+        put(Y, y, r0, D, 0, n, d0, BM, D, BD)
+        at = BAND + tl.cast(r0, tl.int64) * ROW
         if REVERSE:
-            rows = r0 + i
-            c = BAND + tl.cast(rows, tl.int64)[:, None] * ROW + part[None, :]
-            c = tl.trans(tl.load(c, mask=(rows < n)[:, None] & (distance <= REACH)[None, :], other=0.0))
+            at += i[:, None] * ROW + part[None, :]
+            inside = (r0 + i < n)[:, None] & (distance <= REACH)[None, :]
         else:
-            rows = r0 + distance * BM + part % BM
-            c = BAND + tl.cast(rows, tl.int64)[:, None] * ROW + ((distance - 1) * BM)[:, None] + i[None, :]
-            c = tl.load(c, mask=((rows < n) & (distance <= REACH))[:, None], other=0.0)
-        pushed = _apart(tl.dot(c, y, input_precision=DOT), PARTS, BM, BD)  # c [PARTS BM, BM]
+            row = distance * BM + part % BM
+            at += (row * ROW + (distance - 1) * BM)[:, None] + i[None, :]
+            inside = ((r0 + row < n) & (distance <= REACH))[:, None]
+        c = tl.load(at, mask=inside, other=0.0) if GUARD else tl.load(at)
+        c = tl.trans(c) if REVERSE else c  # [PARTS BM, BM]
+        pushed = _apart(tl.dot(c, y, input_precision=DOT), PARTS, BM, BD)
         rest = ()
         for k in tl.static_range(PARTS):
             rest += (sums[k + 1] + pushed[k],)
-        rest += (block(X, r0 + SIGN * (PARTS + 1) * BM, x_strides[2], n, d0, BM, D, BD).to(tl.float32),)
+        rest += (block(X, r0 + SIGN * (PARTS + 1) * BM, x_stride, n, d0, BM, D, BD).to(tl.float32),)
         sums = rest
-        if REVERSE:
-            S = tl.trans(load_tile(SAVED, r0, ROW, n, BM, BM, BM, True))
-            put(Y, tl.dot(S, y, y.to(tl.float32), input_precision=DOT), r0, D, 0, n, d0, BM, D, BD)
-        else:
-            put(Y, y, r0, D, 0, n, d0, BM, D, BD)
         if HAS_GATE and REVERSE:
             g = tl.load(GATE + tl.cast(r0 + i, tl.int64) * gate_strides[2], mask=r0 + i < n, other=0.0)
             v = block(V, r0, V_ROW, n, d0, BM, D, BD)
             a = block(A, r0, D, n, d0, BM, D, BD).to(tl.float32)
             put(U, v + g[:, None] * (a - v), r0, D, 0, n, d0, BM, D, BD)
+    return sums
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class Table(NamedTuple):
     forward: Tiles
     columns: Tiles  # BM of both is the same: they share the systems of the diagonal blocks
     dq: Tiles
-    banded: Tiles  # of columns and dq where a window is short
+    banded: Tiles  # of dq with a window, and of columns where a sweep is before them
 
 
 def _table(rows: Tiles, columns: Tiles | None = None) -> Table:

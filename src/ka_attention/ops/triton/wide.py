@@ -48,7 +48,7 @@ class Wide(Plan):
         def query_gradients() -> Tensor:
             dq = torch.empty_like(a)
             rows = self.schedule(cu_seqlens, self.row_tiles.BM)
-            self.queries(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, y, delta, dq)
+            self.queries(q, k, v, k_past, u_past, mask, cu_seqlens, rows, a, u, lse, saved, y, delta, dq)
             return dq
 
         if self.band:
@@ -58,13 +58,13 @@ class Wide(Plan):
         schedule = self.schedule(cu_seqlens, self.column_tiles.BM)
         self.columns(
             da, q, k, v, gate, None, mask, cu_seqlens, schedule, a, u, lse, saved, y, delta, dk, dv, None, dgate,
-            self.room(q), self.flags(q),
+            self.flags(q),
         )  # fmt: skip
         if k_past is not None:
             dk_past, du_past = (torch.empty(u_past.shape, dtype=q.dtype, device=q.device) for _ in range(2))
             self.past_columns(
                 None, q, k_past, v, None, u_past, mask, cu_seqlens, schedule, a, u, lse, None, y, delta, dk_past, None,
-                du_past, None, None, None,
+                du_past, None, None,
             )  # fmt: skip
         if not self.band:
             dq = query_gradients()
@@ -75,10 +75,12 @@ class Wide(Plan):
         new, past = (self.q, self.k, self.v, self.gate), (self.k_past, self.u_past)
         banded = {"BAND": self.band > 0, "ROW": self.width}
         self.rows = self._launch(forward_kernel, table.forward, *new, *past, self.mask, **banded, **reach)
-        self.column_tiles, self.row_tiles = (table.banded,) * 2 if self.band else (table.columns, table.dq)
+        self.column_tiles = table.banded if self.band else table.columns
+        self.row_tiles = table.dq if self.window is None else table.banded
         columns, mode = (self.da, *new, None, self.mask), "solved" if self.band else "chain"
         self.columns = self._launch(columns_kernel, self.column_tiles, *columns, MODE=mode, **reach)
-        self.queries = self._launch(dq_kernel, self.row_tiles, *new[:3], *past, self.mask, SOLVED=self.band > 0)
+        rows, solved = (*new[:3], *past, self.mask), {"SOLVED": self.band > 0, "ROW": self.width}
+        self.queries = self._launch(dq_kernel, self.row_tiles, *rows, **solved)
         if self.band:
             shape = (self.H * self.T * self.D, self.T * self.D, self.D)
             self.forward_sweep, self.backward_sweep = self._sweep(shape, False), self._sweep(self.da, True)
@@ -120,10 +122,6 @@ class Wide(Plan):
         rank = slots - first[sequence]
         order = rank.argsort(stable=True)
         return torch.stack([sequence, rank], dim=1)[order].to(torch.int32)
-
-    def room(self, q: Tensor) -> Tensor | None:
-        """Where a chain with a window keeps what it forms for the nearest blocks."""
-        return q.new_empty(*q.shape[:3], self.reach * self.BM) if self.window and not self.band else None
 
     def flags(self, q: Tensor) -> Tensor | None:
         """For a chain the ticket, then the number of published blocks of each sequence and head."""
