@@ -21,7 +21,7 @@ from benchmarks.harness import table
 from benchmarks.timing import inputs
 from ka_attention import ka_attention
 
-WINDOWS = (2, 8, 16)
+WINDOWS = (2, 16)
 PROFILER = (
     "ncu --profile-from-start off --clock-control none --cache-control none --print-units base --csv "
     "--metrics dram__bytes_read.sum,dram__bytes_write.sum"

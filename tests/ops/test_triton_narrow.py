@@ -64,7 +64,7 @@ def test_segments(given, divide):
     [
         {"window": 8, "gate": "token", "P": 7},
         {"window": 16, "P": 4, "Hkv": 2},
-        {"window": 20, "gate": "token", "P": 19},
+        {"window": 20, "gate": "token", "P": 19, "dtype": torch.float16},
     ],
 )
 def test_a_share_stops_between_kernels(given, divide):
@@ -73,21 +73,22 @@ def test_a_share_stops_between_kernels(given, divide):
     from ka_attention.ops.triton import open as start
 
     divide(3)
-    tensors, options = on_device(Problem(**SMALL | given | {"T": 64}, dtype=torch.float32))
+    tensors, options = on_device(Problem(**SMALL | {"T": 64, "dtype": torch.float32} | given))
+    error = 1e-5 if tensors[0].dtype == torch.float32 else 4e-3
     q, k, v, gate, k_past, u = tensors[:6]
     a, lse, saved = forward(*tensors, **options, save=True)
     u_past = torch.zeros_like(u)
     M, c, finish = start(q, k, v, gate, k_past, u_past, **options, save=True)
     state, values = options["window"] - 1, v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     expected = (a if gate is None else values + gate[..., None] * (a - values))[:, :, -state:]
-    assert (c + M[..., state - u.shape[2] :] @ u - expected).norm() < 1e-5 * expected.norm()
+    assert (c + M[..., state - u.shape[2] :] @ u.float() - expected).norm() < error * expected.norm()
     u_past.copy_(u)
     found = finish()
-    assert (found[0] - a).norm() < 1e-5 * a.norm()
+    assert (found[0] - a).norm() < error * a.norm()
     da = torch.randn_like(a)
     b = state_gradient(da, q, k, v, gate, k_past, u_past, found[2], **options)
     expected = backward(da, *tensors, a, lse, saved, **options)[5]
-    assert (b - expected).norm() < 1e-5 * expected.norm()
+    assert (b - expected).norm() < error * expected.norm()
     assert start(q[:, :, :50], k[:, :, :50], v[:, :, :50], None, k_past, u_past, **options, save=True) is None
 
 

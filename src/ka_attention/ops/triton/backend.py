@@ -19,7 +19,7 @@ MAX_PLANS = 1024
 def outputs(q: Tensor, save: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns, all contiguous: A [B, Hq, T, D], the log-sum-exp [B, Hq, T] and, with `save`, of
     each block what the backward would have to form again: the rows of S, where I + S = (I − L G)⁻¹, and of the tiles
-    that the sweep of a window reads, or, for a narrow window, those of F and S.
+    that the sweep of a window reads, or, for a narrow window, those of E and S.
     """
     before = narrow_reach(q, window)
     width = (1 + band(q, window)) * choose(q).forward.BM if before is None else narrow_width(before, True)

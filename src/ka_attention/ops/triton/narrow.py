@@ -17,7 +17,7 @@ from ka_attention.ops.triton.plan import Plan, sum_groups
 
 
 class Narrow(Plan):
-    """Segments of `span` blocks of `before` rows."""
+    """Segments of `span` blocks, each of which reaches `before` tokens back."""
 
     def __init__(self, da, q, *others):
         super().__init__(da, q, *others)
@@ -25,11 +25,12 @@ class Narrow(Plan):
         assert before is not None
         self.before, self.solved, self.heads = before, before > tiles.NARROW_BLOCK, self.B * self.H
         self.options = tiles.narrow_options(before, q)
-        blocks = triton.cdiv(self.T, before)
+        blocks = triton.cdiv(self.T, tiles.NARROW_BLOCK)
+        reach = before // tiles.NARROW_BLOCK  # the walk takes as many blocks a step
         # Up to 17 tokens the gradients walk over the segments, too.
         most = self.options["segments" if da is None or self.solved else "spans"]
         parts = tiles.segments(self.device, self.heads, blocks, most)
-        self.span = triton.cdiv(blocks, parts)
+        self.span = triton.cdiv(blocks, parts * reach) * reach
         self.segments = triton.cdiv(blocks, self.span)
         self.width = tiles.narrow_width(before, self.save)
         apart = self.packed or self.constants["HAS_MASK"]
@@ -39,7 +40,7 @@ class Narrow(Plan):
                            "SOLVED": self.solved}  # fmt: skip
         scale, _, softcap, _ = others[-4:]
         self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window
-        self.weights, self.gradients = self._weights(blocks), self._gradients()
+        self.weights, self.gradients = self._weights(), self._gradients()
         walk, adjoint = (self.v, self.gate, self.u_past, self.H, self.T, self.P), (self.da, self.gate, self.H, self.T)
         self.maps, self.apply = (self._walk(walk_kernel, *walk, MAPS=maps) for maps in (True, False))
         self.adjoint_maps, self.adjoint_apply = (
@@ -51,10 +52,11 @@ class Narrow(Plan):
         self.groups = triton.cdiv(self.segments, group or self.segments)  # composed first, then each is scanned
         self.scans = [self._scan(self.D, False, group, compose=x) for x in (True, False)] if group else [self.scan]
 
-    def _weights(self, blocks: int) -> Launch:
-        """One program a block and head, or a segment and head."""
-        span, segments = (self.span, self.segments) if self.walks_at_once else (1, blocks)
+    def _weights(self) -> Launch:
+        """One program for as many rows as a block reaches back, or a segment, and head."""
         options = self.options["weights_and_walk" if self.walks_at_once else "weights_kernel"]
+        blocks = triton.cdiv(self.T, options["ROWS"])
+        span, segments = (self.span, self.segments) if self.walks_at_once else (1, blocks)
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
         return self.launch(
             weights_kernel, (self.heads * segments,), *strides, *self.numbers, span, segments,
@@ -88,27 +90,25 @@ class Narrow(Plan):
     def forward(self, q, k, v, gate, k_past, u_past, mask, cu_seqlens, a, lse, saved) -> None:
         if not self.save:
             saved = q.new_empty(*q.shape[:3], self.width)
-        r = q.new_empty(*q.shape[:3], self.before)
         room: Any = (None, None, None) if self.segments == 1 else self._room(q)
         into, state, maps = room
-        self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, r, state, maps)
+        self._maps(q, k, v, gate, k_past, u_past, mask, self.starts(cu_seqlens), lse, saved, state, maps)
         if self.segments > 1:
             of_groups = [x.new_empty(*x.shape[:2], self.groups, *x.shape[3:]) for x in (state, maps)]
             for scan in self.scans:
                 scan(state, maps, into, *of_groups)
-        self.apply(v, gate, u_past, saved, r, into, a, None, None)
+        self.apply(v, gate, u_past, saved, into, a, None, None)
 
-    def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, r, state, maps) -> None:
-        self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, r, state, maps)
+    def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps) -> None:
+        self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps)
         if self.segments > 1 and not self.walks_at_once:
-            self.maps(v, gate, u_past, saved, r, None, None, state, maps)
+            self.maps(v, gate, u_past, saved, None, None, state, maps)
 
     def open(self, q, k, v, gate, k_past, u_past, a, lse, saved) -> tuple[Tensor, Tensor, Callable]:
         """A share over ranks (`backend.open`): all segments are one map more, and what each meets is affine, too."""
         _, state, maps = self._room(q)
         saved = saved if self.save else q.new_empty(*q.shape[:3], self.width)
-        r = q.new_empty(*q.shape[:3], self.before)
-        self._maps(q, k, v, gate, k_past, u_past, None, None, lse, saved, r, state, maps)
+        self._maps(q, k, v, gate, k_past, u_past, None, None, lse, saved, state, maps)
         state = F.pad(state, (0, self.before))
         state[:, :, 0, :, self.D :] = maps[:, :, 0]
         into = torch.empty_like(state)
@@ -120,7 +120,7 @@ class Narrow(Plan):
             before = F.pad(u_past, (0, 0, self.before - self.P, 0))[:, :, None]
             with torch.cuda.device_of(q):
                 met = into[..., : self.D] + into[..., self.D :] @ before
-                self.apply(v, gate, u_past, saved, r, met, a, None, None)
+                self.apply(v, gate, u_past, saved, met, a, None, None)
             return a, lse, saved
 
         return both[..., self.D :][..., last], both[..., : self.D], close

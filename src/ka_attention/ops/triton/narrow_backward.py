@@ -1,64 +1,82 @@
 """Narrow windows, backward: the adjoint of `narrow_forward`, from the last segment to the first.
 
-With z_b what the rows after block b give to dU_b, and F and S of the forward:
+With z_b what the rows after block b give to dU_b, and E of the forward, whose column tile c belongs to block b − n + c:
 
-    X_b = dA_b + G z_b,     z_{b−1} = F_bᵀ X_b,     Y_b = (I − G L_bbᵀ)⁻¹ X_b = (I + Sᵀ) X_b
+    X_b = dA_b + G z_b,     z_{b−n+c} += E_bcᵀ X_b for c < n,     Y_b = (I − G L_bbᵀ)⁻¹ X_b = (I + Sᵀ) X_b
 
-That is an affine map of the z that a block finds, walked and scanned as in the forward. `gradients_kernel` then
-computes all gradients (docs/maths.md, "Adjoint"). With blocks of 16 rows it finds Y of a segment itself, from z after
-it; else Y is there from another walk (SOLVED), and it takes tiles of 64 rows.
+That is an affine map of the n tiles of z that a block finds, walked and scanned as in the forward. `gradients_kernel`
+then computes all gradients (docs/maths.md, "Adjoint"). With n = 1 it finds Y of a segment itself, from z after it;
+else it takes tiles of more rows than a block, and Y is there from another walk (SOLVED).
 """
+
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow while Triton unrolls loops)
 
 import triton
 import triton.language as tl
 
-from ka_attention.ops.triton.narrow_forward import attends, gates, joined, place, tokens, unit
+from ka_attention.ops.triton.narrow_forward import BLOCK, attends, gates, joined, place, tokens, unit
 from ka_attention.ops.triton.primitives import LN2, block, inverse, put, scores, slope
 
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "span", "segments"])
 def adjoint_walk_kernel(
-    DA, GATE, F, INTO, Y, STATE, MAP,
+    DA, GATE, E, INTO, Y, STATE, MAP,
     da_strides, gate_strides, H, T, span, segments,
     D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr,
     SOLVED: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`walk_kernel` backward. MAPS: the map from z after a segment to z of the block before it; else Y. Unless SOLVED
+    """`walk_kernel` backward. MAPS: the map from z after a segment to z of the blocks before it; else Y. Unless SOLVED
     a segment is meant one block later, for `gradients_kernel` begins with the block after it.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     head, b, h, segment = place(H, segments)
     slot = (head * segments + segment) * BEFORE
     DA += b * da_strides[0] + h * da_strides[1]
-    F += head * T * WIDTH
+    E += head * T * WIDTH
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
     d0 = tl.program_id(1) * BD
     first = segment * span
-    last = tl.minimum(first + span, tl.cdiv(T, BEFORE))
-    z = tl.zeros([BD, BEFORE], tl.float32)
-    if not MAPS and not WHOLE:
-        z += tokens(INTO + slot * D, 0, D, BEFORE, d0, BEFORE, D, BD)
-    M = unit(tl.float32, BEFORE)
+    last = tl.minimum(first + span, tl.cdiv(T, BLOCK))
+    state = ()  # z of the n blocks that the first step finds
+    for c in tl.static_range(0, BEFORE, BLOCK):
+        z = tl.zeros([BD, BLOCK], tl.float32)
+        if not MAPS and not WHOLE:
+            z += tokens(INTO + slot * D, c, D, BEFORE, d0, BLOCK, D, BD)
+        state += (z,)
+    M = unit(tl.float32, BEFORE) if MAPS else ()
     for step in tl.range(0, last - first, num_stages=STAGES):
-        r0 = (last - (1 if SOLVED else 0) - step) * BEFORE
-        f = block(F, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
+        r0 = (last - (1 if SOLVED else 0) - step) * BLOCK
+        x: tl.tensor = state[BEFORE // BLOCK - 1]
+        m = M[BEFORE // BLOCK - 1] if MAPS else x
         if HAS_GATE:
-            g = gates(GATE, r0 + tl.arange(0, BEFORE), gate_strides[2], T)[None, :]
-            z *= g
-            M *= g
-        x = z + tokens(DA, r0, da_strides[2], T, d0, BEFORE, D, BD)
+            g = gates(GATE, r0 + tl.arange(0, BLOCK), gate_strides[2], T)[None, :]
+            x *= g
+            m *= g
+        x += tokens(DA, r0, da_strides[2], T, d0, BLOCK, D, BD)
         rounded = x.to(DA.dtype.element_ty)
         if MAPS:
-            M = tl.dot(M.to(rounded.dtype), f, input_precision=DOT)
+            M = _passed(m.to(DA.dtype.element_ty), M, E, r0, T, BEFORE, WIDTH, DOT)
         else:
-            S = block(F + BEFORE, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
-            y = tl.dot(rounded, S, x, input_precision=DOT)
-            put(Y + head * T * D, tl.trans(y.to(rounded.dtype)), r0, D, 0, T, d0, BEFORE, D, BD)
-        z = tl.dot(rounded, f, input_precision=DOT)
+            y = tl.dot(rounded, block(E + BEFORE + BLOCK, r0, WIDTH, T, 0, BLOCK, BLOCK, BLOCK), x, input_precision=DOT)
+            put(Y + head * T * D, tl.trans(y.to(DA.dtype.element_ty)), r0, D, 0, T, d0, BLOCK, D, BD)
+        state = _passed(rounded, state, E, r0, T, BEFORE, WIDTH, DOT)
     if MAPS:
-        put(STATE + slot * D, tl.trans(z), 0, D, 0, BEFORE, d0, BEFORE, D, BD)
-        put(MAP + slot * BEFORE, tl.trans(M), 0, BEFORE, 0, BEFORE, 0, BEFORE, BEFORE, BEFORE)
+        for c in tl.static_range(0, BEFORE, BLOCK):
+            put(STATE + slot * D, tl.trans(state[c // BLOCK]), c, D, 0, BEFORE, d0, BLOCK, D, BD)
+            put(MAP + slot * BEFORE, tl.trans(M[c // BLOCK]), c, BEFORE, 0, BEFORE, 0, BLOCK, BEFORE, BEFORE)
+
+
+@triton.jit
+def _passed(x, state, E, r0, n, BEFORE: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    """The n tiles that the block before finds: those of the state but the last, and E x of the block at r0."""
+    rest = (tl.dot(x, block(E, r0, WIDTH, n, 0, BLOCK, BLOCK, BLOCK), input_precision=DOT),)
+    for c in tl.static_range(BLOCK, BEFORE, BLOCK):
+        rest += (
+            tl.dot(x, block(E + c, r0, WIDTH, n, 0, BLOCK, BLOCK, BLOCK), state[c // BLOCK - 1], input_precision=DOT),
+        )
+    return rest
 
 
 @triton.jit

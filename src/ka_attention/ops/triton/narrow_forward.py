@@ -1,21 +1,26 @@
 """Narrow windows, forward: a scan over the affine maps of segments (docs/maths.md, "Windows").
 
-A block has as many rows as the window reaches back, BEFORE of them, so it reads the block before it and nothing else:
+A block of 16 rows reads, of all that lies before it, the n blocks before it only, n = 1, 2 or 4:
 
-    A_b = F_b U_{b−1} + R_b V_b,     [F R] = (I − N)⁻¹ [W_{b,b−1} W_bb − N],     N = L_bb G
+    A_b = E_b [U_{b−n}; …; U_{b−1}; V_b],     E = (I − N)⁻¹ (W − N),     N = L_bb G: of the block itself
 
-`weights_kernel` forms the rows of F, R and, where there is room beside F, S of (I − N)⁻¹ = I + S. Then it is to walk:
-`walk_kernel` first with nothing before a segment, and with the unit matrix there and V = 0, which gives what the
-segment makes of any state before it, u ↦ c + M u; `scan_kernel` goes through the maps of a head; `walk_kernel` again,
-from the states found, gives A. With blocks of 16 rows the first walk is short, and `weights_kernel` does it as it goes.
-Columns of the head dimension are independent: programs share them out. Cached tokens are the block before the first,
-packed sequences are one with a mask. Where a mask keeps tokens apart (APART) it keeps apart what is not finite, too.
+`weights_kernel` forms the rows of E. What is left is to walk: `walk_kernel` first with nothing before a segment, and
+with the unit matrix there and V = 0, which gives what the segment makes of any state before it, u ↦ c + M u;
+`scan_kernel` goes through the maps of a head; `walk_kernel` again, from the states found, gives A. With n = 1 the first
+walk is short, and `weights_kernel` does it as it goes. Columns of the head dimension are independent: programs share
+them out. Cached tokens are the blocks before the first, packed sequences are one with a mask. Where a mask keeps tokens
+apart (APART) it keeps apart also what is not finite.
 """
+
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow while Triton unrolls loops)
 
 import triton
 import triton.language as tl
 
 from ka_attention.ops.triton.primitives import LN2, block, capped, inverse, put
+
+BLOCK = tl.constexpr(16)  # rows of a block: the least that a product of matrices takes
 
 
 @triton.jit
@@ -69,56 +74,59 @@ def attends(i, j, n, P, window, STARTS, MASK, mask_strides, CAUSAL: tl.constexpr
 
 @triton.jit(do_not_specialize=["gate_strides", "mask_strides", "H", "T", "P", "window", "span", "segments"])
 def weights_kernel(
-    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, LSE, F, R, STATE, MAP,
+    Q, K, V, GATE, K_PAST, U_PAST, MASK, STARTS, LSE, E, STATE, MAP,
     q_strides, k_strides, v_strides, gate_strides, k_past_strides, u_past_strides, mask_strides,
     scale, softcap, H, T, P, window, span, segments,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, BEFORE: tl.constexpr,
-    WIDTH: tl.constexpr, WALK: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BEFORE: tl.constexpr, WIDTH: tl.constexpr, WALK: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, SOFTCAP: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, F and R of `span` blocks of one head; with WALK, for which these are a segment, its c and M, too."""
+    """ROWS / 16 blocks of one head, each of which reaches BEFORE = 16 n tokens back: log-sum-exp and E, and where there
+    is room beside it S of (I − N)⁻¹ = I + S. With WALK, for n = 1, those of one segment, and its c and M.
+    """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     # Weights as operands: float16 has the mantissa of tf32 and suffices for their range.
     SMALL: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
     head, b, h, segment = place(H, segments)
     Q += b * q_strides[0] + h * q_strides[1]
     K += b * k_strides[0] + h // GROUP * k_strides[1]
-    F += head * T * WIDTH
-    R += head * T * BEFORE
+    E += head * T * WIDTH
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
-    i = tl.arange(0, BEFORE)
+    i = tl.arange(0, ROWS)
     diagonal = i[:, None] == i[None, :]
     first = segment * span
     steps = 1
     if WALK:
-        steps = tl.minimum(span, tl.cdiv(T, BEFORE) - first)
+        steps = tl.minimum(span, tl.cdiv(T, BLOCK) - first)
         V += b * v_strides[0] + h // GROUP * v_strides[1]
         M = tl.where(diagonal, 1.0, 0.0)
-        u = tl.zeros([BEFORE, BD], Q.dtype.element_ty)
+        u = tl.zeros([BLOCK, BD], Q.dtype.element_ty)
         if HAS_PAST:
             U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-            u = block(U_PAST, P - BEFORE, u_past_strides[2], tl.where(first == 0, P, 0), 0, BEFORE, D, BD)
+            u = block(U_PAST, P - BLOCK, u_past_strides[2], tl.where(first == 0, P, 0), 0, BLOCK, D, BD)
     for step in range(steps):
-        r0 = (first + step) * BEFORE
+        r0 = (first + step) * ROWS
         rows = r0 + i
-        s = tl.zeros([BEFORE, BEFORE], tl.float32)
-        sp = tl.zeros([BEFORE, BEFORE], tl.float32)
+        s = tl.zeros([ROWS, ROWS], tl.float32)
+        sp = tl.zeros([ROWS, BEFORE], tl.float32)
         for d0 in range(0, D, CHUNK):
-            q = block(Q, r0, Q_ROW, T, d0, BEFORE, D, CHUNK)
-            k = block(K, r0, K_ROW, T, d0, BEFORE, D, CHUNK)
+            q = block(Q, r0, Q_ROW, T, d0, ROWS, D, CHUNK)
+            k = block(K, r0, K_ROW, T, d0, ROWS, D, CHUNK)
             before = joined(K, K_PAST, r0 - BEFORE, K_ROW, k_past_strides[2] if HAS_PAST else 0, T, P, d0, BEFORE, D,
                             CHUNK, HAS_PAST)  # fmt: skip
             s = tl.dot(q, tl.trans(k), s, input_precision=DOT)
             sp = tl.dot(q, tl.trans(before), sp, input_precision=DOT)
         seen = attends(rows, rows, T, P, window, STARTS, MASK, mask_strides, True, PACKED, HAS_MASK)
         s = tl.where(seen, capped(s, scale, softcap, SOFTCAP), -float("inf"))
-        seen = attends(rows, rows - BEFORE, T, P, window, STARTS, MASK, mask_strides, False, PACKED, HAS_MASK)
+        j = r0 - BEFORE + tl.arange(0, BEFORE)
+        seen = attends(rows, j, T, P, window, STARTS, MASK, mask_strides, False, PACKED, HAS_MASK)
         sp = tl.where(seen, capped(sp, scale, softcap, SOFTCAP), -float("inf"))
         top = tl.maximum(tl.max(s, 1), tl.max(sp, 1))
         shift = tl.where(top == -float("inf"), 0.0, top)  # a row that attends nothing
@@ -133,24 +141,27 @@ def weights_kernel(
             known = total * 0.0 == 0.0  # no score of the row is NaN or infinite
             p = tl.where(known[:, None], p, 0.0)
             pp = tl.where(known[:, None], pp, 0.0)
-        N = tl.where(diagonal, 0.0, p)
+        N = tl.where((i[:, None] // BLOCK == i[None, :] // BLOCK) & ~diagonal, p, 0.0)
+        p -= N
         if HAS_GATE:
             g = gates(GATE, rows, gate_strides[2], T)
+            p += N * (1.0 - g)[None, :]
             N *= g[None, :]
-        p, pp = (p - N).to(SMALL), pp.to(SMALL)
-        S = inverse(N, BEFORE, PRECISION)
-        solve = tl.where(diagonal, 1.0, S).to(SMALL)
-        p = tl.dot(solve, p, input_precision=DOT)
-        pp = tl.dot(solve, pp, input_precision=DOT)
+        # Of each block, [ROWS / 16, 16, 16]: a warp has one, and waits for no other.
+        S = inverse(tl.sum(tl.reshape(N, [ROWS // BLOCK, BLOCK, ROWS // BLOCK, BLOCK]), 2), BLOCK, PRECISION)
+        p = _solved(S, p, ROWS, ROWS, PRECISION)
+        pp = _solved(S, pp, ROWS, BEFORE, PRECISION)
         if APART:  # rows without weights, and those that read them
-            lost = tl.where((diagonal | (S != 0.0)) & (known[None, :] == 0), 1.0, 0.0)
-            p = tl.where((tl.sum(lost, 1)[:, None] > 0.0) & diagonal, float("nan"), p)
-        put(F, pp, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
-        put(R, p, r0, BEFORE, 0, T, 0, BEFORE, BEFORE, BEFORE)
-        if WIDTH > BEFORE:
-            put(F + BEFORE, S, r0, WIDTH, 0, T, 0, BEFORE, BEFORE, BEFORE)
+            lost = tl.where(tl.reshape(known, [ROWS // BLOCK, 1, BLOCK]), 0.0, S) != 0.0
+            lost = tl.reshape(tl.max(lost.to(tl.int32), 2), [ROWS]) > 0
+            p = tl.where((lost | (known == 0))[:, None] & diagonal, float("nan"), p)
+        _put_band(E, pp, r0, WIDTH, T, 0, ROWS, BEFORE, BEFORE)
+        _put_band(E, p, r0, WIDTH, T, BEFORE, ROWS, ROWS, BEFORE)
+        if WIDTH > BEFORE + BLOCK:
+            S = tl.reshape(S, [ROWS, BLOCK])
+            put(E + BEFORE + BLOCK, S, r0, WIDTH, 0, T, 0, ROWS, BLOCK, BLOCK)
         if WALK:
-            v = block(V, r0, V_ROW, T, 0, BEFORE, D, BD)
+            v = block(V, r0, V_ROW, T, 0, BLOCK, D, BD)
             a = tl.dot(p.to(v.dtype), v, input_precision=DOT)
             a = tl.dot(pp.to(v.dtype), u, a, input_precision=DOT)
             M = tl.dot(pp.to(SMALL), M.to(SMALL), input_precision=DOT)
@@ -159,9 +170,27 @@ def weights_kernel(
                 M *= g[:, None]
             u = a.to(v.dtype)
     if WALK:
-        put(STATE + head * segments * BEFORE * D, u, segment * BEFORE, D, 0, segments * BEFORE, 0, BEFORE, D, BD)
-        MAP += head * segments * BEFORE * BEFORE
-        put(MAP, M, segment * BEFORE, BEFORE, 0, segments * BEFORE, 0, BEFORE, BEFORE, BEFORE)
+        put(STATE + head * segments * BLOCK * D, u, segment * BLOCK, D, 0, segments * BLOCK, 0, BLOCK, D, BD)
+        MAP += head * segments * BLOCK * BLOCK
+        put(MAP, M, segment * BLOCK, BLOCK, 0, segments * BLOCK, 0, BLOCK, BLOCK, BLOCK)
+
+
+@triton.jit
+def _solved(S, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + S) W of each block."""
+    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+    SMALL: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
+    W = tl.reshape(W, [ROWS // BLOCK, BLOCK, COLUMNS])
+    return tl.reshape(tl.dot(S.to(SMALL), W.to(SMALL), W, input_precision=DOT), [ROWS, COLUMNS])
+
+
+@triton.jit
+def _put_band(E, W, r0, stride, n, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEFORE: tl.constexpr):
+    """W [ROWS, COLUMNS] of rows from r0 on and columns from `column` on: their part of the band, where E has it."""
+    i = tl.arange(0, ROWS)[:, None]
+    c = column - i // BLOCK * BLOCK + tl.arange(0, COLUMNS)[None, :]
+    inside = (r0 + i < n) & (c >= 0) & (c < BEFORE + BLOCK)
+    tl.store(E + (tl.cast(r0, tl.int64) * stride + (i * stride + c)), W.to(E.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -196,37 +225,60 @@ def tokens(X, r0, stride, n, d0, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.con
 
 
 @triton.jit
-def _walk(u, M, V, GATE, F, R, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
+def _state(X, r0, stride, n, d0, BEFORE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """BEFORE rows of X from r0 on as the tiles of a state."""
+    tiles = ()
+    for c in tl.static_range(0, BEFORE, BLOCK):
+        tiles += (tokens(X, r0 + c, stride, n, d0, BLOCK, D, BD),)
+    return tiles
+
+
+@triton.jit
+def unit(dtype, BEFORE: tl.constexpr):
+    """The tiles of the unit matrix, transposed [BEFORE, 16] each, of a dtype."""
+    tiles = ()
+    for c in tl.static_range(0, BEFORE, BLOCK):
+        at = tl.arange(0, BEFORE)[:, None] == c + tl.arange(0, BLOCK)[None, :]
+        tiles += (tl.where(at, 1.0, 0.0).to(dtype),)
+    return tiles
+
+
+@triton.jit
+def _walk(state, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
           BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, HAS_GATE: tl.constexpr,
           APART: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """The loop of `walk_kernel` over `rows` rows from r on: the state after it, M, and 0 · a of all a together."""
-    zero = tl.zeros([BD, BEFORE], tl.float32)
-    for step in tl.range(0, tl.cdiv(rows, BEFORE), num_stages=1 if SPREAD else STAGES):
-        r0 = r + step * BEFORE
-        v = tokens(V, r0, V_ROW, T, d0, BEFORE, D, BD)
-        a = _read(v, block(R, r0, BEFORE, T, 0, BEFORE, BEFORE, BEFORE), None, SPREAD, DOT)
-        f = block(F, r0, WIDTH, T, 0, BEFORE, BEFORE, BEFORE)
-        a = _read(u, f, a, SPREAD, DOT)
-        if MAPS:
-            m = _read(M, f, None, SPREAD, DOT)
-        else:
-            put(A, tl.trans(a.to(v.dtype)), r0, D, 0, T, d0, BEFORE, D, BD)
-        if APART:
-            zero += a * 0.0
-        if HAS_GATE:
-            g = gates(GATE, r0 + tl.arange(0, BEFORE), gate_stride, T)[None, :]
-            a = v + g * (a - v)
-            if MAPS:
+    zero = tl.zeros([BD, BLOCK], tl.float32)
+    # n blocks a step, so that every tile of the state is new: Triton does not pipeline a loop that hands one on.
+    ROWS: tl.constexpr = BLOCK if SPREAD else BEFORE
+    for step in tl.range(0, tl.cdiv(rows, ROWS), num_stages=1 if SPREAD else STAGES):
+        for n in tl.static_range(0, ROWS, BLOCK):
+            r0 = r + step * ROWS + n
+            v = tokens(V, r0, V_ROW, T, d0, BLOCK, D, BD)
+            a = _read(v, block(E + BEFORE, r0, WIDTH, T, 0, BLOCK, BLOCK, BLOCK), None, SPREAD, DOT)
+            m = tl.zeros([BEFORE, BLOCK], tl.float32)
+            for c in tl.static_range(0, BEFORE, BLOCK):
+                e = block(E + c, r0, WIDTH, T, 0, BLOCK, BLOCK, BLOCK)
+                a = _read(state[c // BLOCK], e, a, SPREAD, DOT)
+                if MAPS:
+                    m = _read(M[c // BLOCK], e, m, SPREAD, DOT)
+            if not MAPS:
+                put(A, tl.trans(a.to(v.dtype)), r0, D, 0, T, d0, BLOCK, D, BD)
+            if APART:
+                zero += a * 0.0
+            if HAS_GATE:
+                g = gates(GATE, r0 + tl.arange(0, BLOCK), gate_stride, T)[None, :]
+                a = v + g * (a - v)
                 m *= g
-        u = a.to(v.dtype)
-        if MAPS:
-            M = m.to(v.dtype)
-    return u, M, zero
+            state = state[1:] + (a.to(v.dtype),)  # noqa: RUF005 (Triton takes no stars)
+            if MAPS:
+                M = M[1:] + (m.to(v.dtype),)  # noqa: RUF005
+    return state, M, zero
 
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
 def walk_kernel(
-    V, GATE, U_PAST, F, R, INTO, A, STATE, MAP,
+    V, GATE, U_PAST, E, INTO, A, STATE, MAP,
     v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
     V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
     WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr,
@@ -240,38 +292,34 @@ def walk_kernel(
     head, b, h, segment = place(H, segments)
     slot = (head * segments + segment) * BEFORE  # of the segment's state, in rows
     V += b * v_strides[0] + h // GROUP * v_strides[1]
-    F += head * T * WIDTH
-    R += head * T * BEFORE
+    E += head * T * WIDTH
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
     gate_stride = gate_strides[2] if HAS_GATE else 0
     d0 = tl.program_id(1) * BD
     first = segment * span
-    u = tl.zeros([BD, BEFORE], V.dtype.element_ty)
     if HAS_PAST:  # before the first segment
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-        u = tokens(U_PAST, P - BEFORE, u_past_strides[2], tl.where(first == 0, P, 0), d0, BEFORE, D, BD)
-    M = unit(V.dtype.element_ty, BEFORE) if MAPS else u
+        start = _state(U_PAST, P - BEFORE, u_past_strides[2], tl.where(first == 0, P, 0), d0, BEFORE, D, BD)
+    else:
+        start = _state(V, 0, V_ROW, 0, d0, BEFORE, D, BD)  # nothing
+    M = unit(V.dtype.element_ty, BEFORE) if MAPS else ()
     if not MAPS and not WHOLE:
-        u += tokens(INTO + slot * D, 0, D, BEFORE, d0, BEFORE, D, BD)
+        into = _state(INTO + slot * D, 0, D, BEFORE, d0, BEFORE, D, BD)
+        for c in tl.static_range(BEFORE // BLOCK):
+            start = start[1:] + (start[0] + into[c],)  # noqa: RUF005
     if not MAPS:
         A += head * T * D
-    rows = tl.minimum(span * BEFORE, T - first * BEFORE)
-    after, maps, zero = _walk(u, M, V, GATE, F, R, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
+    rows = tl.minimum(span * BLOCK, T - first * BLOCK)
+    after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
                               WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
     if APART and tl.sum(zero) != 0.0:
-        after, maps, zero = _walk(u, M, V, GATE, F, R, A, first * BEFORE, rows, T, gate_stride, d0, V_ROW, D, BD,
+        after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD,
                                   BEFORE, WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
     if MAPS:
-        put(STATE + slot * D, tl.trans(after), 0, D, 0, BEFORE, d0, BEFORE, D, BD)
-        put(MAP + slot * BEFORE, tl.trans(maps), 0, BEFORE, 0, BEFORE, 0, BEFORE, BEFORE, BEFORE)
-
-
-@triton.jit
-def unit(dtype, SIZE: tl.constexpr):
-    """The unit matrix."""
-    i = tl.arange(0, SIZE)
-    return tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(dtype)
+        for c in tl.static_range(0, BEFORE, BLOCK):
+            put(STATE + slot * D, tl.trans(after[c // BLOCK]), c, D, 0, BEFORE, d0, BLOCK, D, BD)
+            put(MAP + slot * BEFORE, tl.trans(maps[c // BLOCK]), c, BEFORE, 0, BEFORE, 0, BLOCK, BEFORE, BEFORE)
 
 
 @triton.jit

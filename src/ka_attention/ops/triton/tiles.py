@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = torch.device("cpu")
-NARROW_BLOCK = 16  # rows of the smallest block of a narrow window: the least that a product of matrices takes
+NARROW_BLOCK = 16  # rows of a block of a narrow window
 MANY = 48  # segments of a sequence: so many are scanned in groups
 
 
@@ -74,9 +74,9 @@ def choose(q: Tensor) -> Table:
 
 
 def narrow_reach(q: Tensor, window: int | None) -> int | None:
-    """Rows of a block for a narrow window, as many as it reaches back: 16, 32 or 64, so three sets of kernels serve
-    them all. None for a wider window, for one of a single token, which reaches no other, and where registers would hold
-    not so many rows of `q`.
+    """How many tokens back a block of 16 rows may read, for a narrow window: 16, 32 or 64, so three sets of kernels
+    serve them all. None for a wider window, for one of a single token, which reaches no other, and where registers
+    would not hold so many rows of `q`.
     """
     if window is None or not 2 <= window <= 65:
         return None
@@ -92,8 +92,8 @@ def segments(device: torch.device, heads: int, blocks: int, most: int) -> int:
 
 
 def narrow_width(before: int, save: bool) -> int:
-    """Numbers a row that a narrow window keeps: F, and S for a backward that does not solve again."""
-    return (2 if save and before > NARROW_BLOCK else 1) * before
+    """Numbers a row that a narrow window keeps: its weights, and for a backward with several blocks of state S."""
+    return before + NARROW_BLOCK + (NARROW_BLOCK if save and before > NARROW_BLOCK else 0)
 
 
 def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
@@ -103,22 +103,25 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
     D = 16 if q.device == INTERPRETED else padded(q.shape[-1])
     size = D * q.element_size() // 2
     options = {
-        "weights_kernel": {"CHUNK": min(D, 32), "num_warps": before // NARROW_BLOCK, "num_stages": 3},
+        "weights_kernel": {"ROWS": 16, "CHUNK": min(D, 32), "num_warps": 1, "num_stages": 3},
         "scan_kernel": {"BD": min(D, 32), "num_warps": before // NARROW_BLOCK},
     }
     if before > NARROW_BLOCK:
+        if D > 64 or q.device == INTERPRETED:  # blocks side by side have keys in common
+            shared = {"ROWS": before, "CHUNK": min(D, 64), "num_warps": before // NARROW_BLOCK, "num_stages": 2}
+            options["weights_kernel"] = shared
         return options | {
-            "walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 4},
-            "adjoint_walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 4},
+            "walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 2},
+            "adjoint_walk_kernel": {"BD": min(D, 64), "STAGES": 4, "num_warps": 2},
             "gradients_kernel": {"ROWS": 64, "STAGES": 1, "num_warps": max(4, D // 16)},
             "segments": 256 // D, "spans": 2 if D <= 64 else 1,
         }  # fmt: skip
     warps, most = max(1, size // 128), max(1, size // 64)
     return options | {
-        "weights_and_walk": {"CHUNK": D, "num_warps": warps, "num_stages": 3 if size <= 64 else 2},
+        "weights_and_walk": {"ROWS": 16, "CHUNK": D, "num_warps": warps, "num_stages": 3 if size <= 64 else 2},
         "walk_kernel": {"BD": min(D, 64), "STAGES": 4, "num_warps": 1},
         "adjoint_walk_kernel": {"BD": D, "STAGES": 3, "num_warps": warps},
-        "gradients_kernel": {"ROWS": 16, "STAGES": 3 if size <= 64 else 1, "num_warps": most},
+        "gradients_kernel": {"ROWS": 16, "STAGES": 3 if size <= 128 else 1, "num_warps": most},
         "segments": 8, "spans": max(1, 8 // most),
     }  # fmt: skip
 
