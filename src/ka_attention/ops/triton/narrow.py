@@ -55,8 +55,7 @@ class Narrow(Plan):
     def _weights(self) -> Launch:
         """One program for as many rows as a block reaches back, or a segment, and head."""
         options = self.options["weights_and_walk" if self.walks_at_once else "weights_kernel"]
-        blocks = triton.cdiv(self.T, options["ROWS"])
-        span, segments = (self.span, self.segments) if self.walks_at_once else (1, blocks)
+        span, segments = (self.span, self.segments) if self.walks_at_once else (1, triton.cdiv(self.T, options["ROWS"]))
         strides = self.q, self.k, self.v, self.gate, self.k_past, self.u_past, self.mask
         return self.launch(
             weights_kernel, (self.heads * segments,), *strides, *self.numbers, span, segments,

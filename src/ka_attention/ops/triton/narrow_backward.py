@@ -112,11 +112,9 @@ def gradients_kernel(
     LSE += head * T
     if HAS_GATE:
         GATE += b * gate_strides[0] + h * gate_strides[1]
-    k_past_stride, u_past_stride = 0, 0
     if HAS_PAST:
         K_PAST += b * k_past_strides[0] + h // GROUP * k_past_strides[1]
         U_PAST += b * u_past_strides[0] + h * u_past_strides[1]
-        k_past_stride, u_past_stride = k_past_strides[2], u_past_strides[2]
     if HAS_MASK:
         MASK += b * mask_strides[0] + h * mask_strides[1]
     i = tl.arange(0, ROWS)
@@ -139,9 +137,9 @@ def gradients_kernel(
     for step in tl.range(0, start - first + 2, num_stages=STAGES):
         r0 = (start - step) * ROWS
         rows = r0 + i
-        k = joined(K, K_PAST, r0, K_ROW, k_past_stride, T, P, 0, ROWS, D, BD, HAS_PAST)
+        k = joined(K, K_PAST, r0, K_ROW, k_past_strides[2] if HAS_PAST else 0, T, P, 0, ROWS, D, BD, HAS_PAST)
         v = block(V, r0, V_ROW, T, 0, ROWS, D, BD)
-        a = joined(A, U_PAST, r0, D, u_past_stride, T, P, 0, ROWS, D, BD, HAS_PAST)
+        a = joined(A, U_PAST, r0, D, u_past_strides[2] if HAS_PAST else 0, T, P, 0, ROWS, D, BD, HAS_PAST)
         if not SOLVED:
             own_q = block(Q, r0, Q_ROW, T, 0, ROWS, D, BD)
             da = block(DA, r0, da_strides[2], T, 0, ROWS, D, BD)

@@ -149,17 +149,15 @@ def weights_kernel(
             N *= g[None, :]
         # Of each block, [ROWS / 16, 16, 16]: a warp has one, and waits for no other.
         S = inverse(tl.sum(tl.reshape(N, [ROWS // BLOCK, BLOCK, ROWS // BLOCK, BLOCK]), 2), BLOCK, PRECISION)
-        p = _solved(S, p, ROWS, ROWS, PRECISION)
-        pp = _solved(S, pp, ROWS, BEFORE, PRECISION)
+        p = _solved(S.to(SMALL), p, ROWS, ROWS, DOT)
+        pp = _solved(S.to(SMALL), pp, ROWS, BEFORE, DOT)
         if APART:  # rows without weights, and those that read them
-            lost = tl.where(tl.reshape(known, [ROWS // BLOCK, 1, BLOCK]), 0.0, S) != 0.0
-            lost = tl.reshape(tl.max(lost.to(tl.int32), 2), [ROWS]) > 0
-            p = tl.where((lost | (known == 0))[:, None] & diagonal, float("nan"), p)
+            lost = tl.max(tl.where(tl.reshape(known, [ROWS // BLOCK, 1, BLOCK]), 0.0, tl.abs(S)), 2)
+            p = tl.where(((tl.reshape(lost, [ROWS]) > 0.0) | (known == 0))[:, None] & diagonal, float("nan"), p)
         _put_band(E, pp, r0, WIDTH, T, 0, ROWS, BEFORE, BEFORE)
         _put_band(E, p, r0, WIDTH, T, BEFORE, ROWS, ROWS, BEFORE)
         if WIDTH > BEFORE + BLOCK:
-            S = tl.reshape(S, [ROWS, BLOCK])
-            put(E + BEFORE + BLOCK, S, r0, WIDTH, 0, T, 0, ROWS, BLOCK, BLOCK)
+            put(E + BEFORE + BLOCK, tl.reshape(S, [ROWS, BLOCK]), r0, WIDTH, 0, T, 0, ROWS, BLOCK, BLOCK)
         if WALK:
             v = block(V, r0, V_ROW, T, 0, BLOCK, D, BD)
             a = tl.dot(p.to(v.dtype), v, input_precision=DOT)
@@ -176,12 +174,10 @@ def weights_kernel(
 
 
 @triton.jit
-def _solved(S, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+def _solved(S, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr):
     """(I + S) W of each block."""
-    DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-    SMALL: tl.constexpr = tl.float16 if PRECISION == "half" else tl.float32
     W = tl.reshape(W, [ROWS // BLOCK, BLOCK, COLUMNS])
-    return tl.reshape(tl.dot(S.to(SMALL), W.to(SMALL), W, input_precision=DOT), [ROWS, COLUMNS])
+    return tl.reshape(tl.dot(S, W.to(S.dtype), W, input_precision=DOT), [ROWS, COLUMNS])
 
 
 @triton.jit

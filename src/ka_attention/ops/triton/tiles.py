@@ -101,15 +101,14 @@ def narrow_options(before: int, q: Tensor) -> dict[str, Any]:
     for their `segments`, and of the gradients, for their `spans`.
     """
     D = 16 if q.device == INTERPRETED else padded(q.shape[-1])
-    size = D * q.element_size() // 2
+    size, n = D * q.element_size() // 2, before // NARROW_BLOCK
     options = {
         "weights_kernel": {"ROWS": 16, "CHUNK": min(D, 32), "num_warps": 1, "num_stages": 3},
-        "scan_kernel": {"BD": min(D, 32), "num_warps": before // NARROW_BLOCK},
+        "scan_kernel": {"BD": min(D, 32), "num_warps": n},
     }
     if before > NARROW_BLOCK:
         if D > 64 or q.device == INTERPRETED:  # blocks side by side have keys in common
-            shared = {"ROWS": before, "CHUNK": min(D, 64), "num_warps": before // NARROW_BLOCK, "num_stages": 2}
-            options["weights_kernel"] = shared
+            options["weights_kernel"] = {"ROWS": before, "CHUNK": min(D, 64), "num_warps": n, "num_stages": 2}
         return options | {
             "walk_kernel": {"BD": D, "STAGES": 3, "num_warps": 2},
             "adjoint_walk_kernel": {"BD": min(D, 64), "STAGES": 4, "num_warps": 2},
