@@ -121,7 +121,11 @@ class Filled:
             pages = tables[:, positions // group.page % tables.shape[1]].flatten()
             padding = [0] * (MOST * 2 if new > 1 else 0)
             read[group.index] = torch.tensor([*chain(*rows), *padding], device=device)
-            write[group.index] = pages * group.stride + (positions % group.page).repeat(requests)
+            places = pages * group.stride + (positions % group.page).repeat(requests)
+            if group.ring is not None:  # transformers has the last tokens alone written
+                gone = positions < context + new - group.ring * group.page
+                places = places.masked_fill(gone.repeat(requests), group.trash)
+            write[group.index] = places
         ends = torch.arange(requests + 1, dtype=torch.int32, device=device) * new
         if new > 1:
             ends = torch.cat((ends, ends[-1:].expand(max(0, MOST - requests))))

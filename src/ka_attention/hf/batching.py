@@ -64,6 +64,8 @@ class KABatchingManager(ContinuousBatchingManager):
             processor = super()._create_batch_processor()
         finally:
             self.model = model
+        if model.device.type == "cuda":  # its lists are filled on another stream than batches are copied on
+            torch.cuda.synchronize(model.device)
         if processor is before:  # with graphs that read its lists
             return processor
         cache: Any = processor.cache

@@ -28,7 +28,8 @@ def attend(
     """
     T, N, reach = q.shape[2], len(cu_seqlens) - 1, narrow_reach(q, window)
     arguments = q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds
-    if T <= 4 * N or is_softmax:
+    few = N if reach is not None else 4 * N  # with N tokens each sequence may be one
+    if is_softmax or few >= T:
         return _by_pages(*arguments)
     if past.block_table.shape[1] == 0:
         gate = None if gate is None else gate.float().clamp(*bounds)
