@@ -29,7 +29,7 @@ from benchmarks import peers
 from benchmarks.decode import step
 from benchmarks.goals import Record, section_table
 from benchmarks.harness import machine
-from benchmarks.timing import both_passes, inputs, passes, replayed, sdpa
+from benchmarks.timing import NARROW, both_passes, inputs, passes, replayed, sdpa
 from ka_attention import ka_attention
 from ka_attention.ops import reference
 from ka_attention.ops.ring import ring_step
@@ -54,7 +54,6 @@ HEADS = [
 ]
 GROUPED = (1, 32, 8, 8192, 128)
 SEQUENCES = (4096, 512, 1900, 64, 777, 3000, 1, 5034)  # packed; 16 heads of 64
-NARROW = [(1, 16, 8192, 128), (8, 16, 2048, 64), (1, 32, 32768, 64)]
 NARROW_WINDOWS = (2, 4, 8, 16, 64)
 SHORT = [(32, 8, 128, 64), (16, 8, 512, 64)]
 WINDOWED = (1, 16, 8192, 128)

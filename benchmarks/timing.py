@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.goals import Record
 
 Attention = Callable[..., Any]
+NARROW = [(1, 16, 8192, 128), (8, 16, 2048, 64), (1, 32, 32768, 64)]  # shapes of narrow windows
 
 
 def inputs(B: int, H: int, T: int, D: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> list[Tensor]:

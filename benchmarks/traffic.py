@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import NARROW
 from benchmarks.harness import table
-from benchmarks.timing import inputs
+from benchmarks.timing import NARROW, inputs
 from ka_attention import ka_attention
 
 WINDOWS = (2, 16)
