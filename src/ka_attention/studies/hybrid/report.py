@@ -351,6 +351,7 @@ def _against(
         if name == "state":
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:,g}")
+            ax.tick_params("x", rotation=30)
         _axes(ax, axis)
 
     return Figure(
