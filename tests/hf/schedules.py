@@ -24,6 +24,7 @@ KINDS = [
     ("qwen3", {"layers": (1, 2), "gate_range": (-1, 1), "gate_init": -0.4}),
     ("llama", {"gate_init": 0.0, "window": 5}),
     ("llama", {"pattern": "1:1", "window": 3, "gate_init": 0.6}),  # rings in the room of V
+    ("llama", {"pattern": "2:1", "window": 2, "gate_init": 0.6}),  # two in a page, in transformers 5.17
 ]
 
 

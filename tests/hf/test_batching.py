@@ -95,6 +95,26 @@ def test_layers_with_a_window_keep_a_ring_of_the_widest():
     serve(model, [tokens(1, 36, seed=1)[0].tolist()], num_blocks=4)  # 40 tokens in blocks for 16
 
 
+@pytest.mark.parametrize(
+    ("family", "ka", "page"),
+    [
+        ("llama", KAConfig(layers=(0, 1, 3, 4, 5), window=3, gate="head", gate_init=0.5), 16),
+        ("llama", KAConfig(layers=(2, 5), window=5, gate_init=0.5), 8),
+        ("llama", KAConfig(layers=(0, 1, 2, 3, 4, 6), window=2, gate="token", gate_init=0.5), 16),
+        ("gemma3_text", KAConfig(layers=(0, 3), window=3), 32),  # beside rings of softmax layers, which hold less
+        ("gemma3_text", KAConfig(window=(3, 3, 9, 3, 3, 9, 3)), 16),
+    ],
+)
+def test_groups_of_layers_are_few(family, ka, page):
+    """Each has lists of places in every batch; transformers 5.17 would make up to seven of seven layers."""
+    model = attach(make(family, num_hidden_layers=7), ka)
+    manager = model.init_continuous_batching(greedy(), settings(page=page))
+    kinds = {window is None for window in windows_of(model)}
+    assert len(manager._create_batch_processor().cache.groups) == len(kinds)
+    prompts = [*PROMPTS, tokens(1, 36, seed=1)[0].tolist()]
+    serve(model, prompts, count=9, max_batch_tokens=20, page=page)
+
+
 def test_prefixes_are_shared_where_all_layers_keep_all_tokens(monkeypatch):
     found = []
     search = KAPagedCache.search_prefix_match

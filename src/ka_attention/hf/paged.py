@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ka_attention.hf.cache.state import KAState
@@ -42,6 +43,7 @@ def cache_config(config: Any, layers: list[Layer], windows: list[int | None], pa
     Layers with a window w keep a ring of w − 1 tokens, w the widest, in whole pages of ``page`` tokens; the others keep
     all tokens. Blocks are alike in all layers: each has room for K and U, or, where the layers that keep all tokens are
     softmax layers and G w fits a page, G = Hq / Hkv, for K and V; then a page of a ring is ``page // G`` tokens.
+    ``places`` are the layer that stands for each of the decoder's, and the part of its pages: `_together` shares them.
     ValueError for an odd head dimension.
     """
     heads = Heads.of(config)
@@ -58,7 +60,26 @@ def cache_config(config: Any, layers: list[Layer], windows: list[int | None], pa
     else:
         values, sized.sliding_window = heads.query, max(1, -(-kept // page)) * page
     sized.num_key_value_heads, sized.head_dim = heads.key + values, heads.dim // 2
+    sized.places = [(i, 0) for i in range(len(windows))]
+    if page_name(ContinuousBatchingConfig()) == "block_size":
+        _together(sized, kept, page)
     return sized
+
+
+def _together(sized: Any, kept: int, page: int) -> None:
+    """Let rings of several layers lie in one page, if they fit, so that as many layers have rings as keep all tokens.
+
+    transformers 5.17 divides layers into groups of as many each, and makes lists of places for every group and batch.
+    """
+    ring = [kind == SLIDING for kind in sized.layer_types]
+    count = ring.count(False)
+    parts = -(-sum(ring) // max(1, count))
+    if not count or not parts or sized.sliding_window > page or kept > sized.sliding_window // parts:
+        return
+    sized.sliding_window //= parts
+    sized.layer_types = [FULL] * count + [SLIDING] * count
+    before = [sum(kind == ring[i] for kind in ring[:i]) for i in range(len(ring))]
+    sized.places = [(count + n % count, n // count) if ring[i] else (n, 0) for i, n in enumerate(before)]
 
 
 def attend_paged(
@@ -244,8 +265,7 @@ class KAPagedCache(PagedAttentionCache):
         cache.__class__, cache.ka = cls, layers[0].ka
         cache.pool_of, cache.group_of, cache.groups = {}, {}, {}
         room, kept = cache.config.num_key_value_heads, cache.config.sliding_window
-        for layer in layers:
-            i = layer.index
+        for layer, (i, part) in zip(layers, cache.config.places, strict=True):
             if (owners := getattr(cache, "layer_to_allocator", None)) is not None:
                 owner, index, page = owners[i], owners[i].index, owners[i].tokens_per_page
                 stride = owner.block_physical_stride
@@ -259,10 +279,12 @@ class KAPagedCache(PagedAttentionCache):
             ring = -(-kept // page) if cache.config.layer_types[i] == SLIDING else None
             tokens = page if ring is None else kept // ring
             counts = heads.key, heads.query if layer.is_ka else heads.key
-            cache.pool_of[i] = pages_of(held, counts, tokens, heads.dim)
+            before = part * tokens * heads.dim  # numbers of a head
+            held = held[0][:, before * heads.key :], held[1][:, before * heads.query :]
+            cache.pool_of[layer.index] = pages_of(held, counts, tokens, heads.dim)
             trash = (owner if hasattr(owner, "write_trash_index") else cache).write_trash_index
             group = Group(index, owner.block_table, tokens, stride, ring, trash)
-            cache.group_of[i] = cache.groups.setdefault(index, group)
+            cache.group_of[layer.index] = cache.groups.setdefault(index, group)
 
     def extend_read_and_write_indices(
         self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
