@@ -40,7 +40,7 @@ from ka_attention.hf import KAConfig, attach
 from ka_attention.hf.batching import windows_of
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.layer import Layer
-from ka_attention.hf.paged import SMALLEST, Group, KAPagedCache, cache_config, pages_of
+from ka_attention.hf.paged import FULL, SMALLEST, Group, KAPagedCache, cache_config, pages_of
 from ka_attention.hf.support import attention_modules
 
 Row = dict[str, Any]
@@ -93,22 +93,23 @@ class Filled:
             torch.Generator().manual_seed(0),
             0,
         )
-        for layer, window in zip(layers, windows, strict=True):
-            ring = None if window is None else -(-sized.sliding_window // page)
+        rooms: dict[int, Tensor] = {}
+        for layer, (i, part) in zip(layers, sized.places, strict=True):
+            index = int(sized.layer_types[i] != FULL)
+            ring = -(-sized.sliding_window // page) if index else None
             each, tokens = ring or -(-(context + new) // page), page if ring is None else sized.sliding_window // ring
-            index = 0 if window is None else 1
             if index not in cache.groups:
                 places = torch.randperm(requests * each, generator=order).view(requests, each).tolist()
                 tables = {str(i): row for i, row in enumerate(places)}
                 cache.groups[index] = Group(index, tables, tokens, page, ring)
             cache.group_of[layer.index] = cache.groups[index]
-            room = _random((requests * each, sized.num_key_value_heads, page * heads.dim), model.dtype, device)
-            self.bytes += room.nbytes // requests
-            held = room.flatten(1).split(
-                (heads.key * page * heads.dim, room[0].numel() - heads.key * page * heads.dim), 1
-            )
-            counts = heads.key, heads.query if layer.is_ka else heads.key
-            cache.pool_of[layer.index] = pages_of(held, counts, tokens, heads.dim)
+            if i not in rooms:
+                shape = requests * each, sized.num_key_value_heads, page * heads.dim
+                rooms[i] = _random(shape, model.dtype, device).flatten(1)
+                self.bytes += rooms[i].nbytes // requests
+            keys = heads.key * page * heads.dim
+            held = rooms[i].split((keys, rooms[i].shape[1] - keys), 1)
+            cache.pool_of[layer.index] = pages_of(held, heads, layer.is_ka, tokens, part)
         self.arguments = self._arguments(requests, context, new, device)
 
     def _arguments(self, requests: int, context: int, new: int, device: torch.device) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def bytes_of(model: Any, context: int) -> int:
     """Bytes that one request of ``context`` tokens takes, from the pages that it needs."""
     windows, page = windows_of(model), page_of(model)
     sized = cache_config(model.config, [Layer.of(module) for module in attention_modules(model)], windows, page)
-    pages = [-(-(context if window is None else sized.sliding_window) // page) for window in windows]
+    pages = [-(-(context if kind == FULL else sized.sliding_window) // page) for kind in sized.layer_types]
     return sum(pages) * page * sized.num_key_value_heads * Heads.of(model.config).dim * model.dtype.itemsize
 
 

@@ -278,10 +278,7 @@ class KAPagedCache(PagedAttentionCache):
                 held = _replaced(cache, j, heads, room)
             ring = -(-kept // page) if cache.config.layer_types[i] == SLIDING else None
             tokens = page if ring is None else kept // ring
-            counts = heads.key, heads.query if layer.is_ka else heads.key
-            before = part * tokens * heads.dim  # numbers of a head
-            held = held[0][:, before * heads.key :], held[1][:, before * heads.query :]
-            cache.pool_of[layer.index] = pages_of(held, counts, tokens, heads.dim)
+            cache.pool_of[layer.index] = pages_of(held, heads, layer.is_ka, tokens, part)
             trash = (owner if hasattr(owner, "write_trash_index") else cache).write_trash_index
             group = Group(index, owner.block_table, tokens, stride, ring, trash)
             cache.group_of[layer.index] = cache.groups.setdefault(index, group)
@@ -307,11 +304,14 @@ class KAPagedCache(PagedAttentionCache):
             x[list_forked_blocks] = x[list_source_blocks]
 
 
-def pages_of(held: Any, counts: tuple[int, int], tokens: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Pages [blocks, count, tokens, dim] of K and of U or V in the room for them, [blocks, numbers]."""
-    k, u = (
-        x[:, : count * tokens * dim].unflatten(1, (count, tokens, dim)) for x, count in zip(held, counts, strict=True)
-    )
+def pages_of(held: Any, heads: Heads, is_ka: bool, tokens: int, part: int = 0) -> tuple[Tensor, Tensor]:
+    """Pages [blocks, Hkv, tokens, D] of K and [blocks, Hq, tokens, D] of U, or as K's of V, in a part of the room for
+    them, [blocks, numbers].
+    """
+    size = tokens * heads.dim
+    k, u = (x[:, part * size * count :] for x, count in zip(held, (heads.key, heads.query), strict=True))
+    counts = heads.key, heads.query if is_ka else heads.key
+    k, u = (x[:, : size * n].unflatten(1, (n, tokens, heads.dim)) for x, n in zip((k, u), counts, strict=True))
     return k, u
 
 
