@@ -115,6 +115,12 @@ def test_groups_of_layers_are_few(family, ka, page):
     serve(model, prompts, count=9, max_batch_tokens=20, page=page)
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_rings_that_do_not_fit_one_page_together(window):
+    """Six layers with rings beside one that keeps all tokens, in pages of four tokens."""
+    serve(attach(make("llama", num_hidden_layers=7), KAConfig(layers=range(6), window=window, gate_init=0.5)))
+
+
 def test_prefixes_are_shared_where_all_layers_keep_all_tokens(monkeypatch):
     found = []
     search = KAPagedCache.search_prefix_match

@@ -38,8 +38,7 @@ def finish(parts: Sequence[Part], store: Store, workers: int) -> None:
     """See to it that every part is stored. With several workers each is a process, with a GPU of its own if there are.
 
     A part that fails stops all, and so does a signal that ends this process, whichever it is; what was finished stays,
-    and the same call does the rest. UserError where it was one,
-    or where there are fewer GPUs than workers.
+    and the same call does the rest. UserError where it was one, or where there are fewer GPUs than workers.
     """
     left = [part for part in parts if not store.done(part.name)]
     if workers == 1 or len(left) < 2:

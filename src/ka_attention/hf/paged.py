@@ -74,7 +74,7 @@ def _together(sized: Any, kept: int, page: int) -> None:
     ring = [kind == SLIDING for kind in sized.layer_types]
     count = ring.count(False)
     parts = -(-sum(ring) // max(1, count))
-    if not count or not parts or sized.sliding_window > page or kept > sized.sliding_window // parts:
+    if not count or not parts or sized.sliding_window > page or max(1, kept) > sized.sliding_window // parts:
         return
     sized.sliding_window //= parts
     sized.layer_types = [FULL] * count + [SLIDING] * count
