@@ -80,10 +80,10 @@ def called(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(function, rep=50, return_mode="median")
 
 
-def warm_up() -> None:
+def warm_up(seconds: float = 0.3) -> None:
     """An idle GPU runs at a fraction of its clock: keep it busy until its pace is steady."""
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    end = time.perf_counter() + 0.3
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for _ in range(20):
             x @ x
