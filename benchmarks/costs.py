@@ -11,7 +11,7 @@ A step of L_w windowed and L_f full layers on a text of T tokens over n ranks ta
 
 a, b: windowed steps of one GPU at two lengths; c, d: what full layers add there; λ, e: a windowed layer in one of two
 shares beside the same share alone, behind other work and without messages; h, η: windowed steps of next to no tokens,
-whole and in such a share; α, β: a small and a large all-to-all. Nothing is fitted to the rows that are predicted.
+whole and in one of eight; α, β: a small and a large all-to-all. Nothing is fitted to the rows that are predicted.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def fit(rows: list[Row]) -> Costs:
     extra = {row["tokens"]: shared[row["tokens"]]["ms"] - row["ms"] for row in layers if row["ranks"] == 1}
     first, *_, last = sorted(extra)
     e = (extra[last] - extra[first]) / (last - first)
-    whole, shares = sorted((row for row in rows if row["part"] == "launches"), key=lambda row: row["ranks"])
+    whole, *_, shares = sorted((row for row in rows if row["part"] == "launches"), key=lambda row: row["ranks"])
     host = statistics.median(whole["ms"])
     sent = [row for row in rows if row["part"] == "bytes" and "full" in row]
     return Costs(
@@ -141,7 +141,7 @@ def _sections(rows: list[Row]) -> Iterator[str]:
         )
     else:
         most = max(row["ranks"] for row in rows if row.get("sent"))
-        yield f"Rows of up to {most} GPUs of one host are there; no more were measured."
+        yield f"Measured on 1 to {most} GPUs of one host; what more would do is predicted, at the end."
     yield _exact(rows)
     yield "## Data parallel"
     yield _data([row for row in rows if row["part"] == "data parallel"])
@@ -282,7 +282,7 @@ def _ranks(row: Row) -> str:
 def _larger(costs: Costs, size: Row) -> str:
     layers, cells = size["ka_layers"] + size["full_layers"], []
     for name, full in ((WINDOWED, 0), (HYBRID, layers // 4)):
-        for ranks in (1, 2, 8, 64, 1024):
+        for ranks in (1, 2, 4, 8, 64, 1024):
             tokens = ranks << 17
             used = costs if ranks <= HOST else beyond(costs)
             took, sent = used.step(tokens, ranks, layers - full, full, size["parameters"])

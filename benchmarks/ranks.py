@@ -270,7 +270,7 @@ def calibration(own: Processes) -> Iterator[Row]:
 
 def launches(own: Processes) -> Iterator[Row]:
     """Steps that compute next to nothing: they take as long as a host needs to launch them."""
-    for ranks in (1, min({2, 4} - own.groups.keys())):  # the others are not there, or messages would be counted twice
+    for ranks in (1, max({4, 8} - own.groups.keys())):  # the others are not there, or messages would be counted twice
         yield long_text(own, "launches", "47M", WINDOWED, ranks, ranks * (64 if own.tiny else 2048), 5)
 
 
@@ -288,8 +288,8 @@ def long_texts(own: Processes, *, cases: list[tuple[str, str, int, int, float]])
 
 def parts(n: int) -> dict[str, Callable[[Processes], Iterator[Row]]]:
     """Of ``n`` processes, in the order of their importance where time is short; the seconds are those of two H200."""
-    counts = [1, n] if n > 1 else [1, 2, 8]
-    ends = [1, most := counts[-1]]
+    counts = sorted({1, n, 8}) if n > 1 else [1, 2, 8]
+    ends = [1, most := n if n > 1 else 8]
 
     def cases(arm: str, ranks: list[int], length: int, seconds: float, name: str = "47M") -> list[tuple]:
         return [(name, arm, count, length, seconds) for count in ranks]
@@ -318,7 +318,8 @@ def parts(n: int) -> dict[str, Callable[[Processes], Iterator[Row]]]:
         "calibration": calibration,
         "launches": launches,
         **of,
-        "exact-more": partial(exactness, windows=[(None, False), (8, True)]),
+        "exact-packed": partial(exactness, windows=[(8, True)]),
+        "exact-full": partial(exactness, windows=[(None, False)]),
         **last,
     }
 
@@ -333,10 +334,9 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
     file = Path(out, "rows.json")
     rows: list[Row] = json.loads(file.read_text()) if only and file.exists() else []
     where = f"{size} × " * (device_type() == "cuda") + machine("transformers")
-    for name, part in parts(size).items():
-        if only is not None and name not in only:
-            continue
-        for row in part(own):
+    found = parts(size)
+    for name in found if only is None else only:
+        for row in found[name](own):
             rows = [other for other in rows if costs.kind(other) != costs.kind(row)] + [row | {"machine": where}]
             if rank == 0:
                 print(json.dumps(row), flush=True)
@@ -362,7 +362,7 @@ def run(out: Path = OUT) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--only", type=lambda text: text.split(","))
+    parser.add_argument("--only", type=lambda text: text.split(","), help="parts, in this order")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no part that would end later")
     parser.add_argument("--tiny", action="store_true", help="models and texts of a test")
     parser.add_argument("--out", type=Path, default=OUT, help="docs/results/ranks, without a GPU runs/ranks")
