@@ -136,7 +136,8 @@ class Server:
     @torch.no_grad()
     def serve(self, requests: int, context: int, new: int) -> Row:
         """All requests at once, to their last tokens."""
-        first, captured, results = [], self.captured, self.manager.output_router.output_queue
+        captured, results = self.captured, self.manager.output_router.output_queue
+        first: list[float] = []
         for prompt in torch.randint(2, self.vocabulary, (requests, context)).tolist():
             self.manager.add_request(prompt, record_timestamps=True)
         gc.collect()

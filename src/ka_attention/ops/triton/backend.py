@@ -26,17 +26,19 @@ def outputs(q: Tensor, save: bool, window: int | None) -> tuple[Tensor, Tensor, 
     return _outputs(q, width if save else 0)
 
 
-def _outputs(q: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, width: int, a: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, _ = q.shape
-    a, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
-    return a, lse, q.new_empty((B, H, T, width) if width else 0)
+    a = torch.empty_like(q, memory_format=torch.contiguous_format) if a is None else a
+    return a, q.new_empty(B, H, T, dtype=torch.float32), q.new_empty((B, H, T, width) if width else 0)
 
 
-def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *, scale, window, softcap, save):
-    """`outputs`, filled. Same input, same bits."""
+def forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, a=None, *, scale, window, softcap, save):
+    """`outputs`, filled, with ``a`` as A for packed sequences given by their tokens' firsts (`Plan.starts`). Same
+    input, same bits.
+    """
     q, k, v, k_past, u_past = map(_unit_stride, (q, k, v, k_past, u_past))
     plan = _plan(None, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save)
-    results = _outputs(q, plan.width if save else 0)
+    results = _outputs(q, plan.width if save else 0, a)
     with torch.cuda.device_of(q):
         plan.forward(q, k, v, gate, k_past, u_past, mask, cu_seqlens, *results)
     return results
@@ -80,8 +82,8 @@ def paged(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, b
     past = past._replace(k_pages=pages[0], u_pages=pages[1])
     options: Any = {"scale": scale, "window": window, "softcap": softcap, "save": False}
 
-    def packed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ends: Tensor) -> Tensor:
-        return forward(q, k, v, gate, None, None, None, ends, **options)[0]
+    def packed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *ends: Tensor) -> Tensor:
+        return forward(q, k, v, gate, None, None, None, *ends, **options)[0]
 
     return pasts.attend(
         packed, q, k, v, gate, past, cu_seqlens.contiguous(), scale, window, softcap, is_softmax, bounds

@@ -41,7 +41,9 @@ class Narrow(Plan):
         scale, _, softcap, _ = others[-4:]
         self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window
         self.weights, self.gradients = self._weights(), self._gradients()
-        walk, adjoint = (self.v, self.gate, self.u_past, self.H, self.T, self.P), (self.da, self.gate, self.H, self.T)
+        a_head, self.constants["A_ROW"] = (self.D, self.H * self.D) if self.given else (self.T * self.D, self.D)
+        walk = self.v, self.gate, self.u_past, a_head, self.H, self.T, self.P
+        adjoint = self.da, self.gate, self.H, self.T
         self.maps, self.apply = (self._walk(walk_kernel, *walk, MAPS=maps) for maps in (True, False))
         self.adjoint_maps, self.adjoint_apply = (
             self._walk(adjoint_walk_kernel, *adjoint, MAPS=maps) for maps in (True, False)
@@ -96,12 +98,12 @@ class Narrow(Plan):
             of_groups = [x.new_empty(*x.shape[:2], self.groups, *x.shape[3:]) for x in (state, maps)]
             for scan in self.scans:
                 scan(state, maps, into, *of_groups)
-        self.apply(v, gate, u_past, saved, into, a, None, None)
+        self.apply(v, gate, u_past, saved, into, a, cu_seqlens if self.given else None, None, None)
 
     def _maps(self, q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps) -> None:
         self.weights(q, k, v, gate, k_past, u_past, mask, starts, lse, saved, state, maps)
         if self.segments > 1 and not self.walks_at_once:
-            self.maps(v, gate, u_past, saved, None, None, state, maps)
+            self.maps(v, gate, u_past, saved, None, None, None, state, maps)
 
     def open(self, q, k, v, gate, k_past, u_past, a, lse, saved) -> tuple[Tensor, Tensor, Callable]:
         """A share over ranks (`backend.open`): all segments are one map more, and what each meets is affine, too."""
@@ -119,7 +121,7 @@ class Narrow(Plan):
             before = F.pad(u_past, (0, 0, self.before - self.P, 0))[:, :, None]
             with torch.cuda.device_of(q):
                 met = into[..., : self.D] + into[..., self.D :] @ before
-                self.apply(v, gate, u_past, saved, met, a, None, None)
+                self.apply(v, gate, u_past, saved, met, a, None, None, None)
             return a, lse, saved
 
         return both[..., self.D :][..., last], both[..., : self.D], close

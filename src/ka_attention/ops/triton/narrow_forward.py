@@ -240,9 +240,19 @@ def unit(dtype, BEFORE: tl.constexpr):
 
 
 @triton.jit
-def _walk(state, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, D: tl.constexpr,
-          BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, HAS_GATE: tl.constexpr,
-          APART: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+def _put_others(A, a, r0, stride, n, STARTS, d0, D: tl.constexpr, BD: tl.constexpr):
+    """`put` BLOCK rows of A, but for tokens that are the first of all that they see."""
+    r = r0 + tl.arange(0, BLOCK)
+    d = d0 + tl.arange(0, BD)[None, :]
+    inside = (r < n) & (tl.load(STARTS + r, mask=r < n, other=0) != r)
+    tl.store(A + (r.to(tl.int64)[:, None] * stride + d), a, mask=inside[:, None] & (d < D))
+
+
+@triton.jit
+def _walk(state, M, V, GATE, E, A, STARTS, r, rows, T, gate_stride, d0, V_ROW: tl.constexpr, A_ROW: tl.constexpr,
+          D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr,
+          HAS_GATE: tl.constexpr, APART: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr,
+          DOT: tl.constexpr):  # fmt: skip
     """The loop of `walk_kernel` over `rows` rows from r on: the state after it, M, and 0 · a of all a together."""
     zero = tl.zeros([BD, BLOCK], tl.float32)
     # n blocks a step, so that every tile of the state is new: Triton does not pipeline a loop that hands one on.
@@ -259,7 +269,10 @@ def _walk(state, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.conste
                 if MAPS:
                     m = _read(M[c // BLOCK], e, m, SPREAD, DOT)
             if not MAPS:
-                put(A, tl.trans(a.to(v.dtype)), r0, D, 0, T, d0, BLOCK, D, BD)
+                if STARTS is None:
+                    put(A, tl.trans(a.to(v.dtype)), r0, A_ROW, 0, T, d0, BLOCK, D, BD)
+                else:
+                    _put_others(A, tl.trans(a.to(v.dtype)), r0, A_ROW, T, STARTS, d0, D, BD)
             if APART:
                 zero += a * 0.0
             if HAS_GATE:
@@ -274,15 +287,15 @@ def _walk(state, M, V, GATE, E, A, r, rows, T, gate_stride, d0, V_ROW: tl.conste
 
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
 def walk_kernel(
-    V, GATE, U_PAST, E, INTO, A, STATE, MAP,
-    v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
-    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BEFORE: tl.constexpr,
-    WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PAST: tl.constexpr,
-    APART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    V, GATE, U_PAST, E, INTO, A, STARTS, STATE, MAP,
+    v_strides, gate_strides, u_past_strides, a_head, H, T, P, span, segments,
+    V_ROW: tl.constexpr, A_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_PAST: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BD columns of the head dimension of one segment of one head, all transposed: what a product leaves in registers
     is then the left operand of the next. MAPS: the segment's c and M; else A, with the state before the segment from
-    INTO, or WHOLE: the segment is the sequence.
+    INTO, or WHOLE: the segment is the sequence. With STARTS tokens that are the first they see have A already.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     head, b, h, segment = place(H, segments)
@@ -305,13 +318,13 @@ def walk_kernel(
         for c in tl.static_range(BEFORE // BLOCK):
             start = start[1:] + (start[0] + into[c],)  # noqa: RUF005
     if not MAPS:
-        A += head * T * D
+        A += head * a_head
     rows = tl.minimum(span * BLOCK, T - first * BLOCK)
-    after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD, BEFORE,
-                              WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
+    after, maps, zero = _walk(start, M, V, GATE, E, A, STARTS, first * BLOCK, rows, T, gate_stride, d0, V_ROW, A_ROW,
+                              D, BD, BEFORE, WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
     if APART and tl.sum(zero) != 0.0:
-        after, maps, zero = _walk(start, M, V, GATE, E, A, first * BLOCK, rows, T, gate_stride, d0, V_ROW, D, BD,
-                                  BEFORE, WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
+        after, maps, zero = _walk(start, M, V, GATE, E, A, STARTS, first * BLOCK, rows, T, gate_stride, d0, V_ROW,
+                                  A_ROW, D, BD, BEFORE, WIDTH, MAPS, HAS_GATE, APART, True, STAGES, DOT)  # fmt: skip
     if MAPS:
         for c in tl.static_range(0, BEFORE, BLOCK):
             put(STATE + slot * D, tl.trans(after[c // BLOCK]), c, D, 0, BEFORE, d0, BLOCK, D, BD)

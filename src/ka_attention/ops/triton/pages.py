@@ -111,25 +111,59 @@ def past_kernel(
     tl.store(LSE + at + row, lse, mask=row < rows)
 
 
+@triton.jit
+def _rest(tile, h, K, V, GATE, CU, K2, V2, GATE2, STARTS, k_strides, v_strides, gate_strides, low, high, N, T,
+          K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+          BM: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr, HAS_GATE: tl.constexpr):  # fmt: skip
+    """V, gates and, where heads share them, K of BM tokens for one head, for sequences whose first FIRST tokens have U
+    in V's place. STARTS: the first token that each sees; one of those itself alone, so that U is what it gets, and
+    padding none.
+    """
+    t = tile * BM + tl.arange(0, BM)
+    n = t * 0  # the last sequence that begins at t or before, 2^STEPS > N
+    for step in tl.static_range(STEPS):
+        at = n + (1 << (STEPS - 1 - step))
+        n = tl.where(tl.load(CU + at, mask=at <= N, other=T) <= t, at, n)
+    start = tl.load(CU + n, mask=t < T, other=0)
+    is_first, is_new = t - start < FIRST, n < N
+    if h == 0:
+        tl.store(STARTS + t, tl.where(is_new, tl.where(is_first, t, start), T), mask=t < T)
+    d, row = tl.arange(0, BD)[None, :], tl.cast(h, tl.int64) * T + t
+    token, to = t.to(tl.int64)[:, None], row[:, None] * D + d
+    rest = (t < T) & ((is_first & is_new) == 0)
+    v = V + h // GROUP * v_strides[1] + token * V_ROW + d
+    tl.store(V2 + to, tl.load(v, mask=(rest & is_new)[:, None] & (d < D), other=0.0), mask=rest[:, None] & (d < D))
+    if GROUP > 1:
+        k = K + h // GROUP * k_strides[1] + token * K_ROW + d
+        tl.store(K2 + to, tl.load(k, mask=(t < T)[:, None] & (d < D), other=0.0), mask=(t < T)[:, None] & (d < D))
+    if HAS_GATE:
+        g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new & (t < T), low, high)
+        tl.store(GATE2 + row, g, mask=t < T)
+
+
 @triton.jit(do_not_specialize=["H", "N", "T", "window", "span", "width"])
 def chunk_kernel(
-    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, PART, LSE, FLAGS, A, U,
-    q_strides, k_strides, v_strides, gate_strides, kp_strides, up_strides, a_strides, table_stride,
+    Q, K, V, GATE, K_PAGES, U_PAGES, TABLE, LENGTHS, CU, PART, LSE, FLAGS, A, U, K2, GATE2, STARTS,
+    q_strides, k_strides, v_strides, gate_strides, kp_strides, up_strides, a_strides, u_strides, table_stride,
     scale, softcap, low, high, H, N, T, window, span, S, width,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, A_ROW: tl.constexpr,
-    GROUP: tl.constexpr, U_GROUP: tl.constexpr,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, A_ROW: tl.constexpr, U_ROW: tl.constexpr,
+    GROUP: tl.constexpr, U_GROUP: tl.constexpr, REST: tl.constexpr, STEPS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, WINDOW: tl.constexpr,
     WHOLE: tl.constexpr, PIECES: tl.constexpr, SOLVE: tl.constexpr, CHAIN: tl.constexpr, FIRST: tl.constexpr,
     HAS_GATE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A of one row block, and U for the blocks after it. PIECES: `past_kernel` has read the past. Without SOLVE the
-    gate is 0 and blocks do not wait. FIRST: of each sequence the first block alone. Gates are those of GATE, from low
-    to high.
+    gate is 0 and blocks do not wait. FIRST: of each sequence the first block alone, beside them programs that write
+    what the `_rest` of it needs, REST tokens each. Gates are those of GATE, from low to high.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
     h = tl.program_id(0) % H
     if FIRST:
         n, r0 = tl.program_id(0) // H, H * 0
+        if n >= N:
+            _rest(n - N, h, K, V, GATE, CU, K2, U, GATE2, STARTS, k_strides, v_strides, gate_strides, low, high, N, T,
+                  K_ROW, V_ROW, GROUP, D, BD, REST, BM, STEPS, HAS_GATE)  # fmt: skip
+            return
         start = tl.load(CU + n)
         rows = tl.minimum(tl.load(CU + n + 1) - start, BM)
     else:
@@ -182,14 +216,14 @@ def chunk_kernel(
         store_tile(A, acc / tl.where(total == 0.0, 1.0, total)[:, None], r0, A_ROW, rows, BM, D, BD)
     else:
         if U is not None:
-            U += h * a_strides[1] + start * A_ROW
+            U += h * u_strides[1] + start * U_ROW
         if CHAIN:
             while j < r0:
                 stop = tl.minimum(wait(FLAGS + 1, j // BM + 1) * BM, r0)
                 for c in range(j, stop, BN):
                     at = c + tl.arange(0, BN)
                     k = load_tile(K, c, K_ROW, rows, BN, D, BD, True)
-                    u = load_tile(U, c, A_ROW, stop, BN, D, BD, True)  # beyond it nobody has written
+                    u = load_tile(U, c, U_ROW, stop, BN, D, BD, True)  # beyond it nobody has written
                     seen = (at < stop)[None, :]
                     if WINDOW:
                         seen = seen & (row[:, None] - at[None, :] < window)
@@ -222,8 +256,8 @@ def chunk_kernel(
                 L = L * g[None, :]
             a = tl.dot(inverse(L, BM, PRECISION).to(v.dtype), a.to(v.dtype), a, input_precision=DOT)
         store_tile(A, a, r0, A_ROW, rows, BM, D, BD)
-        if HAS_GATE and (CHAIN or FIRST):
-            store_tile(U, v + g[:, None] * (a - v), r0, A_ROW, rows, BM, D, BD)
+        if FIRST or (CHAIN and HAS_GATE):
+            store_tile(U, v + g[:, None] * (a - v), r0, U_ROW, rows, BM, D, BD)
         if CHAIN and rows > BM:
             publish(FLAGS + 1, r0 // BM + 1)
 
@@ -256,57 +290,3 @@ def store_kernel(
                 u = a
         at = page * up_strides[0] + h // U_GROUP * up_strides[1] + slot * up_strides[2] + d
         tl.store(U_PAGES + at, u.to(U_PAGES.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["N", "T"])
-def after_first_kernel(
-    K, V, GATE, CU, K2, V2, GATE2, STARTS, k_strides, v_strides, gate_strides, low, high, N, T, K_ROW: tl.constexpr,
-    V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, REACH: tl.constexpr,
-    STEPS: tl.constexpr, HAS_GATE: tl.constexpr,
-):  # fmt: skip
-    """V, gates and, where heads share them, K of BM tokens for one head, for sequences whose first REACH tokens have U
-    in V's place: that is left to `chunk_kernel`. STARTS: the first token that each sees; one of those itself alone, so
-    that U is what it gets, and padding none.
-    """
-    h = tl.program_id(1)
-    t = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = t * 0  # the last sequence that begins at t or before, 2^STEPS > N
-    for step in tl.static_range(STEPS):
-        at = n + (1 << (STEPS - 1 - step))
-        n = tl.where(tl.load(CU + at, mask=at <= N, other=T) <= t, at, n)
-    start = tl.load(CU + n, mask=t < T, other=0)
-    is_first, is_new = t - start < REACH, n < N
-    if h == 0:
-        tl.store(STARTS + t, tl.where(is_new, tl.where(is_first, t, start), T), mask=t < T)
-    d, row = tl.arange(0, BD)[None, :], tl.cast(h, tl.int64) * T + t
-    token, to = t.to(tl.int64)[:, None], row[:, None] * D + d
-    rest = (t < T) & ((is_first & is_new) == 0)
-    v = V + h // GROUP * v_strides[1] + token * V_ROW + d
-    tl.store(V2 + to, tl.load(v, mask=(rest & is_new)[:, None] & (d < D), other=0.0), mask=rest[:, None] & (d < D))
-    if GROUP > 1:
-        k = K + h // GROUP * k_strides[1] + token * K_ROW + d
-        tl.store(K2 + to, tl.load(k, mask=(t < T)[:, None] & (d < D), other=0.0), mask=(t < T)[:, None] & (d < D))
-    if HAS_GATE:
-        g = _gates(GATE + h * gate_strides[1], t, gate_strides[2], is_new & (t < T), low, high)
-        tl.store(GATE2 + row, g, mask=t < T)
-
-
-@triton.jit(do_not_specialize=["T"])
-def gather_kernel(
-    A2, FIRST, STARTS, A, T, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):  # fmt: skip
-    """A [T, H, D] from A2 [H, T, D], for BM tokens of one head. What it holds of the first tokens of sequences is U,
-    which is A where gates are 1; else that is in FIRST.
-    """
-    h = tl.program_id(1)
-    t = tl.program_id(0) * BM + tl.arange(0, BM)
-    d, inside = tl.arange(0, BD)[None, :], (t < T)[:, None] & (tl.arange(0, BD)[None, :] < D)
-    at = (tl.cast(h, tl.int64) * T + t)[:, None] * D + d
-    if HAS_GATE:
-        is_first = (tl.load(STARTS + t, mask=t < T, other=0) == t)[:, None]
-        a = tl.load(FIRST + at, mask=inside & is_first, other=0.0)
-        a = tl.where(is_first, a, tl.load(A2 + at, mask=inside & (is_first == 0), other=0.0))
-    else:
-        a = tl.load(A2 + at, mask=inside, other=0.0)
-    tl.store(A + (t.to(tl.int64)[:, None] * H + h) * D + d, a, mask=inside)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ka_attention.ops.inputs import Past, Slots
-from ka_attention.ops.triton.pages import after_first_kernel, chunk_kernel, gather_kernel, past_kernel, store_kernel
+from ka_attention.ops.triton.pages import chunk_kernel, past_kernel, store_kernel
 from ka_attention.ops.triton.plan import strides
 from ka_attention.ops.triton.tiles import INTERPRETED, narrow_reach, padded
 
@@ -24,7 +24,7 @@ def attend(
     scale: float, window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     """A [1, Hq, T, D], of any content after the last end. ``packed`` attends in packed sequences without a past, from
-    their ends or, [1, T], the first token of each token's.
+    their ends or, [1, T], the first token of each token's, then into the A it is given.
     """
     T, N, reach = q.shape[2], len(cu_seqlens) - 1, narrow_reach(q, window)
     arguments = q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds
@@ -47,21 +47,25 @@ def _constants(q: Tensor, k: Tensor, u_pages: Tensor) -> dict[str, Any]:
 def _by_pages(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past, cu_seqlens: Tensor, scale: float,
     window: int | None, softcap: float | None, is_softmax: bool, bounds: tuple[float, float],
-    first: tuple[int, Tensor, Tensor] | None = None,
+    first: tuple[int, Tensor, Tensor, Tensor | None, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """All tokens, or, with ``first`` = (count, a, u), of each sequence so many, A into a and U into u."""
+    """All tokens, or, with ``first`` = (count, v2, k2, gate2, starts), of each sequence so many, and U of them into v2
+    beside what `_rest` writes.
+    """
     k_pages, u_pages, table, lengths = past
     (_, H, T, D), N, (S, width) = q.shape, len(cu_seqlens) - 1, (k_pages.shape[2], table.shape[1])
     interpreted = q.device == INTERPRETED
     BM = 16 if interpreted or T <= 4 * N or q.dtype == torch.float32 else 64 if D <= 128 else 32
-    BM, a, u = first or (BM, q.new_empty(1, T, H, D).transpose(1, 2), None)
+    BM, u, *rest = first or (BM, None, None, None, None)
+    a = q.new_empty(1, T, H, D).transpose(1, 2)
     BN = 16 if interpreted else 32 if q.dtype == torch.float32 or D > 128 else 64
     if BM == 16 and window is not None:
         BN = min(BN, max(16, triton.next_power_of_2(window)))
     longest = width * S
     if window is not None and longest >= window - 1:  # it may be a ring, whose first step begins before it
         longest = window - 1 + BN
-    blocks, least = N if first else T // BM + N, 16 if interpreted else 256
+    REST, least = (16, 16) if interpreted else (64, 256)
+    blocks = N + triton.cdiv(T, REST) if first else T // BM + N
     pieces = 1 if first else _pieces(blocks * H, triton.cdiv(longest, least), T)
     span = triton.cdiv(triton.cdiv(longest, pieces), BN) * BN
     precision = "half"
@@ -86,10 +90,12 @@ def _by_pages(
             u = a if gate is None else q.new_empty(1, T, H, D).transpose(1, 2)
             flags = torch.zeros(2 * N * H, dtype=torch.int32, device=q.device)
         chunk_kernel[(blocks * H,)](
-            q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u, strides(q), strides(k),
-            strides(v), strides(gate), *pages, strides(a), table_stride, scale, softcap or 0.0, *bounds, H, N, T,
-            *numbers, K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2), PIECES=pieces > 1, SOLVE=not is_softmax,
-            CHAIN=chain, FIRST=first is not None, HAS_GATE=gate is not None, PRECISION=precision, **constants,
+            q, k, v, gate, k_pages, u_pages, table, lengths, cu_seqlens, part, lse, flags, a, u, *rest, strides(q),
+            strides(k), strides(v), strides(gate), *pages, strides(a), strides(u), table_stride, scale, softcap or 0.0,
+            *bounds, H, N, T, *numbers, K_ROW=k.stride(2), V_ROW=v.stride(2), A_ROW=a.stride(2),
+            U_ROW=0 if u is None else u.stride(2), REST=REST, STEPS=N.bit_length(), PIECES=pieces > 1,
+            SOLVE=not is_softmax, CHAIN=chain, FIRST=first is not None, HAS_GATE=gate is not None, PRECISION=precision,
+            **constants,
         )  # fmt: skip
     return a
 
@@ -107,25 +113,13 @@ def _after_first(
     bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     """The first ``reach`` tokens of each sequence, which alone see its past, then the rest after them."""
-    (_, H, T, D), N = q.shape, len(cu_seqlens) - 1
+    _, H, T, D = q.shape
     k2 = k if k.shape[1] == H else q.new_empty(1, H, T, D)
-    a, v2 = q.new_empty(1, T, H, D).transpose(1, 2), q.new_empty(1, H, T, D)
-    gate2 = first = None
-    if gate is not None:
-        first, gate2 = torch.empty_like(v2), torch.empty(1, H, T, dtype=torch.float32, device=q.device)
-    starts = torch.empty(1, T, dtype=torch.int32, device=q.device)
-    BM = 16 if q.device == INTERPRETED else 64
-    sizes: Any = {"D": D, "BD": padded(D), "BM": BM, "HAS_GATE": gate is not None}
-    grid = triton.cdiv(T, BM), H
-    with torch.cuda.device_of(q):
-        after_first_kernel[grid](
-            k, v, gate, cu_seqlens, k2, v2, gate2, starts, strides(k), strides(v), strides(gate), *bounds, N, T,
-            K_ROW=k.stride(2), V_ROW=v.stride(2), GROUP=H // k.shape[1], REACH=reach, STEPS=N.bit_length(), **sizes,
-        )  # fmt: skip
-        outputs = reach, v2 if first is None else first, v2
-        _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds, outputs)
-        gather_kernel[grid](packed(q, k2, v2, gate2, starts), first, starts, a, T, H=H, **sizes)
-    return a
+    v2, starts = q.new_empty(1, H, T, D), torch.empty(1, T, dtype=torch.int32, device=q.device)
+    gate2 = None if gate is None else torch.empty(1, H, T, dtype=torch.float32, device=q.device)
+    first = reach, v2, k2, gate2, starts
+    a = _by_pages(q, k, v, gate, past, cu_seqlens, scale, window, softcap, is_softmax, bounds, first)
+    return packed(q, k2, v2, gate2, starts, a)
 
 
 def store(

@@ -15,6 +15,7 @@ class Plan:
 
     def __init__(self, da, q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softcap, save):
         self.packed, self.window, self.save, self.device = cu_seqlens is not None, window, save, q.device
+        self.given = self.packed and cu_seqlens.ndim == 2  # the first token of each token's sequence (`starts`)
         self.B, self.H, self.T, self.D = q.shape
         self.P = 0 if k_past is None else k_past.shape[2]
         self.da, self.q, self.k, self.v, self.gate = map(strides, (da, q, k, v, gate))
@@ -30,10 +31,10 @@ class Plan:
         }  # fmt: skip
 
     def starts(self, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The first token of each token's sequence, int32 [T]; a caller who has them gives [1, T] for `cu_seqlens`.
-        Packed sequences are one sequence with a mask.
+        """The first token of each token's sequence, int32 [T]. Packed sequences are one sequence with a mask. A caller
+        who has them gives [1, T] for `cu_seqlens`, and A, which lies as [1, T, Hq, D], of those tokens themselves.
         """
-        if cu_seqlens is None or cu_seqlens.ndim == 2:
+        if cu_seqlens is None or self.given:
             return cu_seqlens
         tokens = torch.arange(self.T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].to(torch.int32)
