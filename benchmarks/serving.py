@@ -45,7 +45,7 @@ from ka_attention.hf.support import attention_modules
 
 Row = dict[str, Any]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "serving"
-WINDOW, SECONDS, CHUNK, MOST = 8, 5.0, 8192, 256
+WINDOW, SECONDS, CHUNK, MOST = 8, 12.0, 8192, 256
 ARMS = {
     "softmax": KAConfig(gate_init=0.0),
     "softmax window": KAConfig(window=WINDOW, gate_init=0.0),
