@@ -12,8 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ka_attention.ops import dispatch, paged, private, reference
 from ka_attention.ops.checks import check_tensor, finite, kind_of, number
-from ka_attention.ops.inputs import Call, Options, Tensors
-from ka_attention.ops.one import attend_one, repeat_heads
+from ka_attention.ops.inputs import Call, Options, Tensors, repeat_heads
+from ka_attention.ops.one import attend_one
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,7 +113,7 @@ def ka_attention(
         >>> torch.allclose(torch.cat([first, rest], 2), ka_attention(q, k, v, window=3), atol=1e-5)
         True
 
-        Two packed sequences, grouped queries (four query heads, one key head) and a learned gate a head:
+        Two packed sequences, grouped queries (four query heads, one key head) and a learned gate per head:
 
         >>> gate = torch.full((4,), 0.5, requires_grad=True)
         >>> ends = torch.tensor([0, 7, 10], dtype=torch.int32)

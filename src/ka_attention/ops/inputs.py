@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """x [B, Hkv, …] for every query head of q, [B, Hq, …]."""
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
 class Tensors(NamedTuple):
     """The tensors of a call, in the order of a backend's arguments."""
 

@@ -28,9 +28,3 @@ def attend_one(
     k = k.reshape(B * Hkv, 1, S, D).expand(-1, groups, -1, -1)
     mask = None if mask is None else mask.expand(B, Hq, 1, S).reshape(B * Hkv, groups, 1, S)
     return F.scaled_dot_product_attention(q, k, u, attn_mask=mask, scale=scale).view(B, Hq, 1, D)
-
-
-def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    """x [B, Hkv, …] for every query head of q, [B, Hq, …]."""
-    groups = q.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)

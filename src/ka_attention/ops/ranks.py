@@ -6,7 +6,7 @@ affine in that state u [w − 1, D] (docs/maths.md):
     A  = A⁰ + F u,     A⁰: the share's own, with u = 0;     F: its answer to V = 0 and u = I
     u' = c  + M u,     c = U⁰ of its last w − 1 tokens;     M = g F of them
 
-Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers a rank however long the text is. Each rank
+Keys go to the neighbour, (M, c) to everybody: H (w − 1)(w − 1 + D) numbers per rank however long the text is. Each rank
 composes the maps before its own, in log2 of their number of steps. Backward goes the same way from the end, with
 
     λ = b + Mᵀ λ',     b = Fᵀ dA,     λ: the gradient of u, λ' that of u'
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ka_attention.ops import dispatch
-from ka_attention.ops.inputs import Call, Options
+from ka_attention.ops.inputs import Call, Options, repeat_heads
 
 Operator = Callable[..., Tensor]  # ka_attention
 Group = dist.ProcessGroup
@@ -115,7 +115,7 @@ class _Part(NamedTuple):
         tail = slice(a.shape[2] - rows, None)
         u, v = (x[:, :, tail].to(torch.promote_types(q.dtype, torch.float32)) for x in (a, v))
         if gate is not None:
-            u = torch.lerp(_heads(v, q), u, gate[:, :, tail, None])
+            u = torch.lerp(repeat_heads(v, q), u, gate[:, :, tail, None])
         return pad(u, (0, 0, self.state - rows, 0))
 
     def backward(self, last: Tensor | None, da, q, k, v, gate, k_past, u_past, ends, a, *others) -> Gradients:
@@ -130,7 +130,7 @@ class _Part(NamedTuple):
         grads = load.backward(da, *inputs, **self.options)
         if last is not None and gate is not None:
             grads[2][:, :, tail] += (last - read).unflatten(1, (v.shape[1], -1)).sum(2)
-            grads[3][:, :, tail] += (last * (a[:, :, tail] - _heads(v[:, :, tail], q))).sum(-1)
+            grads[3][:, :, tail] += (last * (a[:, :, tail] - repeat_heads(v[:, :, tail], q))).sum(-1)
         return grads
 
     def answer(self, F: Tensor | None, da, *others) -> Tensor:
@@ -205,10 +205,6 @@ def _at(s: slice, q, k, v, gate) -> tuple[Any, Any, Any, Any]:
 
 def _join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return y if x is None or y is None else torch.cat([x, y], dim=2)
-
-
-def _heads(v: Tensor, q: Tensor) -> Tensor:
-    return v if v.shape[1] == q.shape[1] else v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
 def _compose(maps: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ka_attention.ops import private
-from ka_attention.ops.inputs import Tensors
+from ka_attention.ops.inputs import Tensors, repeat_heads
 
 
 def visible(
@@ -47,8 +47,7 @@ def weights(
 def softmax(q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """The softmax of the scores of what is `seen`, [B, Hq, n, S], float32 or better. A row that sees nothing is 0."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = scale * (q.to(dtype) @ k.to(dtype).mT)
+    scores = scale * (q.to(dtype) @ repeat_heads(k, q).to(dtype).mT)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if seen is None:
@@ -131,7 +130,7 @@ def _parts(q, k, v, gate, k_past, u_past, mask, cu_seqlens, scale, window, softc
     """W as (past, L, d), and u_past, v, gate for every query head in W's dtype."""
     w = weights(q, k, k_past, mask, cu_seqlens, scale=scale, window=window, softcap=softcap)
     past, new = w[..., : w.shape[-1] - q.shape[2]], w[..., w.shape[-1] - q.shape[2] :]
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(w.dtype)
+    v = repeat_heads(v, q).to(w.dtype)
     u_past = v[:, :, :0] if u_past is None else u_past.to(w.dtype)
     gate = torch.ones_like(q[..., 0], dtype=w.dtype) if gate is None else gate
     return past, new.tril(-1), new.diagonal(dim1=-2, dim2=-1)[..., None], u_past, v, gate

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ka_attention.ops import dispatch
-from ka_attention.ops.api import attend_one, cache_values
+from ka_attention.ops.api import cache_values
 from ka_attention.ops.gates import clamp_gate
+from ka_attention.ops.inputs import repeat_heads
+from ka_attention.ops.one import attend_one
 
 
 def ring_step(
@@ -47,13 +49,13 @@ def ring_step(
     last = count - 1
     slot = (last % keys.shape[2]).view(1)
     keys.index_copy_(2, slot, k)
-    values.index_copy_(2, slot, _for_heads(v, values))
+    values.index_copy_(2, slot, repeat_heads(v, values))
     age = (last - slots) % keys.shape[2]
     seen = ((age < window) & (age <= last)).expand(1, 1, 1, -1)
     if mask is not None:
         column = last - age - (count - mask.shape[-1]).clamp(min=0)
         seen = seen & mask.index_select(-1, column.clamp(min=0))
-    a = attend_one(q, keys, _for_heads(values, q), seen, scale, softcap=softcap)
+    a = attend_one(q, keys, repeat_heads(values, q), seen, scale, softcap=softcap)
     if isinstance(gate, Tensor):
         gate = clamp_gate(gate.to(torch.promote_types(gate.dtype, torch.float32)), *bounds)
     if isinstance(gate, Tensor) or gate != 0:
@@ -66,9 +68,3 @@ def _is_for_the_kernel(q: Tensor, k: Tensor, v: Tensor, ring: tuple[Tensor, Tens
     tensors = [q, k, v, *ring, *([gate] if isinstance(gate, Tensor) else [])]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return q.dtype != torch.float64 and not trains and not dispatch.traced(*tensors)
-
-
-def _for_heads(x: Tensor, like: Tensor) -> Tensor:
-    """x [B, Hkv, …] for each head of `like`."""
-    groups = like.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ka_attention.ops.api import normalise
-from ka_attention.ops.inputs import Tensors
+from ka_attention.ops.inputs import Tensors, repeat_heads
 from ka_attention.ops.reference import visible
 
 
@@ -44,7 +44,7 @@ def truncated(
 def _sweep(hops: int, tensors: Tensors, scale: float, window: int | None) -> Tensor:
     q, k, v, g, k_past, u_past, mask, _ = tensors
     T, D = q.shape[2:]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
 
     # The same call yields d: one more key, in front, scores what a token scores with itself, and its value is 1 in a
     # column of its own, which thus holds p = d / (1 + d). Half precision takes that score in two parts.
@@ -55,8 +55,7 @@ def _sweep(hops: int, tensors: Tensors, scale: float, window: int | None) -> Ten
     front = F.one_hot(torch.tensor([D, D + 1], device=q.device), D + 8).to(q.dtype)
     key, value = front.sum(0).expand_as(query[:, :, :1]), front[0].expand_as(query[:, :, :1])
     if k_past is not None and u_past is not None:
-        k_past = k_past.repeat_interleave(q.shape[1] // k_past.shape[1], dim=1)
-        key = torch.cat([key, F.pad(k_past, (0, 8))], dim=2)
+        key = torch.cat([key, F.pad(repeat_heads(k_past, q), (0, 8))], dim=2)
         value = torch.cat([value, F.pad(u_past, (0, 8))], dim=2)
     key = torch.cat([key, F.pad(k, (0, 8))], dim=2)
     causal = window is None and k_past is None and mask is None

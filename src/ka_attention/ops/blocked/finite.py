@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ka_attention.ops.inputs import repeat_heads
+
 
 def is_finite(x: Tensor) -> bool:
     """Whether all of x is finite; False also where its sum overflows, which costs time and changes nothing."""
@@ -25,10 +27,9 @@ def reached(tensors, mask: Tensor | None, window: int | None) -> Tensor:
     """Rows whose output depends on a number that is not finite, bool [B, Hq, T]; tensors: q, k, v, gate and past."""
     q, k, v, gate, k_past, u_past = tensors
     P = 0 if k_past is None else k_past.shape[2]
-    groups = q.shape[1] // k.shape[1]
-    rows, values = _bad(q), _bad(v).repeat_interleave(groups, dim=1)
-    columns = _bad(k if k_past is None else torch.cat([k_past, k], dim=2)).repeat_interleave(groups, dim=1)
-    columns[:, :, P:] |= values
+    rows = _bad(q)
+    columns = repeat_heads(_bad(k if k_past is None else torch.cat([k_past, k], dim=2)), q)
+    columns[:, :, P:] |= repeat_heads(_bad(v), q)
     if u_past is not None:
         columns[:, :, :P] |= _bad(u_past)
     out = torch.zeros_like(rows)

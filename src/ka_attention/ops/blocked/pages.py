@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ka_attention.ops.inputs import Past, Slots
-from ka_attention.ops.one import attend_one, repeat_heads
+from ka_attention.ops.inputs import Past, Slots, repeat_heads
+from ka_attention.ops.one import attend_one
 
 
 def steps(q, k, v, past: Past, ends: Tensor, n: Tensor, scale, window, softcap) -> tuple[Tensor, Tensor]:
