@@ -36,17 +36,20 @@ def test_the_page_of_a_comparison_renders(example, tmp_path, seeds):
     assert ("mean ± sd over 3 seeds" in html) == (seeds == 3)
 
 
-def test_cache_words_follow_sign_and_spread(example):
-    text = words("caches", example(3))
-    assert "**softmax**: PPL 109.1 ± 0.5 with its own KV cache, 301.9 ± 1.5 with a KA cache" in text
-    assert "(+176.6 % ± 0.0; higher)" in text
+def test_cache_table_follows_sign_and_spread(example):
+    def swapped(arms, change=lambda found: found):
+        own, swap = caches.sections(answers(arms, "caches", change))[0].tables[0].rows[:2]
+        assert own[:4] == ["softmax", "KV (own)", own[2], "–"]
+        return [own[2], *swap[2:4]]
 
     def better(found):
         kv, ka = found.kinds["kv"], found.kinds["ka"]
         return caches.Caches({"kv": kv, "ka": replace(ka, ppl=0.9 * kv.ppl)})
 
-    assert "(−10.0 % ± 0.0; lower)" in words("caches", example(3), better)
-    assert "**one seed**, which proves nothing" in words("caches", example(1))
+    assert swapped(example(3)) == ["109.1 ± 0.5", "301.9 ± 1.5", "+176.6 % ± 0.0 (higher)"]
+    assert swapped(example(3), better)[2] == "−10.0 % ± 0.0 (lower)"
+    assert swapped(example(1))[2] == "+176.6 %"
+    assert "**one seed**" in words("caches", example(1))
 
 
 def test_memory_words_say_that_ka_is_not_smaller(example):

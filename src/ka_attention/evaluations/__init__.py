@@ -1,4 +1,4 @@
-"""What is measured of a trained model: one file a question, each of them an ``Evaluation``."""
+"""What is measured of a trained model: one file per question, each of them an ``Evaluation``."""
 
 from __future__ import annotations
 

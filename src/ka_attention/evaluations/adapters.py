@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ka_attention.conversion.fitting import fit_gradient, fit_ridge, new_adapters
 from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.statistics import cell, changes, mean, percent, percent_cell, seeds_of, verdict
+from ka_attention.harness.statistics import cell, changes, judged, mean, percent, percent_cell, seeds_of
 from ka_attention.harness.trained import BATCH as READ
 from ka_attention.harness.trained import Trained, steps_for
 from ka_attention.hf import use
@@ -129,7 +129,7 @@ def sections(arms: Sequence[ArmResults[Adapters]]) -> list[Section]:
         f"What came: the swap alone stands at {percent(changes(swap, base))} PPL against softmax attention. "
         + (f"Better than the swap: {'; '.join(helped)}. " if helped else "No adapter is better than the swap. ")
         + f"The best is **{methods[best].label}** with {percent(changes(ppl[best], base))} against softmax, "
-        f"{percent(against_swap)} against the swap ({verdict(against_swap)}).",
+        f"{judged(against_swap)} against the swap.",
         *_regression(methods, ppl),
     ]
     rows = [["softmax, own KV cache", cell(base), "–", "–", "–"], ["swap", cell(swap), _change(swap, base), "0", "0"]]

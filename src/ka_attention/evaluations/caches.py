@@ -16,16 +16,7 @@ from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.drawing import COLOURS, digits
 from ka_attention.harness.models import NAMES, attention, cache_size, own_cache, own_config
 from ka_attention.harness.perplexity import token_losses
-from ka_attention.harness.statistics import (
-    caution,
-    cell,
-    changes,
-    deviation,
-    mean,
-    percent_cell,
-    seeds_of,
-    verdict,
-)
+from ka_attention.harness.statistics import caution, cell, changes, deviation, judged, mean, seeds_of
 from ka_attention.harness.timing import in_turns
 from ka_attention.harness.trained import BATCH, Trained
 from ka_attention.hf import KACache, cache_bytes
@@ -77,7 +68,7 @@ def evaluate(model: Any, sequences: Tensor, *, batch_size: int, caches: Sequence
     """Decode ``sequences`` (int64 [N, T]) token by token from the first token through each kind of cache.
 
     No prefill: every step reads one token and the cache that earlier steps wrote. Position i predicts token i + 1, so
-    the loss is over the same T − 1 tokens a sequence as that of the parallel pass. The kinds take turns batch by batch.
+    the loss is over the same T − 1 tokens per sequence as in the parallel pass. The kinds take turns batch by batch.
     """
     training = model.training
     model.eval()
@@ -134,7 +125,6 @@ def sections(arms: Sequence[ArmResults[Caches]]) -> list[Section]:
         "Each trained model reads the validation samples **token by token from the first token** through each kind "
         "of cache; nothing is prefilled. *KV* caches keys and values (softmax attention), *KA* caches keys and "
         "attention outputs. One of the two is the model's own; the other is a swap without any training.",
-        *(_words(arm) for arm in arms),
         caution(arms),
         _speed(arms),
     ]
@@ -148,7 +138,7 @@ def sections(arms: Sequence[ArmResults[Caches]]) -> list[Section]:
                     arm.label,
                     NAMES[kind] + (" (own)" if kind == own else " (swap)"),
                     cell(ppl),
-                    "–" if kind == own else percent_cell(changes(ppl, _figure(arm, own, "ppl"))),
+                    "–" if kind == own else judged(changes(ppl, _figure(arm, own, "ppl"))),
                     cell(_figure(arm, kind, "tokens_per_s"), 0),
                     cell(_figure(arm, kind, "seconds")),
                     f"{mean(_figure(arm, kind, 'bytes_per_token_measured')):,.0f}",
@@ -157,7 +147,7 @@ def sections(arms: Sequence[ArmResults[Caches]]) -> list[Section]:
             )
     table = Table(
         f"One model, two caches ({seeds_of(arms)}; bytes are read from the cache)",
-        ["trained as", "cache", "PPL", "against own", "tokens/s", "seconds", "bytes a token", "bytes a sequence"],
+        ["trained as", "cache", "PPL", "against own", "tokens/s", "seconds", "bytes per token", "bytes per sequence"],
         rows,
     )
     bars = [
@@ -172,18 +162,6 @@ def sections(arms: Sequence[ArmResults[Caches]]) -> list[Section]:
 
 def _figure(arm: ArmResults[Caches], kind: str, key: str) -> list[float]:
     return arm.each(lambda found: getattr(found.kinds[kind], key))
-
-
-def _words(arm: ArmResults[Caches]) -> str:
-    own = arm.seeds[0].own
-    text = f"**{arm.label}**: PPL {cell(_figure(arm, own, 'ppl'))} with its own {NAMES[own]} cache"
-    for kind in arm.seeds[0].kinds:
-        if kind != own:
-            ppl = _figure(arm, kind, "ppl")
-            change = changes(ppl, _figure(arm, own, "ppl"))
-            judgement = f"; {verdict(change)}" if len(change) > 1 else ""
-            text += f", {cell(ppl)} with a {NAMES[kind]} cache ({percent_cell(change)}{judgement})"
-    return text + "."
 
 
 def _speed(arms: Sequence[ArmResults[Caches]]) -> str:

@@ -17,7 +17,7 @@ from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.data import Sequences
 from ka_attention.harness.drawing import COLOURS, line, name_lines
-from ka_attention.harness.statistics import cell, changes, mean, mean_sd, percent, percent_cell, seeds_of, verdict
+from ka_attention.harness.statistics import cell, changes, judged, mean, percent, percent_cell, seeds_of
 from ka_attention.harness.trained import BATCH, Trained, steps_for
 from ka_attention.hf import KAConfig, attention_modules, use
 from ka_attention.report.document import Figure, Section, Table
@@ -171,12 +171,10 @@ def _by_tokens(arm: ArmResults[Conversions], seeds: str) -> Section:
         f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most {100 * first.shares[-1]:.0f} % of its "
         f"{first.original_tokens:,} training tokens, is {outcome}. "
         f"Without training the swap costs {percent(changes(swap, base))}.",
-        "Control: the softmax model trained on for the same tokens as the largest budget moves to "
-        f"{mean_sd(ppl[CONTROL])} ({percent(changes(ppl[CONTROL], base))}).",
-        f"Gates left free, one a head from 0, end at {mean(gates):.2f} on average (lowest {min(gates):.2f}, highest "
-        f"{max(gates):.2f}): "
-        + ("the model pulls towards KA-attention." if mean(gates) > 0.5 else "the model does not ask for much of it.")
-        + f" PPL {mean_sd(ppl[LEARNED])}.",
+        "Control: trained on for as many tokens as the largest budget, the softmax model moves to "
+        f"{cell(ppl[CONTROL])} ({percent_cell(changes(ppl[CONTROL], base))}).",
+        f"Free gates, one per head, start at 0 and end at {mean(gates):.2f} on average ({min(gates):.2f} to "
+        f"{max(gates):.2f}): the model makes {'much' if mean(gates) > 0.5 else 'little'} use of KA-attention.",
     ]
     labels = {CONTROL: "softmax, trained on", LEARNED: "free gates"}
     rows = [["KA (swap)", "0", cell(swap), _change(swap, base), "0"]]
@@ -185,7 +183,7 @@ def _by_tokens(arm: ArmResults[Conversions], seeds: str) -> Section:
         label = labels.get(name) or f"KA, {100 * float(name):.0f} %"
         rows.append([label, f"{run.tokens:,}", cell(ppl[name]), _change(ppl[name], base), f"{seconds:,.1f}"])
     table = Table(
-        f"Conversion of the softmax model ({seeds}); its own PPL is {mean_sd(base)}",
+        f"Conversion of the softmax model ({seeds}); its own PPL is {cell(base)}",
         ["converted to", "tokens", "PPL", "against softmax", "seconds"],
         rows,
     )
@@ -221,7 +219,7 @@ def _by_window(arm: ArmResults[Conversions], seeds: str) -> Section:
         "further than its window; a KA layer reads outputs, which carry what earlier tokens resolved. Both start from "
         f"the same softmax model and follow it for {tokens:,} tokens.",
         "KA against softmax in the same window: "
-        + "; ".join(f"w = {window}: {percent(gain)} ({verdict(gain)})" for window, gain in gains.items())
+        + "; ".join(f"w = {window}: {judged(gain)}" for window, gain in gains.items())
         + ".",
     ]
     curves: dict[tuple[str, str], Callable[[Window], float]] = {
@@ -237,7 +235,7 @@ def _by_window(arm: ArmResults[Conversions], seeds: str) -> Section:
             cells = [text for numbers in both for text in (cell(numbers), _change(numbers, base))]
             rows.append([str(window), f"{spent:,}", *cells])
     table = Table(
-        f"Converted to a window ({seeds}); the softmax model without one has {mean_sd(base)}",
+        f"Converted to a window ({seeds}); the softmax model without one has {cell(base)}",
         ["window", "tokens", "softmax PPL", "against no window", "KA PPL", "against no window"],
         rows,
     )

@@ -20,7 +20,7 @@ from ka_attention.harness.trained import Trained
 from ka_attention.hf import KACache, attach, bytes_per_token, cache_bytes
 from ka_attention.report.document import Figure, Section, Table
 
-STEPS = 8  # timed tokens a turn
+STEPS = 8  # timed tokens per turn
 # Contexts, batch sizes and turns: what the goals name where there is an accelerator, a few seconds of it elsewhere.
 CUDA = (128, 512, 2048, 8192), (1, 32), 8
 CPU = (32, 128, 512, 1024), (1,), 3
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """The stock model with its KV cache and KA-attention with a KA cache, after ``context`` tokens a sequence."""
+    """The stock model with its KV cache and KA-attention with a KA cache, after ``context`` tokens per sequence."""
 
     batch: int
     context: int
@@ -145,7 +145,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def sections(arms: Sequence[ArmResults[Decoding]]) -> list[Section]:
-    """Speed against context and bytes a token, for query heads with and without shared keys."""
+    """Speed against context and bytes per token, for query heads with and without shared keys."""
     models = arms[0].seeds[0].models
     rows = [(name, row) for name, found in models.items() for row in found]
 

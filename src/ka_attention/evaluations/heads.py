@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Heads:
-    """``cost``, ``[layers][heads]``: added loss in nats a token of each head alone; ``curve``: PPL from none to all."""
+    """``cost``, ``[layers][heads]``: loss that each head alone adds, in nats; ``curve``: PPL from none to all."""
 
     cost: tuple[tuple[float, ...], ...]
     curve: tuple[Point, ...]
@@ -48,9 +48,9 @@ def run(trained: Trained) -> Heads | None:
 
 
 def costs(model: Any, sequences: Tensor, *, batch_size: int) -> Tensor:
-    """What it costs to put one head at a time on the KA cache: added loss in nats a token, ``[layers, heads]``.
+    """What it costs to put one head at a time on the KA cache: added loss in nats per token, ``[layers, heads]``.
 
-    A fixed gate a head, 1 for the one and 0 for the others, makes each head one parallel pass.
+    A fixed gate per head, 1 for the one and 0 for the others, makes each head one parallel pass.
     """
     shape = (len(attention_modules(model)), model.config.get_text_config(decoder=True).num_attention_heads)
     found = torch.zeros(shape, dtype=torch.float64)
@@ -115,7 +115,7 @@ def sections(arms: Sequence[ArmResults[Heads]]) -> list[Section]:
             ],
         ),
         Table(
-            f"Added loss of one head on KA, nats a token ({seeds}; head numbers above)",
+            f"Added loss of one head on KA, nats per token ({seeds}; head numbers above)",
             ["layer", *(str(j) for j in range(len(cost[0])))],
             [[str(i), *(f"{value:+.3f}" for value in row)] for i, row in enumerate(cost)],
         ),

@@ -1,4 +1,4 @@
-"""What a cache weighs: bytes a token and a sequence for KV and KA caches, computed from a model's configuration."""
+"""What a cache weighs: bytes per token and a sequence for KV and KA caches, computed from a model's configuration."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def sections(arms: Sequence[ArmResults[Memory]]) -> list[Section]:
             "arm",
             "its cache",
             "window",
-            "bytes a token",
+            "bytes per token",
             f"KiB at {first.length} tokens",
             f"KiB at {first.lengths[-1]:,} tokens",
         ],
@@ -126,7 +126,7 @@ def sections(arms: Sequence[ArmResults[Memory]]) -> list[Section]:
         ends = [size / _KIB for sizes in curves for size in (sizes[0], sizes[-1])]
         powers_of_two(ax.yaxis, powers_between(min(ends), max(ends)))
         ax.set_xlabel("tokens in the sequence")
-        ax.set_ylabel("cache (KiB a sequence)")
+        ax.set_ylabel("cache (KiB per sequence)")
         ax.figure.legend(loc="outside upper center")
 
     figure = Figure(
@@ -138,15 +138,17 @@ def sections(arms: Sequence[ArmResults[Memory]]) -> list[Section]:
 def _words(found: list[Memory]) -> list[str]:
     kv, ka, grouped = found[0].kv.bytes_per_token, found[0].ka.bytes_per_token, found[0].grouped
     if ka == kv:
-        same = f"A KA cache is **not smaller** than a KV cache: both take {kv:,} bytes a token in this model, because "
+        same = (
+            f"A KA cache is **not smaller** than a KV cache: both take {kv:,} bytes per token in this model, because "
+        )
         same += "an attention output is as large as the value it replaces."
     else:
-        same = f"In this model a KV cache takes {kv:,} bytes a token and a KA cache {ka:,} ({ka / kv:.2f} ×)."
+        same = f"In this model a KV cache takes {kv:,} bytes per token and a KA cache {ka:,} ({ka / kv:.2f} ×)."
     paragraphs = [
         same,
-        "With grouped queries it is larger: outputs belong to query heads, so a KA cache keeps Hkv + Hq heads a "
+        "With grouped queries it is larger: outputs belong to query heads, so a KA cache keeps Hkv + Hq heads per "
         f"token where a KV cache keeps 2 Hkv. With {grouped.query_heads} query heads on {grouped.key_value_heads} key "
-        f"head{'s' if grouped.key_value_heads > 1 else ''} this model would take {grouped.kv:,} bytes a token as KV "
+        f"head{'s' if grouped.key_value_heads > 1 else ''} this model would take {grouped.kv:,} bytes per token as KV "
         f"and {grouped.ka:,} as KA ({grouped.ka / grouped.kv:.2f} ×).",
     ]
     windows = sorted({memory.window for memory in found if memory.window is not None})

@@ -39,7 +39,7 @@ def cell(numbers: Sequence[float], digits: int = 1) -> str:
 def caution(arms: Sequence[ArmResults]) -> str:
     """One sentence on what the number of seeds allows to conclude."""
     if min(len(arm.seeds) for arm in arms) == 1:
-        return "These figures come from **one seed**, which proves nothing: differences may not come again."
+        return "These figures come from **one seed**: with another one differences may vanish."
     return (
         "Figures are mean ± standard deviation over seeds. A difference, paired by seed, counts only if 0 lies outside "
         "its 95 % confidence interval."
@@ -70,6 +70,11 @@ def percent(numbers: Sequence[float], digits: int = 1) -> str:
 def percent_cell(numbers: Sequence[float], digits: int = 1) -> str:
     """``percent`` for a table whose caption names the seeds."""
     return percent(numbers, digits).split(" (")[0]
+
+
+def judged(numbers: Sequence[float]) -> str:
+    """``percent_cell`` of paired changes, over several seeds with their ``verdict``."""
+    return percent_cell(numbers) + (f" ({verdict(numbers)})" if len(numbers) > 1 else "")
 
 
 def signed(number: float, digits: int = 1) -> str:

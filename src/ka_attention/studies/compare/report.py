@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from ka_attention.evaluations import (
@@ -34,6 +35,7 @@ from ka_attention.harness.statistics import (
     cell,
     changes,
     deviation,
+    judged,
     mean,
     percent_cell,
     seeds_of,
@@ -82,7 +84,7 @@ class Results:
 
     data: Description
     arms: dict[str, ArmResults[Answers]]
-    chains: dict[str, Learned] = field(default_factory=dict)  # of the made-up task, if it was asked for
+    chains: dict[str, Learned] = field(default_factory=dict)  # of the synthetic task, if it was asked for
     steps: dict[str, float] = field(default_factory=dict)  # seconds of a training step, which arms took in turns
 
 
@@ -97,7 +99,7 @@ def sections(recipe: CompareRecipe, results: Results) -> list[Section]:
         answered = _answered(arms, name)
         found += evaluation.sections(answered) if answered else []
         if name == "conversion" and methods and methods[0] is not figures[0]:
-            words = "Every way to decode the softmax-trained model with a KA cache, in one figure."
+            words = "All ways to decode the softmax-trained model with a KA cache, in one figure."
             found.append(Section("Repairs side by side", [words], [], methods))
     return found
 
@@ -111,11 +113,6 @@ def _answered(arms: list[Answered], name: str) -> list[ArmResults[Any]]:
 
 def _ppl(arm: Answered) -> list[float]:
     return arm.each(lambda seed: seed.training.best_val_ppl)
-
-
-def _judged(change: list[float]) -> str:
-    """A change in percent; over several seeds also whether it counts. One seed is judged at the end."""
-    return percent_cell(change) + (f" ({verdict(change)})" if len(change) > 1 else "")
 
 
 def _summary(recipe: CompareRecipe, results: Results, figure: Figure) -> Section:
@@ -139,13 +136,7 @@ def _summary(recipe: CompareRecipe, results: Results, figure: Figure) -> Section
         columns, caption = [*columns, "step"], f"{caption}; a training step's time, × {base.label}, taken in turns"
         ratios = [times[arm.arm.name] / times[base.arm.name] for arm in arms]
         rows = [[*row, f"{ratio:.2f}"] for row, ratio in zip(rows, ratios, strict=True)]
-    words = [
-        f"{_verdict(results)} {_on_text(arms)}",
-        *_joined(_text(arms)),
-        *_joined(_swaps(arms)),
-        caution(arms),
-        setting,
-    ]
+    words = [f"{_verdict(results)} {_on_text(arms)}", *_paragraph(_windows(arms), _swaps(arms)), caution(arms), setting]
     return Section("In short", words, [Table(caption, columns, rows)], [figure])
 
 
@@ -176,8 +167,8 @@ def _on_text(arms: list[Answered]) -> str:
     ends = f"{cell(_ppl(ka))} against {cell(_ppl(base))}"
     if len(change) == 1:
         return (
-            f"On ordinary text {ka.label} and {base.label} end at a perplexity of {ends}; lower is better, and whether "
-            "the one is better than the other **one seed cannot say**."
+            f"On ordinary text {ka.label} and {base.label} end at a perplexity of {ends} (lower is better); **one seed "
+            "cannot tell** which is better."
         )
     how = {"higher": "**worse**", "lower": "**better**"}.get(verdict(change), "neither better nor worse")
     return (
@@ -204,11 +195,11 @@ def _chains(recipe: CompareRecipe, results: Results) -> list[Section]:
     task, settings = recipe.chains
     seeds = len(learned[0].seeds)
     words = (
-        f"Sequences of {settings.length} assignments, `a = 7`, `b = a`, …: at each the model names the value. A guess "
-        f"is right 1 time in {task.chains}; a depth counts as followed where {100 * SOLVED:.0f} % are right. A "
+        f"Sequences of {settings.length} assignments, `a = 7`, `b = a`, …: after each, the model names the value. A "
+        f"guess is right 1 time in {task.chains}; a depth counts as followed where {100 * SOLVED:.0f} % are right. A "
         "KA layer's output at a definition already is the resolved value; softmax layers can at best double the depth "
-        f"that they resolve with every layer. Trained on {settings.train_samples:,} sequences, each seen once, by "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; `ka study dereference` asks more closely."
+        f"that they resolve with every layer. Trained on {settings.train_samples:,} sequences, each seen once, with "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; `ka study dereference` goes further."
     )
     rows = [[each.label, cell(each.percents(0)), _far(each), f"{each.seeds[0].parameters:,}"] for each in learned]
     columns = ["arm", "right (%)", "follows", "parameters"]
@@ -228,18 +219,18 @@ def _chains_figure(recipe: CompareRecipe, results: Results) -> list[Figure]:
     return [Figure("chains", caption, draw)] if learned else []
 
 
-def _text(arms: list[Answered]) -> Iterator[str]:
-    """On ordinary text: each KA arm against softmax attention with as much in sight."""
-    yield f"Validation perplexity (PPL) on the text: {arms[0].label} {cell(_ppl(arms[0]))}."
-    for arm in arms[1:]:
-        base = next((other for other in arms if arm.arm.softened(other.arm)), arms[0])
-        change = changes(_ppl(arm), _ppl(base))
-        yield f"**{arm.label}** {cell(_ppl(arm))}, {_judged(change)} against {base.label}."
+def _windows(arms: list[Answered]) -> Iterator[str]:
+    """Each KA arm with a window against softmax attention with the same window."""
+    for arm in arms:
+        for base in arms:
+            if arm.arm.window and arm.arm.softened(base.arm):
+                change = judged(changes(_ppl(arm), _ppl(base)))
+                yield f"**{arm.label}**: a perplexity (PPL) of {cell(_ppl(arm))}, {change} against {base.label}."
 
 
-def _joined(sentences: Iterator[str]) -> list[str]:
+def _paragraph(*sentences: Iterator[str]) -> list[str]:
     """One paragraph, or none."""
-    return [text] if (text := " ".join(sentences)) else []
+    return [text] if (text := " ".join(chain(*sentences))) else []
 
 
 def _swaps(arms: list[Answered]) -> Iterator[str]:
@@ -252,7 +243,7 @@ def _swaps(arms: list[Answered]) -> Iterator[str]:
             yield (
                 f"Decoding the {arm.label}-trained model with a **{other.upper()} cache**, without any further "
                 f"training, takes its PPL on a sample from {cell(before)} to {cell(after)}: "
-                f"{_judged(changes(after, before))}."
+                f"{judged(changes(after, before))}."
             )
 
 
@@ -271,15 +262,15 @@ def _training_figure(arms: list[Answered]) -> Figure:
             which("{x:,g}")
         name_lines(ax)
 
-    return Figure("training", "Validation PPL by epoch, one line a seed, lower is better", draw)
+    return Figure("training", "Validation PPL by epoch, one line per seed, lower is better", draw)
 
 
 def _training(recipe: CompareRecipe, arms: list[Answered], figures: list[Figure]) -> Section:
     words = (
-        "Train PPL is exp of the mean training loss over the epoch, Val PPL that of the whole validation set after it; "
-        "Time is that of the training steps alone, which arms take one after the other, so that times of two arms do "
-        f"not compare; * marks an improvement. Training stops after {recipe.patience} epochs without one, and the best "
-        "weights count."
+        "Train PPL is the exponential of the mean training loss over the epoch, Val PPL that of the loss on the whole "
+        "validation set after it. Time is that of the training steps alone; arms run one after the other, so their "
+        f"times do not compare. * marks an improvement; training stops after {recipe.patience} epochs without one, "
+        "and the best weights count."
     )
     columns = ["arm", "best epoch", "parameters"]
     rows = [
@@ -290,7 +281,7 @@ def _training(recipe: CompareRecipe, arms: list[Answered], figures: list[Figure]
         ]
         for arm in arms
     ]
-    table = Table("The epoch whose weights were kept, a number a seed", columns, rows)
+    table = Table("The epoch whose weights were kept, by seed", columns, rows)
     drawn = [figure for figure in figures if figure.name == "training"]
     return Section("Training", [words], [table], drawn, [_epochs(arm) for arm in arms])
 
@@ -318,11 +309,11 @@ def _bytes_figure(arms: list[Answered]) -> list[Figure]:
         for arm, size in sizes:
             line(ax, [size], [_ppl(arm)], label=arm.label, **look(arm.arm) | {"linestyle": ""})
         powers_of_two(ax.xaxis, powers_between(min(size for _, size in sizes), max(size for _, size in sizes)))
-        ax.set_xlabel("cache (KiB a sequence)")
+        ax.set_xlabel("cache (KiB per sequence)")
         ax.set_ylabel("validation PPL")
         name_lines(ax)
 
-    caption = f"Validation PPL against cache bytes a sequence, down and left is better ({seeds_of(arms)})"
+    caption = f"Validation PPL against cache bytes per sequence, down and left is better ({seeds_of(arms)})"
     return [Figure("ppl_by_cache_bytes", caption, draw)] if len(sizes) > 1 else []
 
 

@@ -63,7 +63,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Point:
-    """What came of one number of hops: PPL and its change in percent, a number a seed, and means of time and error."""
+    """What came of one number of hops: PPL and its change in percent by seed, and means of time and error."""
 
     hops: int
     ppl: list[float]

@@ -31,7 +31,7 @@ def _summary(recipe: PositionRecipe, results: Results) -> Section:
     tokens = recipe.train_samples * recipe.sequence_length
     paragraphs = [
         f"Every arm is trained from scratch at each length, from the same weights, on the same {tokens:,} tokens an "
-        "epoch with as many tokens a step. Both the training and the validation text are the same, cut at that length.",
+        "epoch with as many tokens per step. The training and validation texts are the same, cut at that length.",
         "**Expected:** no accumulation. An output of KA-attention is an average of values, however many steps lead to "
         "it, so an error is averaged and not amplified; the distance to softmax should not grow along the sequence.",
         "**Came:** " + " ".join(sentence for run in results.lengths for sentence in _came(run)),

@@ -96,7 +96,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def _group(entry: Entry, keys: tuple[str, ...], figure: str) -> list[float]:
-    """One number a seed: the mean of ``figure`` ("gain" is right − wrong) over the sets of questions ``keys``."""
+    """One number per seed: the mean of ``figure`` ("gain" is right − wrong) over the sets of questions ``keys``."""
     return [mean([getattr(seed.asked[key], figure) for key in keys]) for seed in entry.seeds]
 
 

@@ -23,7 +23,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Results:
-    """Text: every arm at every length, and the bytes of its cache; made-up tasks."""
+    """Text: every arm at every length, and the bytes of its cache; synthetic tasks."""
 
     data: Description
     lengths: tuple[AtLength, ...]
@@ -142,7 +142,7 @@ def _draw_text(arms: list[Sized], ax: Any) -> None:
         style = look(found[-1].of.arm) | {"linestyle": "-", "marker": "o"}
         ax.plot([arm.bytes / KIB for arm in found], [mean(arm.ppl) for arm in found], label=kind, **style)
     powers_of_two(ax.xaxis, powers_between(min(arm.bytes for arm in arms) / KIB, max(arm.bytes for arm in arms) / KIB))
-    ax.set_xlabel("cache (KiB a sequence)")
+    ax.set_xlabel("cache (KiB per sequence)")
     ax.set_ylabel("validation PPL")
     name_lines(ax)
 
@@ -169,7 +169,7 @@ def _tasks(recipe: WindowRecipe, learned: list[Learned]) -> Section:
         solved = [entry.arm.label for entry in found if mean(entry.percents(0)) >= 100 * SOLVED]
         came.append(f"{TASKS[task]} is solved by {'; '.join(solved) or 'none'}.")
     words = [
-        f"Made-up tasks of {recipe.task_length} statements, one a token, for models of {recipe.task_layers} layers. "
+        f"Synthetic tasks of {recipe.task_length} statements, one a token, for models of {recipe.task_layers} layers. "
         "*Dereference*: chains of assignments; the variable copied from may stand further back than the window. "
         "*Recall*: name the value that a key was given in the first half, past fillers that carry values too. Of one "
         "pair this is the passkey test, of 8 multi-query recall.",
