@@ -21,7 +21,7 @@ class KAAttention(nn.Module):
         num_heads: query heads, each of head_dim = embed_dim // num_heads.
         num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
         gate: 0 is softmax attention, 1 is KA-attention.
-        learn_gate: make the gate a parameter, one number a head, that starts at `gate`.
+        learn_gate: make the gate a parameter, one number per head, that starts at `gate`.
         gate_bounds: where a learned gate is kept, by `ka_attention.ops.clamp_gate`; within [-1, 1].
         window: a token attends to the last `window` tokens only, itself included.
         output_gate: multiply A by silu(W_g x) before the output projection.

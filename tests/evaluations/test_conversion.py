@@ -16,7 +16,7 @@ from ka_attention.commands.generate import first_difference
 from ka_attention.conversion.raising import Conversion
 from ka_attention.evaluations import adapters, conversion, decoding, heads
 from ka_attention.harness.arms import ArmResults, arm, build
-from ka_attention.harness.models import load_model
+from ka_attention.harness.models import load_model_and_tokenizer
 from ka_attention.harness.perplexity import evaluate
 from ka_attention.harness.records import from_json, to_json
 from ka_attention.harness.tokenizer import train as train_tokenizer
@@ -158,7 +158,7 @@ def test_adapt_saves_an_adapter(checkpoint, tmp_path):
     options = ("--data", data, "--tokens", 512, "--length", 16, "--out", tmp_path / "out")
     result = ka_command("adapt", folder, *options)
     assert result.exit_code == 0, result.output
-    model, _ = load_model(folder)
+    model, _ = load_model_and_tokenizer(folder)
     load_adapter(model, tmp_path / "out")
     assert ka_command("adapt", folder, *options).output == result.output  # stored, not fitted again
 
@@ -179,7 +179,7 @@ def test_convert_saves_a_ka_model_that_generates(checkpoint, tmp_path):
     )
     assert [row["tokens"] for row in rows] == list(range(0, 513, 64))
     assert all(math.isfinite(row["ppl"]) for row in rows)
-    assert load_model(str(out))[0].config.ka_config["window"] == 8
+    assert load_model_and_tokenizer(str(out))[0].config.ka_config["window"] == 8
     shown = ka_command("generate", out, "def f", "--max-new-tokens", 3)
     assert shown.exit_code == 0
     assert shown.output.startswith("def f")

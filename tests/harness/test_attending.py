@@ -17,7 +17,7 @@ from ka_attention.commands.inspect import inspect
 from ka_attention.errors import UserError
 from ka_attention.harness import attending
 from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.models import load_model
+from ka_attention.harness.models import load_model_and_tokenizer
 from ka_attention.hf import KAConfig, attach
 
 SMALL = {
@@ -136,4 +136,4 @@ def test_missing_weights_are_not_made_up(tokenizer, tmp_path):
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks the weights lm_head\.weight"):
-        load_model(str(tmp_path))
+        load_model_and_tokenizer(str(tmp_path))

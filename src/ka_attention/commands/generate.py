@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from ka_attention.errors import UserError
 from ka_attention.harness import models
-from ka_attention.harness.models import NAMES, attention, load_model, own_cache, require_length
+from ka_attention.harness.models import NAMES, attention, load_model_and_tokenizer, own_cache, require_length
 from ka_attention.harness.progress import quiet_libraries
 
 
@@ -37,7 +37,7 @@ def command(
         raise UserError(f"--cache: expected kv or ka, got {cache!r}")
     if compare and cache is not None:
         raise UserError("--compare shows both caches; leave --cache out")
-    model, words = load_model(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    model, words = load_model_and_tokenizer(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     inputs = models.prompt(words, prompt, "PROMPT").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ka_attention.errors import UserError
 from ka_attention.harness.attending import Call, attending, exact
-from ka_attention.harness.models import is_softmax, load_model, own_config, prompt, require_length, require_supported
+from ka_attention.harness.models import (
+    is_softmax,
+    load_model_and_tokenizer,
+    own_config,
+    prompt,
+    require_length,
+    require_supported,
+)
 from ka_attention.harness.progress import quiet_libraries
 from ka_attention.hf import KAConfig, use
 from ka_attention.ops import walk
@@ -26,7 +33,7 @@ def command(
 ) -> None:
     """Write the page about the model of a folder or Hub name on ``text``; it replaces ``out``."""
     quiet_libraries()
-    model = load_model(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    model = load_model_and_tokenizer(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     require_supported(model[0], "MODEL")
     page = inspect(*model, text, Path(source).name)
     try:

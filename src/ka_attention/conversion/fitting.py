@@ -72,8 +72,8 @@ def states(model: Any, visit: Visit) -> Iterator[None]:
 class LeastSquares:
     """Ridge regression y ≈ M x + b c for every head, from sums in float64, so that data may come in pieces.
 
-    Minimises Σ ‖M x + b c − y‖² + λ ‖M − I‖². c is one number a row, 1 for an ordinary offset; λ is ``strength`` times
-    the mean of the diagonal of Σ x xᵀ. A large λ stays at the plain swap.
+    Minimises Σ ‖M x + b c − y‖² + λ ‖M − I‖². c is one number per row, 1 for an ordinary offset; λ is ``strength``
+    times the mean of the diagonal of Σ x xᵀ. A large λ stays at the plain swap.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Conversion: a softmax model becomes a KA model by raising its gates from 0, where it is the same model, in training.
 
 Stage one follows the frozen softmax model T: mean over layers of ‖S − T‖² / ‖T‖², for what attention adds to the
-residual stream, plus the Kullback-Leibler divergence (nats a token) of the next-token distributions. Stage two is the
+residual stream, plus the Kullback-Leibler divergence (nats per token) of the next-token distributions. Stage two is the
 language-model loss on the text.
 """
 
@@ -39,7 +39,7 @@ class Conversion:
 
     steps, batch_size, learning_rate: AdamW, cosine schedule, gradients clipped to norm 1; attention layers learn at
              ATTENTION_RATE times the rate.
-    target:  "ka" raises every gate to 1 on a schedule; "learned" leaves one gate a head free, started at 0; "softmax"
+    target:  "ka" raises every gate to 1 on a schedule; "learned" leaves one gate per head free, started at 0; "softmax"
              keeps the gates at 0, which is the control: the same training without KA-attention.
     window:  attend to the last ``window`` tokens only.
     stage_one: share of the steps that follow the softmax model.

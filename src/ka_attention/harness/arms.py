@@ -62,11 +62,6 @@ class Arm:
         """Whether it is stock softmax attention, or KA-attention in every layer without windows and learned gates."""
         return self.mixer == ATTENTION and self.ka in (None, KAConfig())
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether only some layers are KA layers."""
-        return self.ka is not None and (self.ka.layers is not None or self.ka.pattern is not None)
-
     def softened(self, other: Arm) -> bool:
         """Whether ``other`` is softmax attention where this one is KA-attention: same layers, same window."""
         if not self.is_ka or other.mixer != ATTENTION or other.is_ka:
@@ -94,7 +89,7 @@ class ArmResults(Generic[Result]):
         return self.arm.label
 
     def each(self, figure: Callable[[Result], float]) -> list[float]:
-        """One number a seed."""
+        """One number per seed."""
         return [figure(seed) for seed in self.seeds]
 
 

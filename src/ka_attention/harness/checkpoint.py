@@ -10,7 +10,7 @@ import torch
 
 from ka_attention.errors import UserError
 from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.models import load_model, require_length, require_supported
+from ka_attention.harness.models import load_model_and_tokenizer, require_length, require_supported
 from ka_attention.harness.progress import quiet_libraries
 from ka_attention.harness.records import Json
 from ka_attention.harness.settings import TextSettings
@@ -40,7 +40,7 @@ def open_softmax(
         raise UserError(f"--length: expected at least 2 tokens, got {length}")
     if tokens < length:
         raise UserError(f"--tokens: expected at least one sequence of {length} tokens, got {tokens}")
-    model, found = load_model(
+    model, found = load_model_and_tokenizer(
         checkpoint, "CHECKPOINT", tokenizer=tokenizer, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     if is_attached(model):

@@ -33,7 +33,7 @@ def look(arm: Arm) -> dict[str, Any]:
 
 
 def line(ax: Any, x: Iterable[float], points: Sequence[Sequence[float]], **style: Any) -> None:
-    """A line through the means of ``points``, one number a seed each, with their deviation where there are seeds."""
+    """A line through the means of ``points``, one number per seed each, with their deviation where there are seeds."""
     spread = [deviation(numbers) for numbers in points]
     error = {"yerr": spread, "capsize": 2} if any(spread) else {}
     ax.errorbar(list(x), [mean(numbers) for numbers in points], **error, **style)

@@ -24,7 +24,7 @@ Settings = TypeVar("Settings", bound="LengthSettings")
 
 @dataclass(frozen=True, kw_only=True)
 class LengthSettings(LanguageModelSettings):
-    """Models trained from scratch at each length, on the same number of tokens and of tokens a step.
+    """Models trained from scratch at each length, on the same number of tokens and of tokens per step.
 
     lengths: sequence lengths, ascending multiples of ``sequence_length``. ``train_samples``, ``validation_samples``
              and ``batch_size`` are those at ``sequence_length``; at n times the length there are n times fewer.
@@ -106,7 +106,7 @@ def _one(arm: Arm, settings: LengthSettings, text: Text, store: Store, part: str
 
 
 def octaves(arm: ArmResults[Read]) -> dict[str, list[float]]:
-    """Ranges of positions, each twice the one before, and in each one perplexity a seed."""
+    """Ranges of positions, each twice the one before, and in each one perplexity per seed."""
     found: dict[str, list[float]] = {}
     for seed in arm.seeds:
         for run in seed.perplexity.by_octave():

@@ -20,7 +20,7 @@ from ka_attention.hf.heads import Heads
 NAMES = {"kv": "KV", "ka": "KA"}
 
 
-def load_model(
+def load_model_and_tokenizer(
     source: str,
     argument: str = "MODEL",
     *,

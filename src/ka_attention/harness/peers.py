@@ -1,7 +1,7 @@
 """Recurrent peers: a GPT-NeoX whose attention gives way to a layer of flash-linear-attention with a state of one size.
 
 The rest of the model stays: embeddings, norms, residuals, training. Every peer's state holds ``hidden_size · D``
-numbers a layer, D the size of an attention head: what a KV or KA cache of D / 2 tokens holds.
+numbers per layer, D the size of an attention head: what a KV or KA cache of D / 2 tokens holds.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Mamba2Mixer(Mixer):
     """Mamba-2 on the kernels of gated linear attention, which its recurrence is (arXiv 2405.21060, section 5).
 
     State S_t = exp(−a Δ_t) S_{t−1} + Δ_t x_t b_tᵀ, output S_t c_t + d x_t, gated and normalised. The layer's own
-    forward wants the package mamba-ssm, and without it holds chunk × chunk × state numbers a head. The recurrent kernel
-    and not the chunked one, whose backward flash-linear-attention refuses on Hopper with Triton 3.4 to 3.7.0.
+    forward wants the package mamba-ssm, and without it holds chunk × chunk × state numbers per head. The
+    recurrent kernel and not the chunked one, whose backward flash-linear-attention refuses on Hopper with Triton 3.4
+    to 3.7.0.
     """
 
     def mix(self, x: Tensor) -> Tensor:

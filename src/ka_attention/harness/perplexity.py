@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of ``tokens`` predicted tokens: ``loss`` in nats a token, ``ppl`` = exp(loss), and PPL of every 16 positions."""
+    """Of ``tokens`` predicted tokens: mean ``loss`` in nats, ``ppl`` = exp(loss), and PPL of every 16 positions."""
 
     loss: float
     ppl: float

@@ -265,7 +265,7 @@ def numerics(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def watched_gates(model: nn.Module) -> Iterator[dict[int, list[float]]]:
-    """Within it every pass notes the gates of each KA layer: by layer, one mean a head."""
+    """Within it every pass notes the gates of each KA layer: by layer, one mean per head."""
     found: dict[int, list[float]] = {}
     hooks = []
     for module in model.modules():

@@ -42,7 +42,7 @@ def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = N
         weight = chunks(beta.to(exact))
         solution = inverse((weight[..., None] * (k @ k.mT) * fade).tril(-1)) * weight[..., None, :]
         w = (solution * since.mT).to(k.dtype) @ k
-        states, u = walk(solution.to(v.dtype) @ v, w, kept, since[..., -1, 0])
+        states, u = chunk_states(solution.to(v.dtype) @ v, w, kept, since[..., -1, 0])
     out = (q * since).to(q.dtype) @ states + (q @ k.mT * fade).to(v.dtype) @ u
     return out.flatten(2, 3)[:, :, :length]
 
@@ -53,7 +53,7 @@ def faded(exponents: Tensor, diagonal: int) -> Tensor:
     return exponents.masked_fill(~seen, -torch.inf).exp()
 
 
-def _walk(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_states(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
     """S before each chunk n, and ``x_n = u_n − w_n S_n``, where ``S_{n+1} = fade_n S_n + kept_n x_n`` and S_0 = 0.
 
     u ``[B, H, N, C, V]``, w ``[B, H, N, C, K]``, kept ``[B, H, N, K, C]``, fade ``[B, H, N]``. An operator of its own:
@@ -68,7 +68,7 @@ def _walk(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Ten
     return states, found
 
 
-def _walk_back(
+def _chunk_states_backward(
     by_states: Tensor, by_found: Tensor, w: Tensor, kept: Tensor, fade: Tensor, states: Tensor, found: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by u, w, kept and fade."""
@@ -83,16 +83,18 @@ def _walk_back(
     return by_u, -by_u @ states.mT, later @ found.mT, by_fade
 
 
-walk = torch.library.custom_op("ka_attention::walk", _walk, mutates_args=())
-walk_back = torch.library.custom_op("ka_attention::walk_back", _walk_back, mutates_args=())
+chunk_states = torch.library.custom_op("ka_attention::chunk_states", _chunk_states, mutates_args=())
+chunk_states_backward = torch.library.custom_op(
+    "ka_attention::chunk_states_backward", _chunk_states_backward, mutates_args=()
+)
 
 
-@walk.register_fake
+@chunk_states.register_fake
 def _(u: Tensor, w: Tensor, kept: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
     return u.new_empty(*kept.shape[:4], u.shape[-1]), u.new_empty(u.shape)
 
 
-@walk_back.register_fake
+@chunk_states_backward.register_fake
 def _(
     by_states: Tensor, by_found: Tensor, w: Tensor, kept: Tensor, fade: Tensor, states: Tensor, found: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +105,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(*inputs[1:], *output)
 
 
-walk.register_autograd(lambda ctx, *by: walk_back(*by, *ctx.saved_tensors), setup_context=_keep)
+chunk_states.register_autograd(lambda ctx, *by: chunk_states_backward(*by, *ctx.saved_tensors), setup_context=_keep)
 
 
 def inverse(below: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Made-up tasks that more than one study asks: recall, permutations spelled out, steps along a permutation."""
+"""Synthetic tasks of more than one study: chains of references, recall, products of permutations, steps along one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,43 @@ import numpy as np
 import torch
 
 from ka_attention.harness.tasks import NOT_ASKED, Examples
+
+
+@dataclass(frozen=True)
+class Dereference:
+    """Assignments ``x = literal`` or ``x = earlier variable``; the answer at each is the value of x.
+
+    ``chains`` different literals are assigned first. Every later statement copies the newest variable of one of the
+    chains, picked with probability ∝ 1/rank in an order of its own for every sequence, so that some chains grow long. A
+    name is assigned once; names are drawn anew for every sequence. Groups are depths, the references between a variable
+    and its literal. Symbols: ``names`` names, then ``literals`` literals.
+    """
+
+    names: int
+    literals: int
+    chains: int
+
+    @property
+    def symbols(self) -> int:
+        return self.names + self.literals
+
+    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
+        """``count`` sequences of ``length`` statements."""
+        shuffled = [random.permuted(np.tile(np.arange(n), (count, 1)), axis=1) for n in (self.names, self.literals)]
+        left, values = shuffled[0][:, :length], shuffled[1][:, : self.chains]
+        share = 1 / np.arange(1, self.chains + 1)
+        ranks = random.choice(self.chains, size=(count, length), p=share / share.sum())
+        chain = np.take_along_axis(random.permuted(np.tile(np.arange(self.chains), (count, 1)), axis=1), ranks, axis=1)
+        chain[:, : self.chains] = np.arange(self.chains)[:length]
+        newest, depth = self.names + values, np.full((count, self.chains), -1)
+        right, depths, row = np.empty_like(left), np.empty_like(left), np.arange(count)
+        for t in range(length):
+            at = row, chain[:, t]
+            depth[at] += 1
+            right[:, t], depths[:, t] = newest[at], depth[at]
+            newest[at] = left[:, t]
+        answers = self.names + np.take_along_axis(values, chain, axis=1)
+        return Examples(*(torch.from_numpy(x) for x in (left * self.symbols + right, answers, depths)))
 
 
 @dataclass(frozen=True)

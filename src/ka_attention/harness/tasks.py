@@ -1,4 +1,4 @@
-"""Made-up tasks with one right answer a token: sequences of statements, the model that reads them, its accuracy.
+"""Synthetic tasks with one right answer per token: sequences of statements, the model that reads them, its accuracy.
 
 A statement is one token made of two symbols, ``left = right``: its embedding is the sum of two embeddings. So a layer
 needs no help from an earlier one to know what stands on either side.
@@ -42,7 +42,7 @@ class Examples(NamedTuple):
 
 
 class Task(Protocol):
-    """A made-up task. Both sides of a statement and the answers are symbols, counted from 0."""
+    """A synthetic task. Both sides of a statement and the answers are symbols, counted from 0."""
 
     @property
     def symbols(self) -> int: ...
@@ -127,7 +127,7 @@ class Exam:
 
 @dataclass(frozen=True)
 class Learned:
-    """What became of a plan: an exam a seed."""
+    """What became of a plan: an exam per seed."""
 
     task: str
     arm: Arm
@@ -140,7 +140,7 @@ class Learned:
         return f"{self.arm.label}, {self.layers} layer{'s' if self.layers > 1 else ''}"
 
     def percents(self, test: int) -> list[float]:
-        """Accuracy in one of the tests in percent, one number a seed."""
+        """Accuracy in one of the tests in percent, one number per seed."""
         return [100 * exam.tests[test].accuracy for exam in self.seeds]
 
     def by_group(self, test: int) -> dict[int, float]:
@@ -219,10 +219,10 @@ def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: in
     trained = train(model, training, validation, settings, folder, seed=seed, label=label)
     if main_process():
         shutil.rmtree(folder)  # there are many, and they are quickly trained again
-    return Exam(trained.parameters, trained.seconds_per_epoch, test(model, plan.task, settings, seed))
+    return Exam(trained.parameters, trained.seconds_per_epoch, evaluate(model, plan.task, settings, seed))
 
 
-def test(model: Any, task: Task, settings: TaskSettings, seed: int) -> tuple[Score, ...]:
+def evaluate(model: Any, task: Task, settings: TaskSettings, seed: int) -> tuple[Score, ...]:
     """What a model knows, at each of the lengths, of sequences that no training sees."""
     scores = []
     for length in settings.test_lengths:
@@ -269,40 +269,3 @@ def draw_groups(entries: Sequence[Learned], test: int, ax: Any, style: Callable[
         ax.plot(list(groups), [100 * right for right in groups.values()], label=label, **drawn)
     ax.set_ylim(0, 103)
     ax.set_ylabel("right answers (%)")
-
-
-@dataclass(frozen=True)
-class Dereference:
-    """Assignments ``x = literal`` or ``x = earlier variable``; the answer at each is the value of x.
-
-    ``chains`` different literals are assigned first. Every later statement copies the newest variable of one of the
-    chains, picked with probability ∝ 1/rank in an order of its own for every sequence, so that some chains grow long. A
-    name is assigned once; names are drawn anew for every sequence. Groups are depths, the references between a variable
-    and its literal. Symbols: ``names`` names, then ``literals`` literals.
-    """
-
-    names: int
-    literals: int
-    chains: int
-
-    @property
-    def symbols(self) -> int:
-        return self.names + self.literals
-
-    def examples(self, count: int, length: int, random: np.random.Generator) -> Examples:
-        """``count`` sequences of ``length`` statements."""
-        shuffled = [random.permuted(np.tile(np.arange(n), (count, 1)), axis=1) for n in (self.names, self.literals)]
-        left, values = shuffled[0][:, :length], shuffled[1][:, : self.chains]
-        share = 1 / np.arange(1, self.chains + 1)
-        ranks = random.choice(self.chains, size=(count, length), p=share / share.sum())
-        chain = np.take_along_axis(random.permuted(np.tile(np.arange(self.chains), (count, 1)), axis=1), ranks, axis=1)
-        chain[:, : self.chains] = np.arange(self.chains)[:length]
-        newest, depth = self.names + values, np.full((count, self.chains), -1)
-        right, depths, row = np.empty_like(left), np.empty_like(left), np.arange(count)
-        for t in range(length):
-            at = row, chain[:, t]
-            depth[at] += 1
-            right[:, t], depths[:, t] = newest[at], depth[at]
-            newest[at] = left[:, t]
-        answers = self.names + np.take_along_axis(values, chain, axis=1)
-        return Examples(*(torch.from_numpy(x) for x in (left * self.symbols + right, answers, depths)))

@@ -1,4 +1,4 @@
-"""Parts of a run side by side: one process a GPU, one row of progress each."""
+"""Parts of a run side by side: one process per GPU, one row of progress each."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ka_attention.errors import UserError
 from ka_attention.harness.settings import PYTHIA_70M, LanguageModelSettings
-from ka_attention.harness.tasks import Dereference, TaskSettings
+from ka_attention.harness.statements import Dereference
+from ka_attention.harness.tasks import TaskSettings
 
 CHAIN_BATCH = 32
 CHAIN_MODELS = (("ka", 1), ("softmax", 1), ("softmax", 2), ("softmax", 3))  # arms and numbers of layers
@@ -18,7 +19,7 @@ class CompareRecipe(LanguageModelSettings):
 
     arms:          names of attention configurations (``arms.arm``); the first is what the others are compared with.
     cache_samples: validation sequences that are read token by token through each cache.
-    chain_samples: training sequences of the made-up task, chains of references, that softmax layers and one KA layer
+    chain_samples: training sequences of the synthetic task, chains of references, that softmax layers and one KA layer
                    learn beside the text; 0 leaves it out.
     """
 

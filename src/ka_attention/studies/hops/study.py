@@ -16,7 +16,7 @@ from ka_attention.harness import perplexity
 from ka_attention.harness.arms import arm
 from ka_attention.harness.attending import Call, attending, exact
 from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.models import is_softmax, load_model, own_config
+from ka_attention.harness.models import is_softmax, load_model_and_tokenizer, own_config
 from ka_attention.harness.progress import console
 from ka_attention.harness.store import Store
 from ka_attention.harness.timing import in_turns
@@ -44,7 +44,7 @@ class Hops:
         if recipe.checkpoint:
             if seeds > 1:
                 raise UserError(f"--seeds: a checkpoint is one model, got {seeds}")
-            model = load_model(recipe.checkpoint)[0]
+            model = load_model_and_tokenizer(recipe.checkpoint)[0]
             if is_softmax(own_config(model)):
                 raise UserError(f"--set checkpoint: expected a KA model, {recipe.checkpoint} is a softmax model")
             vocab_size = model.get_input_embeddings().num_embeddings
@@ -69,7 +69,7 @@ class Hops:
 
 
 def _cuts(source: str, recipe: HopsRecipe, text: Text) -> Cuts:
-    return evaluate(load_model(source)[0], text.validation, recipe.hops, recipe.walk_samples)
+    return evaluate(load_model_and_tokenizer(source)[0], text.validation, recipe.hops, recipe.walk_samples)
 
 
 @torch.inference_mode()

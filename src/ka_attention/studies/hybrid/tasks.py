@@ -15,20 +15,19 @@ from ka_attention.harness.arms import Arm
 from ka_attention.harness.fast import Passes
 from ka_attention.harness.pretraining import PretrainingSettings, adamw, set_rate, step, unchanged
 from ka_attention.harness.progress import bar
-from ka_attention.harness.statements import Depo, Recall, Slots
+from ka_attention.harness.statements import Depo, Dereference, Recall, Slots
 from ka_attention.harness.statistics import mean_sd
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import (
     TRAINING,
-    Dereference,
     Exam,
     Learned,
     Plan,
     Task,
     TaskSettings,
     draw_groups,
+    evaluate,
     learn,
-    test,
 )
 from ka_attention.harness.tasks import build as build_plan
 from ka_attention.harness.timing import now
@@ -141,7 +140,7 @@ def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: in
             set_rate(optimizer, how.rate(number))
             study(next(batches).to(device))
             advance(1)
-    return Exam(count(model), now(device) - began, test(model, plan.task, settings, seed))
+    return Exam(count(model), now(device) - began, evaluate(model, plan.task, settings, seed))
 
 
 def _batches(task: Task, size: int, length: int, random: np.random.Generator) -> Iterator[torch.Tensor]:

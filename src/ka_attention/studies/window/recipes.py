@@ -11,8 +11,8 @@ from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import Arm, arm
 from ka_attention.harness.lengths import LengthSettings
 from ka_attention.harness.settings import PYTHIA_70M
-from ka_attention.harness.statements import Recall
-from ka_attention.harness.tasks import Dereference, Task, TaskSettings
+from ka_attention.harness.statements import Dereference, Recall
+from ka_attention.harness.tasks import Task, TaskSettings
 from ka_attention.hf import KAConfig
 
 MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
@@ -21,7 +21,7 @@ MIX_KINDS = {"softmax": "softmax, every other layer with a window", "ka": "softm
 
 @dataclass(frozen=True, kw_only=True)
 class WindowRecipe(LengthSettings):
-    """Text at each length and made-up tasks, for each arm.
+    """Text at each length and synthetic tasks, for each arm.
 
     arms:         those of ``arms.arm``; ``mix-softmax-w8``, ``mix-ka-w8``: every other layer with a window, the rest
                   full softmax attention; and ``gla``, ``deltanet``, ``mamba2``: recurrent layers in attention's place.
@@ -45,7 +45,7 @@ class WindowRecipe(LengthSettings):
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """The made-up tasks by name."""
+        """The synthetic tasks by name."""
         return {
             "dereference": Dereference(self.task_length, literals=16, chains=4),
             "recall": Recall(64, 16, pairs=8),

@@ -18,7 +18,7 @@ from ka_attention.studies.window.report import Results
 
 
 class WindowStudy:
-    """Perplexity and made-up tasks against the bytes of the cache."""
+    """Perplexity and synthetic tasks against the bytes of the cache."""
 
     name = "window"
     question = "What does a short window cost, and does KA-attention reach beyond it?"
