@@ -21,7 +21,7 @@ from ka_attention.harness.training import Training, load_weights, mean_loss, tra
 SETTINGS = TrainingSettings(batch_size=4, learning_rate=3e-3, epochs=3, patience=3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def text():
     """A stream in which the next token follows from the last; validation is another part of it."""
     stream = (torch.arange(32 * 16) * 7 % 50).view(32, 16)
@@ -105,9 +105,14 @@ class _Kill(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that nothing cuts off."""
+    return run(text, tmp_path_factory.mktemp("whole"), replace(SETTINGS, schedule="cosine"))[1]
+
+
 @pytest.mark.parametrize("moment", ["epoch_2", "after_the_last_epoch", "half_a_checkpoint", "half_a_state"])
-def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, tmp_path, monkeypatch, moment):
-    whole = run(text, tmp_path / "whole", replace(SETTINGS, schedule="cosine"))[1]
+def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, whole, tmp_path, monkeypatch, moment):
     settings, folder = replace(SETTINGS, schedule="cosine"), tmp_path / "cut"
     with monkeypatch.context() as patch:
         if moment == "after_the_last_epoch":
