@@ -1,9 +1,12 @@
 """Folders of KA models in the hands of those who do not know the package: an error, or KA-attention, never softmax."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,17 @@ from ka_attention.hf import KAConfig, attach, attention_modules, is_attached, ka
 def logits(model):
     with torch.no_grad():
         return model(tokens(), use_cache=False).logits
+
+
+@contextmanager
+def transformers_logs():
+    """Lets pytest see what transformers says."""
+    logger = logging.getLogger("transformers")
+    before, logger.propagate = logger.propagate, True
+    try:
+        yield
+    finally:
+        logger.propagate = before
 
 
 def saved(folder, family="llama", **ka):
@@ -59,6 +73,31 @@ def test_the_stock_class_refuses_it(tmp_path, family):
         type(make(family)).from_pretrained(tmp_path)
     with pytest.raises(Exception, match="ka_"):
         type(make(family).config).from_dict(model.config.to_dict())
+
+
+def test_a_folder_that_is_read_with_another_configuration(tmp_path, caplog):
+    """What is in config.json is not read then: the weights say what they are, or the class does."""
+    model = saved(tmp_path, window=5)
+    stock = make("llama").config
+    with caplog.at_level("WARNING"), transformers_logs():
+        loaded, info = LlamaForCausalLM.from_pretrained(tmp_path, config=stock, output_loading_info=True)
+    assert info["unexpected_keys"] == {"ka_attention"}
+    assert "UNEXPECTED" in caplog.text
+    for build in (partial(type(model), stock), partial(type(model).from_pretrained, tmp_path, config=stock)):
+        with pytest.raises(ValueError, match="KALlamaForCausalLM is made from a KALlamaConfig, got a LlamaConfig"):
+            build()
+    weights = load_file(tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="ka_attention"):
+        loaded.load_state_dict(weights)
+    assert model.load_state_dict(weights).unexpected_keys == []
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    del weights["ka_attention"]  # a folder of before
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    before, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(before), logits(again))
+    assert again.state_dict().keys() == loaded.state_dict().keys()
 
 
 def test_weights_that_would_be_dropped_are_refused(tmp_path):

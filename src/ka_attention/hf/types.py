@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -48,6 +49,8 @@ FAMILIES = (
 # In config.json every layer is of a type that stock classes do not know: they refuse it, with no need of this package.
 _MARK = "ka_"
 _PLAIN = "attention"  # of a model whose configuration names no types of layers
+# Among the weights, for stock classes that are given a configuration in the place of config.json: they warn of it.
+_SIGN = "ka_attention"
 
 
 @cache
@@ -89,10 +92,17 @@ class KAModel:
 
     ka_base: Any  # the class of transformers
     config: Any
+    config_class: Any
     can_generate: Any
     modules: Any
+    state_dict: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config.get_text_config(decoder=True), KATyped):
+            raise ValueError(
+                f"config: {type(self).__name__} is made from a {self.config_class.__name__}, got a "
+                f"{type(config).__name__}, with which it would be a softmax model"
+            )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         ka, parts = prepare(self, KAConfig.of(config))
         self.config.ka_config = ka.to_dict()
@@ -147,7 +157,9 @@ class KAModel:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if not self.can_generate() or not isinstance(self.config, KATyped):
             raise ValueError(
                 "save_pretrained: only a causal language model by itself has a KA type, this would load as a softmax "
@@ -159,7 +171,13 @@ class KAModel:
                     f"save_pretrained: the gate of layer {module.layer_idx} is wrapped in a {type(gate).__name__} and "
                     "would be lost on loading; unwrap it (PEFT: merge_and_unload), or use ka_attention.hf.save_adapter"
                 )
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict[_SIGN] = torch.ones(1, dtype=torch.uint8)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + _SIGN, None)  # a Trainer that resumes reads the file of weights by itself
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         write_card(working_dir, self.config)  # push_to_hub wrote one of its own over it
@@ -255,6 +273,7 @@ def model_class(base: Any) -> Any:
     """The KA class of any model class of transformers; only those of causal language models are saved and loaded."""
     Config = config_class(base.config_class)
     body = {"config_class": Config, "ka_base": base, "__module__": __name__}
+    body["_keys_to_ignore_on_load_unexpected"] = [*(base._keys_to_ignore_on_load_unexpected or ()), f"^{_SIGN}$"]
     Model = type(base)(f"KA{base.__name__}", (KAModel, base), body)
     _name_weights_alike(Model.__name__, base.__name__)
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(base.config_class, None) is base:
