@@ -14,6 +14,8 @@ from ka_attention.hf.attention import attention_forward
 
 FUTURE = "attention_mask: it lets tokens attend to later ones"
 
+HIDES = "attention_mask: it hides tokens within the sequences of cu_seq_lens_q"
+
 
 def gemma3():
     torch.manual_seed(0)
@@ -143,6 +145,56 @@ def test_softmax_in_a_window_by_the_operator_is_softmax_by_a_mask(family, monkey
     for got, one in zip(everything(), want, strict=True):
         torch.testing.assert_close(got, one, rtol=1e-9, atol=1e-10)
     assert set(called) == {0.0}
+
+
+def test_masks_that_hide_tokens_of_packed_sequences():
+    """Ends and a mask that says more: the operator takes ends alone, so KA layers refuse it; others honour both."""
+    ids, ends = tokens(1, 12), torch.tensor([0, 7, 12], dtype=torch.int32)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    seen[5:7, :2] = False
+    apart = seen.clone()
+    apart[7:, :7] = False
+    padding = (torch.arange(12) > 3).long()[None]
+    packed = {"position_ids": positions, "cu_seq_lens_q": ends}
+    for ka in (KAConfig(), KAConfig(window=6)):
+        model = attach(make("llama"), ka)
+        compiled = torch.compile(model, backend="eager")
+        for mask in (seen[None, None], padding):
+            with pytest.raises(ValueError, match=HIDES):
+                parallel(model, ids, attention_mask=mask, **packed)
+            with pytest.raises(RuntimeError, match=HIDES):
+                parallel(compiled, ids, attention_mask=mask, **packed)
+        want = parallel(model, ids, **packed)
+        whole = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+        for _ in range(2):
+            assert torch.equal(parallel(model, ids, attention_mask=whole, **packed), want)
+        whole[..., 3, 2] = False  # it was looked at before
+        with pytest.raises(ValueError, match=HIDES):
+            parallel(model, ids, attention_mask=whole, **packed)
+    model = attach(make("llama"), KAConfig(gate_init=0.0))
+    want = parallel(model, ids, attention_mask=apart[None, None], position_ids=positions)
+    assert largest(parallel(model, ids, attention_mask=seen[None, None], **packed) - want) < TINY
+    with use(llama4()) as model, pytest.raises(ValueError, match=HIDES):
+        parallel(model, ids, **packed)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_packed_sequences_keep_the_narrower_of_two_windows(gate):
+    model = attach(make("mistral", sliding_window=3), KAConfig(gate_init=gate, window=8))
+    ids, ends = tokens(1, 300), torch.arange(0, 301, 100, dtype=torch.int32)
+    want = torch.cat([parallel(model, part) for part in ids.split(100, 1)], 1)
+    found = parallel(model, ids, position_ids=torch.arange(100).repeat(3)[None], cu_seq_lens_q=ends)
+    assert largest(found - want) < TINY
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_compiled_code_refuses_biases_too(gate):
+    compiled = torch.compile(attach(make("llama"), KAConfig(gate_init=gate)), backend="eager")
+    for bias in (-0.5, -1e9):
+        mask = torch.full((6, 6), bias, dtype=torch.float64).tril(-3) + torch.full((6, 6), -torch.inf).double().triu(1)
+        with pytest.raises(RuntimeError, match="additive"):
+            parallel(compiled, tokens(1, 6), attention_mask=mask[None, None])
 
 
 def test_arguments_come_in_the_order_of_transformers():

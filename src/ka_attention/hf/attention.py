@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ka_attention.hf.cache.state import KAState
 from ka_attention.hf.layer import Layer, Options
-from ka_attention.hf.masks import as_bool, band, in_one_sequence, ka_mask, refuse_future
+from ka_attention.hf.masks import as_bool, band, in_one_sequence, ka_mask, refuse_future, refuse_holes
 from ka_attention.hf.paged import Pages, attend_paged
 from ka_attention.hf.ranks import attend_share
 from ka_attention.ops import cache_values, ka_attention, private
@@ -105,8 +105,10 @@ def attention_forward(
         out = _decode_step(module, layer, query, state, scale)
     else:
         window = layer.window
-        # A softmax layer's own window is in its mask, which continuous batching and shares of texts have none of.
-        if (layer.is_ka or pages is not None or layer.group is not None) and sliding_window is not None:
+        # A softmax layer's own window is in its mask, which continuous batching and shares of texts have none of; nor
+        # does the operator read that of packed sequences.
+        has_no_mask = pages is not None or layer.group is not None or (cu_seq_lens_q is not None and window is not None)
+        if (layer.is_ka or has_no_mask) and sliding_window is not None:
             window = sliding_window if window is None else min(window, sliding_window)
         options = Options(scale, window, softcap, dropout, cu_seq_lens_q)
         with torch.autocast(query.device.type, enabled=False) if autocast else _AS_IT_IS:
@@ -208,6 +210,8 @@ def _attend(
     by_operator = n > 1 and (adapter is None if layer.is_ka else _is_narrow(length, options))
     if ends is not None and not by_operator:  # it alone takes their ends
         mask = band(in_one_sequence(mask, ends, n), n, n, options.window, q.device)
+    elif ends is not None and mask is not None:
+        mask = refuse_holes(mask, raw_mask, ends, n, options.window)
     if not layer.is_ka:
         if by_operator:
             out = _parallel(q, k, values, v, mask, 0.0, options).transpose(1, 2).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,29 +36,49 @@ def as_bool(mask: Tensor) -> Tensor:
     """An additive mask of zeros and minus infinities as a boolean one, True where attention is allowed."""
     if mask.dtype == torch.bool:
         return mask
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    if not torch.compiler.is_compiling() and bool((~hidden & (mask != 0)).any()):
-        raise ValueError("attention_mask: expected booleans, or 0 and -inf to be added, got other additive values")
-    return ~hidden
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    wrong = "attention_mask: expected booleans, or 0 and -inf to be added, got other additive values"
+    return _refuse(seen, lambda: seen & (mask != 0), wrong, mask)
 
 
 def refuse_future(mask: Tensor, raw: Any, n: int) -> Tensor:
     """The mask, whose last columns are the ``n`` new tokens; ValueError if one of them is to see one after it.
 
-    What KA-attention reads of a token is made of those before it alone. ``raw`` is the tensor that all layers get: it
-    is looked at once, as looking waits for the device. Compiled code and CUDA graphs look on the device.
+    What KA-attention reads of a token is made of those before it alone. ``raw`` is the tensor that all layers get.
     """
     wrong = (
         "attention_mask: it lets tokens attend to later ones (images, a prefix, a 4-D mask that is not causal), which "
         "KA-attention and its windows cannot"
     )
+    return _refuse(mask, lambda: mask[..., -n:].triu(1), wrong, raw, n)
+
+
+def refuse_holes(mask: Tensor, raw: Any, ends: Tensor, n: int, window: int | None) -> Tensor:
+    """The mask; ValueError if it hides something of what ``ends`` and ``window`` let tokens see."""
+    wrong = (
+        "attention_mask: it hides tokens within the sequences of cu_seq_lens_q (padding, a model that attends in "
+        "chunks), give one of the two"
+    )
+
+    def hidden() -> Tensor:
+        return band(in_one_sequence(~mask, ends, n), n, n, window, mask.device)
+
+    return _refuse(mask, hidden, wrong, raw, n, window, ends, private.version(ends))
+
+
+def _refuse(mask: Tensor, find: Callable[[], Tensor], wrong: str, raw: Any = None, *case: Any) -> Tensor:
+    """The mask; ValueError where ``find`` finds something, in compiled code and CUDA graphs the device's RuntimeError.
+
+    Looking waits for the device: a case is looked at once for the tensor ``raw``, which all layers get.
+    """
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return private.checked(mask, ~mask[..., -n:].triu(1).any(), wrong)
-    seen = n, private.version(raw)
-    if getattr(raw, "_ka_seen", None) != seen:
-        if bool(mask[..., -n:].triu(1).any()):
+        return private.checked(mask, ~find().any(), wrong)
+    right = getattr(raw, "_ka_right", ())
+    case = private.version(raw), *case
+    if case not in right:
+        if bool(find().any()):
             raise ValueError(wrong)
-        raw._ka_seen = seen
+        raw._ka_right = {*right, case}
     return mask
 
 
