@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ka_attention.conversion.fitting import fit_gradient, fit_ridge, new_adapters
 from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.statistics import cell, changes, judged, mean, percent, percent_cell, seeds_of
+from ka_attention.harness.statistics import cell, changes, judged, mean, percent_cell, seeds_of
 from ka_attention.harness.trained import BATCH as READ
 from ka_attention.harness.trained import Trained, steps_for
 from ka_attention.hf import use
@@ -126,9 +126,9 @@ def sections(arms: Sequence[ArmResults[Adapters]]) -> list[Section]:
     words = [
         "Expected: a learned map A → V̂ repairs part of the damage, at most as far as an output still contains its own "
         "token's value: A_j = Σ W_jk V_k holds V_j with the weight W_jj only.",
-        f"What came: the swap alone stands at {percent(changes(swap, base))} PPL against softmax attention. "
+        f"What came: the swap alone stands at {percent_cell(changes(swap, base))} PPL against softmax attention. "
         + (f"Better than the swap: {'; '.join(helped)}. " if helped else "No adapter is better than the swap. ")
-        + f"The best is **{methods[best].label}** with {percent(changes(ppl[best], base))} against softmax, "
+        + f"The best is **{methods[best].label}** with {percent_cell(changes(ppl[best], base))} against softmax, "
         f"{judged(against_swap)} against the swap.",
         *_regression(methods, ppl),
     ]

@@ -17,7 +17,7 @@ from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.data import Sequences
 from ka_attention.harness.drawing import COLOURS, line, name_lines
-from ka_attention.harness.statistics import cell, changes, judged, mean, percent, percent_cell, seeds_of
+from ka_attention.harness.statistics import cell, changes, judged, mean, percent_cell, seeds_of
 from ka_attention.harness.trained import BATCH, Trained, steps_for
 from ka_attention.hf import KAConfig, attention_modules, use
 from ka_attention.report.document import Figure, Section, Table
@@ -163,14 +163,14 @@ def _by_tokens(arm: ArmResults[Conversions], seeds: str) -> Section:
     outcome = (
         f"reached with {100 * float(reached):.0f} % of the tokens"
         if reached
-        else f"**not reached**: {percent(changes(ppl[shares[-1]], base))} after {100 * float(shares[-1]):.0f} %"
+        else f"**not reached**: {percent_cell(changes(ppl[shares[-1]], base))} after {100 * float(shares[-1]):.0f} %"
     )
     words = [
         "The gates rise from 0, where the model is its softmax self, to 1 while it trains: first following the frozen "
         "softmax model, then on the text. Every budget is a conversion of its own, from the start.",
         f"The aim, within {AIM:.0f} % of the softmax model's PPL after at most {100 * first.shares[-1]:.0f} % of its "
         f"{first.original_tokens:,} training tokens, is {outcome}. "
-        f"Without training the swap costs {percent(changes(swap, base))}.",
+        f"Without training the swap costs {percent_cell(changes(swap, base))}.",
         "Control: trained on for as many tokens as the largest budget, the softmax model moves to "
         f"{cell(ppl[CONTROL])} ({percent_cell(changes(ppl[CONTROL], base))}).",
         f"Free gates, one per head, start at 0 and end at {mean(gates):.2f} on average ({min(gates):.2f} to "

@@ -13,7 +13,7 @@ from ka_attention.conversion.raising import set_gates
 from ka_attention.harness import perplexity
 from ka_attention.harness.arms import ArmResults
 from ka_attention.harness.drawing import line, look
-from ka_attention.harness.statistics import cell, changes, mean, percent, percent_cell, seeds_of
+from ka_attention.harness.statistics import cell, changes, mean, percent_cell, seeds_of
 from ka_attention.harness.trained import BATCH, Trained
 from ka_attention.hf import KAConfig, attention_modules, use
 from ka_attention.report.document import Figure, Section, Table
@@ -101,7 +101,7 @@ def sections(arms: Sequence[ArmResults[Heads]]) -> list[Section]:
             if within.heads
             else f"Already the cheapest {curve[1].heads} of {curve[-1].heads} heads cost more than {AIM:.0f} % of PPL"
         )
-        + f"; all of them cost {percent(changes(ppl[-1], ppl[0]))}.",
+        + f"; all of them cost {percent_cell(changes(ppl[-1], ppl[0]))}.",
     ]
     layers = range(len(arm.seeds[0].cost))
     cost = [[mean([found.cost[i][j] for found in arm.seeds]) for j in range(len(arm.seeds[0].cost[i]))] for i in layers]

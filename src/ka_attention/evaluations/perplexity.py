@@ -22,10 +22,9 @@ def sections(arms: Sequence[ArmResults[Perplexity]]) -> list[Section]:
     """Validation perplexity by position for every arm."""
     names = [run.name for run in arms[0].seeds[0].by_position]
     paragraphs = [
-        "Perplexity (PPL) of the validation tokens, grouped by the position that predicts them "
-        f"({names[0]} to {names[-1]}, {BUCKET} positions a group). More context should help; an error that "
-        "accumulates along the sequence would "
-        "show as a curve that turns up, or that falls behind the others towards the end.",
+        f"Perplexity (PPL) of the validation tokens by the position that predicts them, in groups of {BUCKET}. More "
+        "context should help; an error that accumulates along the sequence would show as a curve that turns up, or "
+        "that falls behind the others towards the end.",
     ]
     if len(names) > 1:
         paragraphs.append(_against_first_arm(arms))

@@ -123,6 +123,11 @@ def _linked(prose: str) -> str:
     return re.sub(r"\](?=\((?!https?://|#|[\w./-]+\)))", r"\\]", prose)
 
 
+def _prose(text: str) -> Markup:
+    """Markdown as HTML, in which a number and its unit stay on one line."""
+    return Markup(re.sub(r"(?<=\d) (?=[%×])", "\u00a0", _inline.renderInline(_linked(text))))
+
+
 templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=select_autoescape(["html"]),
@@ -131,7 +136,7 @@ templates = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-templates.filters["prose"] = lambda text: Markup(_inline.renderInline(_linked(text)))
+templates.filters["prose"] = _prose
 templates.filters["numeric"] = _numeric
 templates.filters["markdown"] = plain
 templates.filters["harmless"] = lambda text: _linked(re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text))
