@@ -3,16 +3,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent / "studies"))
-import tiny
-
 from ka_attention.cli import app
+from ka_attention.evaluations import conversion
 from ka_attention.harness import trained as harness
 from ka_attention.studies.compare import study as compare
 from ka_attention.studies.hybrid import study as hybrid
@@ -39,7 +37,9 @@ def refused(result, *parts):
     return True
 
 
-def test_train_evaluate_and_report_are_the_parts_of_compare(corpus, tmp_path):
+def test_train_evaluate_and_report_are_the_parts_of_compare(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "SHARES", (conversion.SIDE,))  # the slowest evaluation, not what is asked here
+    monkeypatch.setattr(conversion, "WINDOWS", conversion.WINDOWS[:1])
     out = tmp_path / "run"
     options = ["--data", corpus, *tiny.arguments(epochs=1)]
     assert ka("train", *options, "--out", out).exit_code == 0

@@ -3,18 +3,15 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_cli import ka, refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parent / "studies"))
-import tiny
 
 from ka_attention.commands import convert, serve
 from ka_attention.harness import perplexity

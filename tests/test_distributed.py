@@ -4,13 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import tiny
+from typer.testing import CliRunner
 
 from ka_attention.cli import app
 

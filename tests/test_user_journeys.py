@@ -2,17 +2,14 @@
 
 import re
 import shlex
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent / "studies"))
-import tiny
 
 from ka_attention.cli import app
 from ka_attention.harness.tokenizer import train as train_tokenizer

@@ -94,7 +94,7 @@ def root(
     """KA-attention: train it beside softmax attention, and see what its cache costs and buys."""
 
 
-RecipeName = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (`ka recipes`).")]
+RecipeName = Annotated[str | None, typer.Argument(metavar="RECIPE", help="One of `ka recipes`; default: the first.")]
 Data = Annotated[str | None, typer.Option(help="stdlib, a text file or folder, hf:NAME or hf:NAME/CONFIG.")]
 Tokenizer = Annotated[str | None, typer.Option(help="train, a tokenizer.json file, or a Hub name.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0 … N−1.")]
@@ -132,7 +132,7 @@ def train(
     out: Out = None,
     set_: Set = None,
 ) -> None:
-    """The first half of compare: train every arm. `ka evaluate OUT` does the rest."""
+    """The first half of compare: train every model. `ka evaluate OUT` does the rest."""
     from ka_attention.harness.study import publish
     from ka_attention.studies.compare.study import COMPARISON
 

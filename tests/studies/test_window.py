@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ka_attention.errors import UserError
-from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import ArmResults, arm
 from ka_attention.harness.lengths import AtLength, Read
 from ka_attention.harness.perplexity import Perplexity, Run
@@ -18,6 +17,7 @@ from ka_attention.harness.settings import override
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED
 from ka_attention.ops import ka_attention
+from ka_attention.studies.window import peers
 from ka_attention.studies.window.recipes import RECIPES, Recall, window_arm
 from ka_attention.studies.window.report import Results
 from ka_attention.studies.window.study import WINDOW
@@ -115,7 +115,7 @@ def test_the_report_sets_each_peer_beside_the_ka_cache_nearest_in_size():
         runs = tuple(Run(i, i + 15, ppl + i) for i in range(0, 64, 16))
         return ArmResults(each, (Read(None, Perplexity(0.0, ppl, 64, runs)),))
 
-    gla = recurrent.Peer("gla", "GLA", mixer="gla")
+    gla = peers.Peer("gla", "GLA", mixer="gla")
     arms = {
         "softmax": entry(arm("softmax"), 10.0),
         "ka-w8": entry(arm("ka-w8"), 12.0),

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ka_attention.errors import UserError
-from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import arm, build
 from ka_attention.harness.settings import ModelSettings
+from ka_attention.studies.window import peers
 from ka_attention.studies.window.recipes import window_arm
 
 SETTINGS = ModelSettings(vocab_size=512, hidden_size=64, layers=2, heads=4, intermediate_size=256)
 
 
 def peer(name):
-    return recurrent.Peer(name, recurrent.KINDS[name], mixer=name)
+    return peers.Peer(name, peers.KINDS[name], mixer=name)
 
 
 def parameters(model):
@@ -37,7 +37,7 @@ class Sums(nn.Module):
 
 @pytest.mark.parametrize("width", [8, 200])  # layers smaller and larger than attention
 def test_mlps_make_up_for_the_parameters_of_other_layers(monkeypatch, width):
-    monkeypatch.setattr(recurrent, "_mixer", lambda name, size, heads: recurrent.Mixer(Sums(size, width)))
+    monkeypatch.setattr(peers, "_mixer", lambda name, size, heads: peers.Mixer(Sums(size, width)))
     softmax = build(arm("softmax"), SETTINGS, 0)
     before = copy.deepcopy(softmax)
     model = peer("deltanet").install(softmax)
@@ -56,7 +56,7 @@ def test_mlps_make_up_for_the_parameters_of_other_layers(monkeypatch, width):
 
 
 def test_a_layer_that_leaves_nothing_to_the_mlps_is_refused(monkeypatch):
-    monkeypatch.setattr(recurrent, "_mixer", lambda name, size, heads: recurrent.Mixer(Sums(size, 2000)))
+    monkeypatch.setattr(peers, "_mixer", lambda name, size, heads: peers.Mixer(Sums(size, 2000)))
     with pytest.raises(UserError, match="--set intermediate_size: expected more than"):
         build(peer("gla"), SETTINGS, 0)
 
@@ -75,7 +75,7 @@ def test_peers_need_their_library_and_a_gpu(monkeypatch):
         window_arm("mamba2", 2)
 
 
-@pytest.mark.parametrize("name", recurrent.KINDS)
+@pytest.mark.parametrize("name", peers.KINDS)
 def test_the_layers_of_the_library_are_counted_right(name):
     pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     softmax = parameters(build(arm("softmax"), SETTINGS, 0))
@@ -84,7 +84,7 @@ def test_the_layers_of_the_library_are_counted_right(name):
     layer = model.gpt_neox.layers[0].attention.layer
     convolved = sum(m.in_channels for m in layer.modules() if isinstance(m, nn.Conv1d))
     size, heads = SETTINGS.hidden_size, SETTINGS.heads
-    numbers = size * size // heads + convolved * (recurrent.KERNEL - 1)
+    numbers = size * size // heads + convolved * (peers.KERNEL - 1)
     assert peer(name).state_bytes(model.config) == 4 * SETTINGS.layers * numbers
 
 
@@ -99,7 +99,7 @@ def test_mamba2_is_computed_as_its_layer_computes_it(monkeypatch):
     monkeypatch.setattr(
         ops, "fused_recurrent_simple_gla", lambda q, k, v, g, scale: naive_recurrent_simple_gla(q, k, v, g, scale)
     )
-    mixer = recurrent._mixer("mamba2", 64, 2)
+    mixer = peers._mixer("mamba2", 64, 2)
     mixer.layer.norm, mixer.layer.act, mixer.layer.chunk_size = Norm(), F.silu, 16
     x = torch.randn(2, 50, 64)
     torch.testing.assert_close(mixer.mix(x), mixer.layer.torch_forward(x)[0])
@@ -107,7 +107,7 @@ def test_mamba2_is_computed_as_its_layer_computes_it(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", recurrent.KINDS)
+@pytest.mark.parametrize("name", peers.KINDS)
 def test_peers_are_causal_and_learn(name):
     pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     model = peer(name).install(build(arm("softmax"), SETTINGS, 0)).cuda()

@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ka_attention.commands.checkpoint import open_run, open_softmax
 from ka_attention.conversion.raising import Conversion, convert
 from ka_attention.errors import UserError
 from ka_attention.harness import perplexity, progress
-from ka_attention.harness.checkpoint import open_run, open_softmax
 from ka_attention.harness.data import Sequences
 from ka_attention.harness.records import Json
 from ka_attention.harness.training import save

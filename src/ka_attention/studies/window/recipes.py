@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ka_attention.errors import UserError
-from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import Arm, arm
 from ka_attention.harness.lengths import LengthSettings
 from ka_attention.harness.settings import PYTHIA_70M
 from ka_attention.harness.statements import Dereference, Recall
 from ka_attention.harness.tasks import Task, TaskSettings
 from ka_attention.hf import KAConfig
+from ka_attention.studies.window import peers
 
 MIX = re.compile(r"mix-(?P<kind>softmax|ka)-w(?P<window>[1-9]\d*)")
 MIX_KINDS = {"softmax": "softmax, every other layer with a window", "ka": "softmax, every other layer KA"}
@@ -127,9 +127,9 @@ RECIPES = {
                 *_FULL,
                 *("softmax-w8", "ka-w8", "ka-head-w8", "softmax-w32", "ka-w32", "softmax-w256", "ka-w256"),
                 "mix-ka-w8",
-                *recurrent.KINDS,
+                *peers.KINDS,
             ),
-            **GPU | {"task_arms": (*GPU["task_arms"], *recurrent.KINDS)},
+            **GPU | {"task_arms": (*GPU["task_arms"], *peers.KINDS)},
         ),
         WindowRecipe(
             name="grid",
@@ -148,8 +148,8 @@ RECIPES = {
 
 def window_arm(name: str, layers: int) -> Arm:
     """An arm of ``arms.arm``, a recurrent one, or a mix: layers 0, 2, … have the window, the rest is full softmax."""
-    if name in recurrent.KINDS:
-        return recurrent.peer(name)
+    if name in peers.KINDS:
+        return peers.peer(name)
     match = MIX.fullmatch(name)
     if not match:
         return arm(name)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ka_attention.harness import peers as recurrent
 from ka_attention.harness.arms import Arm
 from ka_attention.harness.lengths import train_at_lengths
 from ka_attention.harness.models import cache_size
 from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import Plan, learn
 from ka_attention.report.document import Section
-from ka_attention.studies.window import report
+from ka_attention.studies.window import peers, report
 from ka_attention.studies.window.recipes import RECIPES, WindowRecipe, window_arm
 from ka_attention.studies.window.report import Results
 
@@ -50,7 +49,7 @@ class WindowStudy:
 
 
 def _cache_bytes(settings: WindowRecipe, arm: Arm) -> int:
-    if isinstance(arm, recurrent.Peer):
+    if isinstance(arm, peers.Peer):
         return arm.state_bytes(settings.config())
     return cache_size(settings.config(), arm.ka, arm.own_cache, settings.sequence_length)
 
