@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from zoo import make, tokens
 
@@ -192,6 +193,49 @@ def test_gates_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.ka_gate\.bias must be finite, the model has NaN"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+def test_what_an_exporter_saw_is_not_kept():
+    """Fixed gates that differ by head are a tensor, which an exporter and fake tensors get for themselves."""
+    ka = KAConfig(gate_init=(0.1, 0.9, 0.5, 0.3))
+    want = logits(attach(make("llama"), ka))
+    model = attach(make("llama"), ka)
+    for _ in range(2):
+        exported = torch.export.export(Logits(model), (tokens(),), strict=False)
+        assert torch.equal(exported.module()(tokens()), want)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert Logits(model)(fake.from_tensor(tokens())).shape == want.shape
+        assert torch.equal(logits(model), want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("ka", [{"gate_init": (0.1, 0.9, 0.5, 0.3)}, {"gate": "head"}, {"gate": "token", "window": 3}])
+def test_an_ensemble_by_vmap(ka):
+    models = [attach(make("llama", seed), KAConfig(**{"gate_init": 0.5, **ka})) for seed in (0, 1)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    ids = tokens()
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (ids,), {"use_cache": False}).logits
+
+    together = torch.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(together, torch.stack([logits(model) for model in models]), rtol=0, atol=1e-11)
+    together.sum().backward()
+    gates = {name: p.grad for name, p in parameters.items() if "ka_gate" in name}
+    assert all(grad.isfinite().all() for grad in gates.values())
+    for i, model in enumerate(models):
+        model(tokens(), use_cache=False).logits.sum().backward()
+        for name, grad in gates.items():
+            torch.testing.assert_close(grad[i], model.get_parameter(name).grad, rtol=1e-9, atol=1e-9)
 
 
 def test_attach_keeps_the_type_of_a_model():

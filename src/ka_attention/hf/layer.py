@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules, text_config
+from ka_attention.ops.dispatch import traced
 
 
 class Options(NamedTuple):
@@ -95,7 +96,7 @@ class Layer:
         if not isinstance(self.gate, tuple):
             return self.gate
         dtype = torch.promote_types(v.dtype, torch.float32)
-        if is_dynamo_compiling():
+        if traced(v):  # what is made then may be worth nothing later
             return torch.tensor(self.gate, dtype=dtype, device=v.device)
         key = (v.device, dtype)
         if key not in self._gates:  # made once, for all modes: a copy to the device has no place in a CUDA graph

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
 from ka_attention.ops import private
+from ka_attention.ops.dispatch import traced
 
 
 def ka_mask(
@@ -67,11 +68,11 @@ def refuse_holes(mask: Tensor, raw: Any, ends: Tensor, n: int, window: int | Non
 
 
 def _refuse(mask: Tensor, find: Callable[[], Tensor], wrong: str, raw: Any = None, *case: Any) -> Tensor:
-    """The mask; ValueError where ``find`` finds something, in compiled code and CUDA graphs the device's RuntimeError.
+    """The mask; ValueError where ``find`` finds something, or the device's RuntimeError where no one else may look.
 
     Looking waits for the device: a case is looked at once for the tensor ``raw``, which all layers get.
     """
-    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if traced(mask) or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return private.checked(mask, ~find().any(), wrong)
     right = getattr(raw, "_ka_right", ())
     case = private.version(raw), *case

@@ -16,11 +16,16 @@ def clamp_gate(gate: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 
 class _Clamp(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, gate, low, high):
-        ctx.save_for_backward(gate)
-        ctx.bounds = low, high
+    def forward(gate, low, high):
         return gate.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        gate, *ctx.bounds = inputs
+        ctx.save_for_backward(gate)
 
     @staticmethod
     def backward(ctx, grad):
