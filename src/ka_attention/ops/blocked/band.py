@@ -234,10 +234,10 @@ class _Band:
 def _scan(c: Tensor, M: Tensor, state: Tensor, reverse: bool = False) -> Tensor:
     """The state x before each block, x' = c + M x, [heads · blocks, p, D]; `state` becomes the last."""
     c, M = (x.unflatten(0, (len(state), len(x) // len(state))).transpose(0, 1) for x in (c, M))
-    states = c.new_empty(len(c) + 1, *state.shape)
-    before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
-    before[-1 if reverse else 0] = state
-    for i in reversed(range(len(c))) if reverse else range(len(c)):
-        torch.baddbmm(c[i], M[i], before[i], out=after[i])
-    state.copy_(after[0 if reverse else -1])
-    return before.transpose(0, 1).flatten(0, 1)
+    states = torch.cat([c, state[None]] if reverse else [state[None], c])
+    order = slice(None, None, -1 if reverse else 1)
+    x = states.unbind()[order]
+    for before, after, m in zip(x, x[1:], M.unbind()[order], strict=False):
+        after.baddbmm_(m, before)
+    state.copy_(x[-1])
+    return states[1:].transpose(0, 1).flatten(0, 1) if reverse else states[:-1].transpose(0, 1).flatten(0, 1)

@@ -34,11 +34,14 @@ def _joined(pages: Tensor, page: Tensor, slot: Tensor, mask: Tensor | None, own:
 
 def store(k, v, a, gate, past: Past, slots: Slots, is_softmax: bool, bounds) -> None:
     """K and U = V + g (A − V) of new tokens into their slots of the pages, if any; V where the gate is 0."""
+    place, gate = slots.place, None if is_softmax else gate
+    kept = place != slots.nowhere
+    if not kept.all():  # of a chunk windows keep little
+        place, k, v, a = place[kept], k[:, :, kept], v[:, :, kept], a[:, :, kept]
+        gate = None if gate is None else gate[:, :, kept]
     u = v if is_softmax else a
-    if gate is not None and not is_softmax:
+    if gate is not None:
         v = repeat_heads(v, a)
         u = v + gate.clamp(*bounds)[..., None] * (a - v)
-    kept = slots.place != slots.nowhere
-    place = slots.place[kept]
     for pages, new in ((past.k_pages, k), (past.u_pages, u)):
-        pages[place // slots.stride, :, place % slots.stride] = new[0, :, kept].transpose(0, 1).to(pages.dtype)
+        pages[place // slots.stride, :, place % slots.stride] = new[0].transpose(0, 1).to(pages.dtype)
