@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import FAMILIES, make, tokens
 
@@ -20,6 +21,7 @@ from ka_attention.hf import (
     save_adapter,
     use,
 )
+from ka_attention.hf.adapters import LinearAdapter
 
 TINY = 1e-11
 GATED = KAConfig(layers=(0, 2), window=4, gate="head", gate_init=0.5, output_gate=True)
@@ -291,8 +293,42 @@ def test_reconfigure_is_the_one_way_to_change_a_model():
     for ka in (KAConfig(gate="head"), KAConfig(output_gate=True), KAConfig(layers=(3,))):
         with pytest.raises(ValueError, match=r"which only ka_attention.hf.attach makes|^layers: "):
             reconfigure(model, ka)
+    spec = LinearAdapter(4, 8).spec
+    model = attach(make("llama"), KAConfig(gate="head", adapters={"0": spec}))
+    for ka in (KAConfig(gate="token"), KAConfig(adapters={"0": {**spec, "kind": "mlp", "width": 2}})):
+        with pytest.raises(ValueError, match="ka: layer 0 has no such ka_"):
+            reconfigure(model, ka)
     with pytest.raises(ValueError, match="is no KA model"):
         reconfigure(make("llama"), KAConfig())
+
+
+@pytest.mark.parametrize("kind", ["head", "token"])
+@pytest.mark.parametrize(
+    "change", [{"gate_range": (0.0, 0.3), "gate_init": 0.2}, {"gate": "fixed"}, {"layers": (1,), "output_gate": "ka"}]
+)
+def test_a_reconfigured_model_decodes_and_is_saved_as_what_it_is(kind, change, tmp_path):
+    ka = {"gate": kind, "gate_init": 0.5, "window": 4, "output_gate": True}
+    model, ids = attach(make("llama"), KAConfig(**ka)), tokens()
+    for module in attention_modules(model):
+        for parameter in module.ka_gate.parameters():
+            nn.init.uniform_(parameter)
+    before = parallel(model, ids)
+    reconfigure(model, KAConfig(**{**ka, **change}))
+    now = parallel(model, ids)
+    assert largest(now - before) > 0.1
+    for cache in (KACache(model.config), KAStaticCache(model.config, 12)):
+        with torch.no_grad():
+            steps = [model(token, past_key_values=cache).logits for token in ids.split(1, 1)]
+        assert largest(torch.cat(steps, 1) - now) < TINY
+    model.save_pretrained(tmp_path / "model")
+    assert largest(parallel(type(model).from_pretrained(tmp_path / "model"), ids) - now) < 1e-4  # float32 gates
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(detach(attach(make("llama"))), tmp_path / "adapter")
+    if "output_gate" in change:
+        assert "ka_output_gate" not in attention_modules(again)[0]._modules
+    assert largest(parallel(again, ids) - now) < TINY
+    reconfigure(model, KAConfig(**ka))
+    assert torch.equal(parallel(model, ids), before)
 
 
 def test_layers_beyond_a_model_are_refused_whatever_was_asked_before():

@@ -102,6 +102,16 @@ class KAConfig:
         """Whether the output of layer ``layer_idx`` is multiplied by silu(W_g x)."""
         return self.output_gate is True or (self.output_gate == "ka" and self.enabled(layer_idx))
 
+    def parts(self, layer_idx: int) -> tuple[str, ...]:
+        """What the attention module of layer ``layer_idx`` computes with: "ka_gate", "ka_output_gate", "ka_adapter"."""
+        is_ka = self.caches_outputs(layer_idx)
+        asked = {
+            "ka_gate": is_ka and self.gate != "fixed",
+            "ka_output_gate": self.gates_output(layer_idx),
+            "ka_adapter": is_ka and str(layer_idx) in (self.adapters or {}),
+        }
+        return tuple(name for name, wanted in asked.items() if wanted)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that survives ``config.json``."""
         return asdict(self)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ka_attention.hf.config import KAConfig
+from ka_attention.hf.gates import KAGate
 from ka_attention.hf.support import attention_modules, text_config
 from ka_attention.ops.dispatch import traced
 
@@ -59,7 +60,7 @@ class Layer:
         stored = copy.deepcopy(getattr(config, "ka_config", None))
         ka = ka or KAConfig.of(config)
         is_ka, gate = ka.caches_outputs(index), ka.gate_init if ka.gate == "fixed" else None
-        has_adapter = is_ka and str(index) in (ka.adapters or {})
+        has_adapter = "ka_adapter" in ka.parts(index)
         return cls(ka, stored, index, is_first, is_ka, ka.window_of(index), gate, ka.gates_output(index), has_adapter)
 
     @classmethod
@@ -116,26 +117,29 @@ def configure(model: Any, ka: KAConfig) -> None:
 def reconfigure(model: Any, ka: KAConfig) -> None:
     """Let a KA model go on with other settings, in place; the one way to change ``config.ka_config``.
 
-    Its weights stay: ``ka`` may ask for learned gates, output gates and adapters only where the model has them, and
-    those that it does not ask for are not used. Caches that were filled before are refused from then on. ValueError
-    for settings that the model cannot have; then nothing has changed.
+    Its weights stay: ``ka`` may ask for learned gates, output gates and adapters only where the model has them, of the
+    same kind; those that it does not ask for are neither used nor saved. Caches that were filled before are refused
+    from then on. ValueError for settings that the model cannot have; then nothing has changed.
     """
     text = text_config(model)
     if text._attn_implementation != "ka":
         raise ValueError(f"model: {type(model).__name__} is no KA model, use ka_attention.hf.attach")
     ka = ka.resolve(text)
-    for module in attention_modules(model):
+    modules = attention_modules(model)
+    for module in modules:
         i = module.layer_idx
-        wants = {
-            "ka_gate": ka.gate != "fixed" and ka.caches_outputs(i),
-            "ka_output_gate": ka.gates_output(i),
-            "ka_adapter": ka.caches_outputs(i) and str(i) in (ka.adapters or {}),
-        }
-        if lost := [name for name, wanted in wants.items() if wanted and not _has(module, name)]:
-            raise ValueError(f"ka: layer {i} has no {', '.join(lost)}, which only ka_attention.hf.attach makes")
+        if lost := [name for name in ka.parts(i) if not _has(module, name, ka)]:
+            raise ValueError(f"ka: layer {i} has no such {', '.join(lost)}, which only ka_attention.hf.attach makes")
     text.ka_config = ka.to_dict()
     configure(model, ka)
+    for gate in (part for module in modules for part in module.modules() if isinstance(part, KAGate)):
+        gate.start, gate.bounds = ka.gate_init, ka.gate_range
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name, None), nn.Module)
+def _has(module: nn.Module, name: str, ka: KAConfig) -> bool:
+    part: Any = getattr(module, name, None)
+    if name == "ka_gate" and isinstance(part, nn.Module):
+        return (part.weight is not None) == (ka.gate == "token")
+    if name == "ka_adapter":
+        return getattr(part, "spec", None) == (ka.adapters or {})[str(module.layer_idx)]
+    return isinstance(part, nn.Module)

@@ -15,7 +15,6 @@ from torch import Tensor
 from ka_attention.hf.attach import M, attach, detach
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
-from ka_attention.hf.install import PARTS
 from ka_attention.hf.support import attention_modules, text_config
 from ka_attention.hf.types import KAModel
 
@@ -99,9 +98,9 @@ def _load(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Non
 def _tensors(model: Any) -> dict[str, Tensor]:
     """Gates and adapters of a KA model by name, as if nothing were wrapped around them."""
     names = {module: name for name, module in model.named_modules()}
-    found = {}
+    ka, found = KAConfig.of(text_config(model)), {}
     for module in attention_modules(model):
-        for kind in PARTS:
+        for kind in ka.parts(module.layer_idx):
             part: Any = getattr(module, kind, None)
             if hasattr(part, "modules_to_save"):  # PEFT keeps the part as it was beside the one that it trains
                 part = part.modules_to_save[part.active_adapter]

@@ -25,7 +25,6 @@ from ka_attention.hf.config import KAConfig
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.install import PARTS, install, prepare
 from ka_attention.hf.layer import configure
-from ka_attention.hf.support import attention_modules
 from ka_attention.hf.tensor_parallel import register_styles, with_gates
 
 # The families that the Auto classes know as KA models from the start; `ka_classes` adds any other.
@@ -95,6 +94,7 @@ class KAModel:
     config_class: Any
     can_generate: Any
     modules: Any
+    named_modules: Any
     state_dict: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -165,13 +165,17 @@ class KAModel:
                 "save_pretrained: only a causal language model by itself has a KA type, this would load as a softmax "
                 "model; use ka_attention.hf.save_adapter, and save the rest after detach"
             )
-        for module in attention_modules(self):
+        ka, unused = KAConfig.of(self.config), []
+        for name, module in self.named_modules():
+            if "ka_layer" in vars(module):
+                unused += [f"{name}.{part}." for part in PARTS if part not in ka.parts(module.layer_idx)]
             if not isinstance(gate := getattr(module, "ka_gate", None), KAGate | None):
                 raise ValueError(
                     f"save_pretrained: the gate of layer {module.layer_idx} is wrapped in a {type(gate).__name__} and "
                     "would be lost on loading; unwrap it (PEFT: merge_and_unload), or use ka_attention.hf.save_adapter"
                 )
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        given = self.state_dict() if state_dict is None else state_dict
+        state_dict = {key: tensor for key, tensor in given.items() if not key.startswith(tuple(unused))}
         state_dict[_SIGN] = torch.ones(1, dtype=torch.uint8)
         return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
 
