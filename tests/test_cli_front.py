@@ -19,6 +19,7 @@ from test_cli import ka, refused
 
 from ka_attention.cli import LIBRARIES, app
 from ka_attention.errors import machine_fault
+from ka_attention.evaluations.adapters import METHODS
 from ka_attention.harness import environment
 from ka_attention.harness import study as harness
 from ka_attention.studies.catalogue import STUDIES
@@ -54,6 +55,11 @@ def test_help_names_every_command_and_loads_no_heavy_library():
     assert shown.returncode == 0, shown.stderr
     for command in COMMANDS:
         assert re.search(rf"\b{command}\b", shown.stdout)
+
+
+def test_help_names_every_method():
+    shown = ka("adapt", "--help").output
+    assert all(method in shown for method in METHODS)
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

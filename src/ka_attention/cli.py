@@ -214,7 +214,9 @@ def inspect(
 @app.command(epilog="Example: ka adapt runs/quick/weights/seed0/softmax --tokens 20000 --out runs/adapt")
 def adapt(
     checkpoint: Checkpoint,
-    method: Annotated[str, typer.Option(help="How the map from outputs to values is fitted.")] = "linear-output",
+    method: Annotated[
+        str, typer.Option(help="ridge-value, ridge-output, linear-output, mlp-output or linear-lm.")
+    ] = "linear-output",
     tokens: Annotated[int, typer.Option(min=1, max=2**63 - 1, help="Training tokens to fit on.")] = 100_000,
     data: Annotated[str, typer.Option(help="As in compare.")] = "stdlib",
     length: Length = 128,
@@ -286,7 +288,7 @@ def convert(
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a softmax or KA model.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    cache: Annotated[str | None, typer.Option(help="kv or ka; default: the model's own.")] = None,
+    cache: Annotated[str | None, typer.Option(help="kv or ka; default: the model's own, the other is a swap.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="At most so many tokens.")] = 50,
     compare: Annotated[bool, typer.Option("--compare", help="Both caches side by side.")] = False,
     tokenizer: OtherTokenizer = None,
