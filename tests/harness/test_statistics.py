@@ -13,6 +13,7 @@ from ka_attention.harness.statistics import (
     cell,
     changes,
     deviation,
+    judged,
     mean,
     mean_sd,
     percent,
@@ -47,6 +48,8 @@ def test_wording():
 def test_tables_and_captions_say_the_number_of_seeds_once():
     assert cell([439.1, 442.2, 445.3]) == "442.2 ± 3.1"
     assert percent_cell([-176.6]) == "−176.6 %"
+    assert judged([-176.6]) == "−176.6 %"
+    assert judged([5.0, 5.1, 4.9]) == "+5.0 % ± 0.1 (higher)"
     one = ArmResults(arm("softmax"), (1.0,))
     assert seeds_of([KA]) == "mean ± sd over 2 seeds"
     assert seeds_of([one]) == "one seed"

@@ -132,6 +132,12 @@ def test_plain_text_shows_as_it_is(tmp_path):
     assert f"from {name}" in "".join(page.words)
 
 
+def test_a_number_and_its_unit_stay_on_one_line(tmp_path):
+    _, page = pages(tmp_path, section(paragraphs=["PPL is +1.5 % higher, 3 % of 7, 1.06 × as fast, a % b."]))
+    words = "PPL is +1.5\xa0% higher, 3\xa0% of 7, 1.06\xa0× as fast, a % b."
+    assert words in page
+
+
 def test_the_first_figure_stands_in_the_summary_and_folded_tables_are_closed(tmp_path):
     folded = Table("Epochs", ["epoch", "PPL"], [["1", "9.0"]])
     markdown, html = pages(tmp_path, section(folded=[folded]), section(title="More", figures=[]))
