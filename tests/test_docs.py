@@ -1,6 +1,7 @@
 """Every Python block of every page runs, one page in one namespace, and prints something."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ ELSEWHERE = {"CONTRIBUTING.md"}
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ELSEWHERE], ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:  # the page's own port may be taken, by another run of this test for one
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     namespace: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         exec(compile(block, page.name, "exec"), namespace)
