@@ -18,7 +18,7 @@ from ka_attention.harness.store import Store
 from ka_attention.harness.tasks import NOT_ASKED, Plan, build
 from ka_attention.studies.hybrid.models import NAMES, arm
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
-from ka_attention.studies.hybrid.report import look
+from ka_attention.studies.hybrid.report import _pairs, look
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
@@ -87,7 +87,7 @@ def test_the_report_pairs_arms_and_shows_gates(run):
     page = (run[1] / "report.md").read_text()
     pair = "| 3:1 KA, gate per head, window 4, output gate | 3:1 softmax, window 4, output gate |"
     pair_row = page[page.index(pair) :].partition("\n")[0]
-    assert "With its gates set to 0 after training" in page
+    assert "With gates set to 0 after training they lose: 3:1 KA, gate per head, window 4, output gate " in page
     assert "gates after training (mean over seeds)" in page
     assert "| window | 3:1 softmax, output gate |" in page
     beside = page.partition("KA's loss less that of softmax with the same window")[2]
@@ -106,6 +106,18 @@ def test_times_beside_other_work_are_not_shown(run):
     timed = {row[0]: row[4:6] for row in summary.tables[0].rows}
     assert timed["3:1 no mixing, output gate"] == ["–", "–"]
     assert "–" not in timed["full softmax, output gate"]
+
+
+def test_attention_with_convolutions_is_compared_with_what_has_some():
+    ka = "3to1-ka-w4-qkv"
+    peers = {"full-qkv", "3to1-softmax-w4-qkv", "3to1-gdn", "3to1-gdn-qkv", "3to1-mamba2", "canon", "3to1-ka-w4"}
+    names = (ka, *sorted(peers), "full", "3to1-softmax-w4", "3to1-softmax-w2-qkv", "3to1-conv")
+    assert {other for name, other in _pairs({name: arm(name) for name in names}) if name == ka} == peers
+
+
+def test_no_two_arms_look_alike():
+    name, *others = (f"3to1-ka-head-w4{rest}" for rest in ("", "-from0", "-gated", "-qkv", "-from0-qkv", "-from0-bias"))
+    assert all(look(arm(name)) != look(arm(other)) for other in others)
 
 
 def test_attention_has_the_colour_that_it_has_in_other_reports():
