@@ -4,7 +4,7 @@ A step of L_w windowed and L_f full layers on a text of T tokens over n ranks ta
 
     t = max(a + (b + d L_f) T / n + c L_f T² / n     the work of the GPU
             + L_w (λ + e T / n),                     if n > 1: small kernels, what is read twice
-            h + L_w η)                               its launches by the host; η if n > 1
+            h + L_w η (⌈log₂ n⌉ + 2))                its launches by the host; η if n > 1
       + 3 α (L_w (⌈log₂ n⌉ + 1) + 4 L_f)             three passes: keys, maps, composing those; heads, four times
       + (L_w m n + L_f f T / n) / β                  bytes: maps of all ranks, heads for tokens
       + 3 · 2 P (n − 1) / (n β)                      FSDP: parameters in bfloat16 twice, gradients in float32 once
@@ -17,7 +17,6 @@ whole and in one of eight; α, β: a small and a large all-to-all. Nothing is fi
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ WINDOWED, HYBRID, HEADS = "KA window 8", "KA 3:1", "softmax, all-to-all"
 # where messages were not measured: NVLink's 450 GB/s each way at 80 %.
 HOST, NETWORK_BYTES_PER_MS, NETWORK_LATENCY_MS = 8, 40e6, 0.02
 LINK_BYTES_PER_MS, LINK_LATENCY_MS = 360e6, 0.02
+NEAR = 0.15  # what a prediction may be off by
 CONSTANTS = {"calibration", "a windowed layer", "launches", "bytes"}  # parts
 
 
@@ -63,10 +63,16 @@ class Costs:
         if full:
             sent += full * self.token_bytes * share * others / ranks
         sent += 3 * 2 * parameters * others / ranks
-        waits = 3 * self.alpha * (windowed * math.ceil(math.log2(ranks) + 1) + 4 * full)
+        waits = 3 * self.alpha * (windowed * (_levels(ranks) + 1) + 4 * full)
         messages = sent / self.beta + waits
         compute += windowed * (self.extra + self.e * share)
-        return max(compute, self.host + windowed * self.host_share) + messages, messages
+        launches = self.host + windowed * self.host_share * (_levels(ranks) + 2)
+        return max(compute, launches) + messages, messages
+
+
+def _levels(ranks: int) -> int:
+    """Steps in which the maps of all ranks are composed."""
+    return (ranks - 1).bit_length()
 
 
 def fit(rows: list[Row]) -> Costs:
@@ -95,7 +101,7 @@ def fit(rows: list[Row]) -> Costs:
         extra=extra[first] - e * first,
         e=e,
         host=host,
-        host_share=(statistics.median(shares["ms"]) - host) / shares["ka_layers"],
+        host_share=(statistics.median(shares["ms"]) - host) / (shares["ka_layers"] * (_levels(shares["ranks"]) + 2)),
         alpha=messages[0]["ms"] if messages else LINK_LATENCY_MS,
         beta=_bandwidth(*messages) if messages else LINK_BYTES_PER_MS,
         map_bytes=sent[-1]["windowed"] / (sent[-1]["ranks"] - 1),
@@ -251,7 +257,7 @@ def _constants(costs: Costs, measured: bool) -> str:
         "a windowed layer in shares (λ)": 1e3 * costs.extra,
         "a token of it (e)": 1e3 * costs.e,
         "the launches of a step (h)": 1e3 * costs.host,
-        "more of them, a windowed layer in shares (η)": 1e3 * costs.host_share,
+        "more of them, a windowed layer in shares, times ⌈log₂ n⌉ + 2 (η)": 1e3 * costs.host_share,
         f"a small message (α{assumed})": 1e3 * costs.alpha,
     }
     cells = [[name, f"{value:.4g} µs"] for name, value in microseconds.items()]
@@ -262,7 +268,7 @@ def _constants(costs: Costs, measured: bool) -> str:
 
 
 def _judged(costs: Costs, rows: list[Row]) -> str:
-    cells = []
+    cells, errors = [], []
     for row in rows:
         if "skipped" in row or row["model"] != "47M" or "ring" in row["arm"]:
             continue
@@ -272,7 +278,13 @@ def _judged(costs: Costs, rows: list[Row]) -> str:
         predicted -= 0.0 if row["sent"] else messages
         start = [row["arm"], f"{row['tokens']:,}", _ranks(row)]
         cells.append([*start, f"{took:.4g}", f"{predicted:.4g}", f"{100 * (predicted / took - 1):+.1f} %"])
-    return table(["attention", "tokens", "ranks", "measured ms", "predicted ms", ""], cells)
+        errors.append((abs(predicted / took - 1), row["ranks"] > 1 and row["sent"]))
+    near = [together for error, together in errors if error <= NEAR]
+    counts = (
+        f"Within {100 * NEAR:.0f} % are {len(near)} of {len(errors)} rows, to none of which the model is fitted; "
+        f"of the {sum(together for _, together in errors)} that several GPUs took together, {sum(near)}."
+    )
+    return table(["attention", "tokens", "ranks", "measured ms", "predicted ms", ""], cells) + f"\n\n{counts}"
 
 
 def _ranks(row: Row) -> str:

@@ -13,6 +13,7 @@ which are counted and not sent (`OneOf`).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -202,6 +203,7 @@ def long_text(own: Processes, part: str, name: str, arm: str, ranks: int, length
     """Steps on one text of ``length`` tokens in ``ranks`` shares."""
     row: Row = {"part": part, "model": name, "arm": arm, "ranks": ranks, "tokens": length}
     row["sent"] = ranks in own.groups
+    gc.collect()  # the model before, which is part of cycles
     if own.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

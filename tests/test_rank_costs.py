@@ -3,11 +3,13 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
 pytest.importorskip("triton", reason="the benchmarks of models need Triton")
@@ -53,7 +55,7 @@ def rows(model=TRUE):
         names = sent if count < 64 else ["windowed"]
         found.append({"part": "bytes", "ranks": count, "tokens": 100 * count} | {name: sent[name] for name in names})
     for count in (1, 2):
-        ms = model.host + (count - 1) * 12 * model.host_share
+        ms = model.host + (count - 1) * 12 * 3 * model.host_share
         found.append(row("launches", costs.WINDOWED, count, 1, model) | {"ms": [ms]})
     long = [row("long texts", arm, count, 1 << 18, model) for arm in LAYERS for count in (1, 2)]
     skipped = {
@@ -86,7 +88,7 @@ def test_time_grows_with_the_share_alone_but_for_messages_and_full_layers():
 def test_a_step_takes_as_long_as_its_launches_at_least():
     slow = replace(TRUE, host=100.0, alpha=0.0, beta=1e30)
     steps = [slow.step(tokens, n, 12, 0, 1)[0] for n, tokens in ((1, 64), (8, 64), (1, 1 << 20))]
-    assert steps == pytest.approx([100.0, 100.0 + 12 * 0.4, 20.0 + 1e-3 * (1 << 20)])
+    assert steps == pytest.approx([100.0, 100.0 + 12 * 5 * 0.4, 20.0 + 1e-3 * (1 << 20)])
 
 
 def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
@@ -111,6 +113,8 @@ def test_the_report_judges_predictions_and_names_what_is_missing():
     assert "1 to 2 GPUs" in text
     assert "2.0e-07" in text
     assert text.count("-50.0 %") == 6
+    assert "Within 15 % are 0 of 6 rows" in text
+    assert "of the 3 that several GPUs took together, 0." in text
     assert "95.0 %" in text
     assert "Not measured, no: softmax, ring 47M, 8 tokens, 2." in text
     assert "more ranks than heads" in text
@@ -137,6 +141,30 @@ def test_one_of_many_ranks_computes_by_itself():
         assert out.isfinite().all()
         keys, others = 4 * 2 * 8 * 4, size - 1  # and the maps, then what goes back of their constants alone
         assert sent == [2 * keys + others * 4 * 2 * (2 + 8 + 8) * 4 if window else 8 * others * q.nbytes // size]
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.number += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_launches_grow_with_the_logarithm_of_the_ranks():
+    q = torch.randn(1, 4, 12, 8, requires_grad=True)
+    numbers = []
+    for size in (8, 16, 32, 64):
+        first = ranks.OneOf(size)
+        first.rank = 0  # composes the maps of all others, backward
+        with ranks.counted(), Operations() as seen:
+            ka_attention(q, q, q, window=3, group=first).sum().backward()
+        numbers.append(seen.number)
+    more = [after - before for before, after in pairwise(numbers)]
+    assert more[0] > 0
+    assert more == [more[0]] * 3
 
 
 @pytest.mark.parametrize(
