@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import machine
-from ka_attention.harness.fast import Passes
-from ka_attention.harness.pretraining import adamw, numerics, operations, utilisation
-from ka_attention.harness.timing import now
+from ka_attention.harness.models.passes import Passes
+from ka_attention.harness.run.timing import now
+from ka_attention.harness.training.pretraining import adamw, numerics, operations, utilisation
 from ka_attention.studies.hybrid.models import arm, build
 from ka_attention.studies.hybrid.recipes import RECIPES, HybridRecipe
 from ka_attention.studies.hybrid.study import attended

@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.goals import Record, section_table
 from benchmarks.harness import device_type, machine, medians, print_tables
 from ka_attention import ka_attention
-from ka_attention.harness.arms import arm, build
-from ka_attention.harness.settings import ModelSettings
+from ka_attention.harness.models.arms import arm, build
+from ka_attention.harness.run.settings import ModelSettings
 from ka_attention.studies.compare.recipes import COMPARE
 
 PYTHIA = COMPARE["pythia-70m-training"]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ka_attention.cli import app
 from ka_attention.evaluations import conversion
-from ka_attention.harness import trained as harness
+from ka_attention.harness.training import trained as harness
 from ka_attention.studies.compare import study as compare
 from ka_attention.studies.hybrid import study as hybrid
 

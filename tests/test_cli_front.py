@@ -20,8 +20,8 @@ from test_cli import ka, refused
 from ka_attention.cli import LIBRARIES, app
 from ka_attention.errors import machine_fault
 from ka_attention.evaluations.adapters import METHODS
-from ka_attention.harness import environment
-from ka_attention.harness import study as harness
+from ka_attention.harness.run import environment
+from ka_attention.harness.run import study as harness
 from ka_attention.studies.catalogue import STUDIES
 from ka_attention.studies.compare import study as compare
 from ka_attention.studies.compare.recipes import COMPARE

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from ka_attention.commands import convert, serve
-from ka_attention.harness import perplexity
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.training import save
+from ka_attention.harness.text import tokenizer as tokenizers
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trainer import save
 from ka_attention.hf import attach
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -11,10 +11,10 @@ import torch
 
 import ka_attention.evaluations
 import ka_attention.studies
-from ka_attention.harness.arms import ArmResults, arm, build
-from ka_attention.harness.data import Text
-from ka_attention.harness.study import open_store, publish, read, report
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.models.arms import ArmResults, arm, build
+from ka_attention.harness.run.study import open_store, publish, read, report
+from ka_attention.harness.text.data import Text
+from ka_attention.harness.training.trained import Trained
 from ka_attention.studies.compare.recipes import COMPARE
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ka_attention.harness.tokenizer import train as train_tokenizer
+from ka_attention.harness.text.tokenizer import train as train_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

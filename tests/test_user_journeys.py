@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ka_attention.cli import app
-from ka_attention.harness.tokenizer import train as train_tokenizer
+from ka_attention.harness.text.tokenizer import train as train_tokenizer
 from ka_attention.hf import register
 
 ROOT = Path(__file__).parents[1]

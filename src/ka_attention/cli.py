@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from ka_attention.harness.study import Study
+    from ka_attention.harness.run.study import Study
 
 
 class _Commands(TyperGroup):
@@ -133,7 +133,7 @@ def train(
     set_: Set = None,
 ) -> None:
     """The first half of compare: train every model. `ka evaluate OUT` does the rest."""
-    from ka_attention.harness.study import publish
+    from ka_attention.harness.run.study import publish
     from ka_attention.studies.compare.study import COMPARISON
 
     chosen, store = _open(COMPARISON, recipe, data, tokenizer, out, set_)
@@ -143,8 +143,8 @@ def train(
 @app.command(epilog="Example: ka evaluate runs/steps")
 def evaluate(out: Folder) -> None:
     """The second half of compare: evaluate the models that were trained in OUT, and write the report."""
-    from ka_attention.harness.settings import restore
-    from ka_attention.harness.study import open_store, publish, read, undamaged
+    from ka_attention.harness.run.settings import restore
+    from ka_attention.harness.run.study import open_store, publish, read, undamaged
     from ka_attention.studies.compare.recipes import CompareRecipe
     from ka_attention.studies.compare.study import COMPARISON
 
@@ -163,7 +163,7 @@ def evaluate(out: Folder) -> None:
 @app.command(epilog="Example: ka report runs/steps")
 def report(out: Folder) -> None:
     """Write the report of the results in OUT again."""
-    from ka_attention.harness.study import read, report, undamaged
+    from ka_attention.harness.run.study import read, report, undamaged
     from ka_attention.studies import catalogue
 
     results = read(out, "results.json")
@@ -185,7 +185,7 @@ def study(
     gpus: Gpus = None,
 ) -> None:
     """Run one study: a question with its own recipes and report."""
-    from ka_attention.harness.study import publish
+    from ka_attention.harness.run.study import publish
     from ka_attention.studies import catalogue
 
     if name is None:
@@ -364,8 +364,8 @@ def _open(
     gpus: int | None = None,
 ) -> tuple[Any, Any]:
     """The chosen recipe, and the store of its run; --data, --tokenizer and --gpus are settings like any other."""
-    from ka_attention.harness.environment import require_memory
-    from ka_attention.harness.study import choose, open_store
+    from ka_attention.harness.run.environment import require_memory
+    from ka_attention.harness.run.study import choose, open_store
 
     named = {"data": data, "tokenizer": tokenizer, "gpus": gpus}
     given = {key: value for key, value in named.items() if value is not None}

@@ -5,8 +5,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.evaluations import caches
-from ka_attention.harness import perplexity
-from ka_attention.harness.models import decoding
+from ka_attention.harness.models.saved import decoding
+from ka_attention.harness.training import perplexity
 from ka_attention.hf import KAConfig, attach, use
 
 ARMS = {

@@ -15,12 +15,12 @@ from ka_attention.commands import convert
 from ka_attention.commands.generate import first_difference
 from ka_attention.conversion.raising import Conversion
 from ka_attention.evaluations import adapters, conversion, decoding, heads
-from ka_attention.harness.arms import ArmResults, arm, build
-from ka_attention.harness.models import load_model_and_tokenizer
-from ka_attention.harness.perplexity import evaluate
-from ka_attention.harness.records import from_json, to_json
-from ka_attention.harness.tokenizer import train as train_tokenizer
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.models.arms import ArmResults, arm, build
+from ka_attention.harness.models.saved import load_model_and_tokenizer
+from ka_attention.harness.run.records import from_json, to_json
+from ka_attention.harness.text.tokenizer import train as train_tokenizer
+from ka_attention.harness.training.perplexity import evaluate
+from ka_attention.harness.training.trained import Trained
 from ka_attention.hf import attach, load_adapter, use
 
 

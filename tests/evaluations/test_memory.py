@@ -4,7 +4,7 @@ import pytest
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from ka_attention.evaluations import memory
-from ka_attention.harness.models import cache_size
+from ka_attention.harness.models.saved import cache_size
 from ka_attention.hf import KAConfig, bytes_per_token
 
 PYTHIA = GPTNeoXConfig(hidden_size=512, num_hidden_layers=6, num_attention_heads=8)

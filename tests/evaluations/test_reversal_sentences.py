@@ -7,7 +7,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.evaluations import caches, reversal
-from ka_attention.harness import tokenizer
+from ka_attention.harness.text import tokenizer
 from ka_attention.hf import KAConfig, attach
 
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from ka_attention.cli import app
 from ka_attention.commands.inspect import inspect
 from ka_attention.errors import UserError
-from ka_attention.harness import attending
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.models import load_model_and_tokenizer
+from ka_attention.harness.models import attending
+from ka_attention.harness.models.saved import load_model_and_tokenizer
+from ka_attention.harness.text import tokenizer as tokenizers
 from ka_attention.hf import KAConfig, attach
 
 SMALL = {

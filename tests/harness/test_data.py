@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ka_attention.errors import UserError
-from ka_attention.harness import data
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.settings import TextSettings
+from ka_attention.harness.run.settings import TextSettings
+from ka_attention.harness.text import data
+from ka_attention.harness.text import tokenizer as tokenizers
 
 DOCUMENTS = [f"Document {i}: " + "alpha beta gamma. " * (3 + i % 5) for i in range(30)]
 

@@ -14,9 +14,9 @@ import torch
 from pyarrow import parquet
 
 from ka_attention.errors import UserError
-from ka_attention.harness import data, documents
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.settings import TextSettings
+from ka_attention.harness.run.settings import TextSettings
+from ka_attention.harness.text import data, documents
+from ka_attention.harness.text import tokenizer as tokenizers
 
 TEXTS = [f"Document {i}: " + "alpha beta gamma. " * (3 + i % 5) for i in range(30)]
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 from matplotlib.figure import Figure
 
-from ka_attention.harness.arms import arm
-from ka_attention.harness.drawing import digits, line, look, name_lines, powers_between, powers_of_two
+from ka_attention.harness.figures.drawing import digits, line, look, name_lines, powers_between, powers_of_two
+from ka_attention.harness.models.arms import arm
 
 
 def test_kinds_have_colours_and_windows_markers():

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ka_attention.cli import app
-from ka_attention.harness import hub
+from ka_attention.harness.run import hub
 
 
 @pytest.fixture

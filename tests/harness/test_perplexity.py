@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.evaluations import perplexity as evaluation
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.perplexity import Perplexity, Run
+from ka_attention.harness.models.arms import ArmResults, arm
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.perplexity import Perplexity, Run
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from ka_attention.errors import UserError
-from ka_attention.harness import pretraining
-from ka_attention.harness.fast import Passes
-from ka_attention.harness.pretraining import PretrainingSettings, evaluate, mean_loss, pretrain, scores, watched_gates
-from ka_attention.harness.tokens import TokenFile
+from ka_attention.harness.models.passes import Passes
+from ka_attention.harness.text.tokens import TokenFile
+from ka_attention.harness.training import pretraining
+from ka_attention.harness.training.pretraining import (
+    PretrainingSettings,
+    evaluate,
+    mean_loss,
+    pretrain,
+    scores,
+    watched_gates,
+)
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build
 
 MODEL = LlamaSettings(vocab_size=1024, hidden_size=32, layers=2, heads=2, intermediate_size=320)

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from ka_attention.harness import progress
-from ka_attention.harness.store import Store
+from ka_attention.harness.run import progress
+from ka_attention.harness.run.store import Store
 from ka_attention.report.document import Table
 
 

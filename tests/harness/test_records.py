@@ -6,10 +6,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 import pytest
 
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.records import from_json, to_json
-from ka_attention.harness.settings import restore
-from ka_attention.harness.store import Store
+from ka_attention.harness.models.arms import ArmResults, arm
+from ka_attention.harness.run.records import from_json, to_json
+from ka_attention.harness.run.settings import restore
+from ka_attention.harness.run.store import Store
 from ka_attention.studies.catalogue import STUDIES
 
 X = TypeVar("X")

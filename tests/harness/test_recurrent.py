@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ka_attention.harness.recurrent import inverse, scan
+from ka_attention.harness.models.recurrent import inverse, scan
 
 
 def naive(q, k, v, decay, beta):

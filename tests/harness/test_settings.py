@@ -6,8 +6,8 @@ from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import arm, build
-from ka_attention.harness.settings import override
+from ka_attention.harness.models.arms import arm, build
+from ka_attention.harness.run.settings import override
 from ka_attention.studies.catalogue import STUDIES
 from ka_attention.studies.compare.recipes import COMPARE, CompareRecipe
 

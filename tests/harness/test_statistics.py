@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.statistics import (
+from ka_attention.harness.figures.statistics import (
     caution,
     cell,
     changes,
@@ -22,6 +21,7 @@ from ka_attention.harness.statistics import (
     signed,
     verdict,
 )
+from ka_attention.harness.models.arms import ArmResults, arm
 
 KA = ArmResults(arm("ka"), (2.0, 4.0))
 

@@ -8,7 +8,7 @@ import pytest
 
 from ka_attention.errors import UserError
 from ka_attention.files import write_atomically
-from ka_attention.harness.store import Store
+from ka_attention.harness.run.store import Store
 
 
 def test_a_part_is_worked_once_and_read_from_then_on(tmp_path):
@@ -121,7 +121,7 @@ def test_a_folder_that_will_be_deleted_may_not_be_a_link(tmp_path):
 WORKS = """
 import sys, time
 from pathlib import Path
-from ka_attention.harness.store import Store
+from ka_attention.harness.run.store import Store
 
 def work():
     print("works", flush=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from ka_attention.errors import UserError
-from ka_attention.harness import tokenizer as tokenizers
+from ka_attention.harness.text import tokenizer as tokenizers
 
 TEXTS = ["def f(x):\n    return x\n" * 20, "Grüße, naïve 日本語 text\t\r\n" * 20]
 

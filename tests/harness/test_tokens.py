@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ka_attention.errors import UserError
-from ka_attention.harness.tokenizer import train
-from ka_attention.harness.tokens import Order, enough, prepare, tokenise
+from ka_attention.harness.text.tokenizer import train
+from ka_attention.harness.text.tokens import Order, enough, prepare, tokenise
 
 TEXTS = [f"document {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(40)]
 

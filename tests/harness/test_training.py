@@ -11,12 +11,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from ka_attention.errors import UserError
-from ka_attention.harness import training
-from ka_attention.harness.arms import arm, build
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.records import from_json, to_json
-from ka_attention.harness.settings import TrainingSettings
-from ka_attention.harness.training import Training, load_weights, mean_loss, train
+from ka_attention.harness.models.arms import arm, build
+from ka_attention.harness.run.records import from_json, to_json
+from ka_attention.harness.run.settings import TrainingSettings
+from ka_attention.harness.text.data import Sequences
+from ka_attention.harness.training import trainer
+from ka_attention.harness.training.trainer import Training, load_weights, mean_loss, train
 
 SETTINGS = TrainingSettings(batch_size=4, learning_rate=3e-3, epochs=3, patience=3)
 
@@ -71,7 +71,7 @@ def test_early_stopping_counts_epochs_without_improvement_and_the_best_weights_c
         weights.append(network.gpt_neox.embed_in.weight.detach().clone())
         return next(losses)
 
-    monkeypatch.setattr(training, "mean_loss", scripted)
+    monkeypatch.setattr(trainer, "mean_loss", scripted)
     trained, result = run(text, tmp_path, replace(SETTINGS, epochs=9, patience=2))
     assert [row.best for row in result.epochs] == [True, True, False, False]
     assert (result.best_epoch, result.best_val_ppl) == (2, math.exp(2.0))
@@ -116,7 +116,7 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, whole, tmp_pa
     settings, folder = replace(SETTINGS, schedule="cosine"), tmp_path / "cut"
     with monkeypatch.context() as patch:
         if moment == "after_the_last_epoch":
-            patch.setattr(training, "load_model", lambda *_, **__: (_ for _ in ()).throw(_Kill))
+            patch.setattr(trainer, "load_model", lambda *_, **__: (_ for _ in ()).throw(_Kill))
         else:
             calls = []
 
@@ -126,7 +126,7 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, whole, tmp_pa
                     raise _Kill
                 return mean_loss(*arguments)
 
-            patch.setattr(training, "mean_loss", dies_in_the_second_epoch)
+            patch.setattr(trainer, "mean_loss", dies_in_the_second_epoch)
         with pytest.raises(_Kill):
             run(text, folder, settings)
     if moment in ("half_a_checkpoint", "half_a_state"):
@@ -134,7 +134,7 @@ def test_a_run_that_is_cut_off_continues_to_the_same_numbers(text, whole, tmp_pa
         state = folder / "checkpoints" / "checkpoint-12" / "trainer_state.json"
         state.write_text(state.read_text()[:99]) if moment == "half_a_state" else state.unlink()
     scored = []
-    monkeypatch.setattr(training, "mean_loss", lambda *arguments: scored.append(1) or mean_loss(*arguments))
+    monkeypatch.setattr(trainer, "mean_loss", lambda *arguments: scored.append(1) or mean_loss(*arguments))
     continued = run(text, folder, settings)[1]
     assert len(scored) == (0 if moment == "after_the_last_epoch" else 2), "finished epochs are not trained again"
     for one, two in zip(whole.epochs, continued.epochs, strict=True):
@@ -220,10 +220,10 @@ def test_losses_are_given_to_what_report_to_names(text, tmp_path, monkeypatch):
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
     settings = replace(SETTINGS, epochs=1, report_to="trackio")
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: [])
     with pytest.raises(UserError, match="--set report_to: trackio is not installed; pip install trackio"):
         run(text, tmp_path, settings)
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["trackio"])
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: ["trackio"])
     run(text, tmp_path, settings)
     assert {folder for folder, *_ in found} == {str(tmp_path / "logs")}
     assert [(step, "loss" in keys, "eval_loss" in keys) for _, step, keys in found[:2]] == [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ka_attention.harness import workers
-from ka_attention.harness.store import Store
+from ka_attention.harness.run import workers
+from ka_attention.harness.run.store import Store
 
 SECONDS = 60.0  # until something must have happened
 

@@ -8,9 +8,9 @@ from transformers import GPTNeoXConfig
 from ka_attention.evaluations import memory
 from ka_attention.evaluations.caches import Caches, Decoded
 from ka_attention.evaluations.reversal import Reversal, Told
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.perplexity import Perplexity, Run
-from ka_attention.harness.training import Epoch, Training
+from ka_attention.harness.models.arms import ArmResults, arm
+from ka_attention.harness.training.perplexity import Perplexity, Run
+from ka_attention.harness.training.trainer import Epoch, Training
 from ka_attention.studies.compare.report import Answers
 
 ARMS = {"softmax": (108.5, 300.1), "ka": (110.2, 145.8), "softmax-w16": (117.9, 262.4), "ka-w16": (111.0, 171.3)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ka_attention.harness import study
+from ka_attention.harness.run import study
 from ka_attention.studies import catalogue
 
 RECORDED = sorted(Path(__file__).parents[2].glob("docs/results/*/results.json"))

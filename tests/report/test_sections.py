@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ka_attention.evaluations import caches, memory, perplexity, reversal
-from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.models.arms import ArmResults
 from ka_attention.report.render import render
 
 EVALUATIONS = {"perplexity": perplexity, "caches": caches, "memory": memory, "reversal": reversal}

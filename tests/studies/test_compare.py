@@ -14,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ka_attention.evaluations import conversion
-from ka_attention.harness import arms, data, trained
-from ka_attention.harness.records import from_json
-from ka_attention.harness.statistics import mean
-from ka_attention.harness.study import open_store, publish, read
-from ka_attention.harness.tasks import Exam, Group, Learned, Score
-from ka_attention.harness.training import Epoch, Training, mean_loss
+from ka_attention.harness.figures.statistics import mean
+from ka_attention.harness.models import arms
+from ka_attention.harness.run.records import from_json
+from ka_attention.harness.run.study import open_store, publish, read
+from ka_attention.harness.tasks.learning import Exam, Group, Learned, Score
+from ka_attention.harness.text import data
+from ka_attention.harness.training import trained
+from ka_attention.harness.training.trainer import Epoch, Training, mean_loss
 from ka_attention.hf import register
 from ka_attention.studies.compare import report, study
 from ka_attention.studies.compare.report import Results

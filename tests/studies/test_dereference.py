@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from ka_attention.errors import UserError
-from ka_attention.harness.settings import override
-from ka_attention.harness.statements import Dereference
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import reach
+from ka_attention.harness.run.settings import override
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import reach
+from ka_attention.harness.tasks.statements import Dereference
 from ka_attention.ops import ka_attention
 from ka_attention.studies.dereference.recipes import RECIPES
 from ka_attention.studies.dereference.study import DEREFERENCE

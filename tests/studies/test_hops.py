@@ -8,9 +8,9 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.errors import UserError
-from ka_attention.harness import perplexity
-from ka_attention.harness.models import attention
-from ka_attention.harness.study import open_store
+from ka_attention.harness.models.saved import attention
+from ka_attention.harness.run.study import open_store
+from ka_attention.harness.training import perplexity
 from ka_attention.hf import KAConfig, attach
 from ka_attention.report.render import render
 from ka_attention.studies.hops import study as hops
@@ -125,7 +125,7 @@ def test_wrong_hops(hops):
 
 
 def test_softmax_checkpoint(recipe, tmp_path):
-    from ka_attention.harness import tokenizer
+    from ka_attention.harness.text import tokenizer
 
     GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(tmp_path)
     tokenizer.train(["a b c"], 300).save_pretrained(tmp_path)

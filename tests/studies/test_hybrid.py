@@ -10,12 +10,13 @@ import torch
 from matplotlib.colors import to_rgb
 
 from ka_attention.errors import UserError
-from ka_attention.harness import drawing, study, workers
-from ka_attention.harness.records import from_json
-from ka_attention.harness.settings import override
-from ka_attention.harness.statements import Depo
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import NOT_ASKED, Plan, build
+from ka_attention.harness.figures import drawing
+from ka_attention.harness.run import study, workers
+from ka_attention.harness.run.records import from_json
+from ka_attention.harness.run.settings import override
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import NOT_ASKED, Plan, build
+from ka_attention.harness.tasks.statements import Depo
 from ka_attention.studies.hybrid.models import NAMES, arm
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
 from ka_attention.studies.hybrid.report import _pairs, look

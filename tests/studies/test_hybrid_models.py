@@ -9,9 +9,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from ka_attention.errors import UserError
-from ka_attention.harness import fast
-from ka_attention.harness.fast import IGNORED, Passes
-from ka_attention.harness.mixers import KERNEL, ShortConvolution, streaming
+from ka_attention.harness.models.mixers import KERNEL, ShortConvolution, streaming
+from ka_attention.harness.models.passes import IGNORED, Passes
 from ka_attention.hf import KACache
 from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm, build, count, state_bytes
 from ka_attention.studies.hybrid.recipes import RECIPES
@@ -43,7 +42,7 @@ def tokens():
 
 @pytest.mark.parametrize("name", ARMS)
 def test_passes_compute_what_the_model_says_and_its_gradients(name, monkeypatch):
-    monkeypatch.setattr(fast, "CHUNK", 10)  # 48 tokens: chunks of 10, and one of 8
+    monkeypatch.setattr("ka_attention.harness.models.passes.CHUNK", 10)  # 48 tokens: chunks of 10, and one of 8
     model, ids = build(arm(name), SETTINGS, LENGTH, 0).double(), tokens()
     targets = ids[:, 1:].clone()
     targets[0, :5] = IGNORED

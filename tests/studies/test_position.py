@@ -6,11 +6,11 @@ import random
 import pytest
 
 from ka_attention.errors import UserError
-from ka_attention.harness import data
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.lengths import AtLength, Read
-from ka_attention.harness.perplexity import Perplexity, Run
-from ka_attention.harness.study import open_store
+from ka_attention.harness.models.arms import ArmResults, arm
+from ka_attention.harness.run.study import open_store
+from ka_attention.harness.text import data
+from ka_attention.harness.training.lengths import AtLength, Read
+from ka_attention.harness.training.perplexity import Perplexity, Run
 from ka_attention.report.render import render
 from ka_attention.studies.position.recipes import RECIPES
 from ka_attention.studies.position.report import Results

@@ -9,9 +9,9 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ka_attention.errors import UserError
-from ka_attention.harness import tokenizer
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.study import open_store
+from ka_attention.harness.models.arms import Arm
+from ka_attention.harness.run.study import open_store
+from ka_attention.harness.text import tokenizer
 from ka_attention.hf import attach
 from ka_attention.report.render import render
 from ka_attention.studies.reversal import facts as reversal_facts

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ka_attention.errors import UserError
-from ka_attention.harness.settings import override
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Exam, Score
+from ka_attention.harness.run.settings import override
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import Exam, Score
 from ka_attention.ops import ka_attention
 from ka_attention.studies.state.recipes import RECIPES, Product, Slots, state_arm
 from ka_attention.studies.state.report import Results

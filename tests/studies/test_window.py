@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import ArmResults, arm
-from ka_attention.harness.lengths import AtLength, Read
-from ka_attention.harness.perplexity import Perplexity, Run
-from ka_attention.harness.records import from_json, to_json
-from ka_attention.harness.settings import override
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import NOT_ASKED
+from ka_attention.harness.models.arms import ArmResults, arm
+from ka_attention.harness.run.records import from_json, to_json
+from ka_attention.harness.run.settings import override
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import NOT_ASKED
+from ka_attention.harness.training.lengths import AtLength, Read
+from ka_attention.harness.training.perplexity import Perplexity, Run
 from ka_attention.ops import ka_attention
 from ka_attention.studies.window import peers
 from ka_attention.studies.window.recipes import RECIPES, Recall, window_arm

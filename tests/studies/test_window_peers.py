@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import arm, build
-from ka_attention.harness.settings import ModelSettings
+from ka_attention.harness.models.arms import arm, build
+from ka_attention.harness.run.settings import ModelSettings
 from ka_attention.studies.window import peers
 from ka_attention.studies.window.recipes import window_arm
 

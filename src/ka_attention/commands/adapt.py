@@ -7,8 +7,8 @@ from pathlib import Path
 from ka_attention.commands.checkpoint import open_run, open_softmax
 from ka_attention.errors import UserError
 from ka_attention.evaluations.adapters import BATCH, METHODS, fit
-from ka_attention.harness import perplexity
-from ka_attention.harness.records import Json
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.training import perplexity
 from ka_attention.hf import save_adapter, use
 
 

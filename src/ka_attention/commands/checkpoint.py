@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ka_attention.errors import UserError
-from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.models import load_model_and_tokenizer, require_length, require_supported
-from ka_attention.harness.progress import quiet_libraries
-from ka_attention.harness.records import Json
-from ka_attention.harness.settings import TextSettings
-from ka_attention.harness.store import Store
-from ka_attention.harness.study import SCHEMA_VERSION
+from ka_attention.harness.models.saved import load_model_and_tokenizer, require_length, require_supported
+from ka_attention.harness.run.progress import quiet_libraries
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.run.settings import TextSettings
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.run.study import SCHEMA_VERSION
+from ka_attention.harness.text.data import Text, prepare
 from ka_attention.hf import is_attached
 
 VALIDATION = 64  # sequences, or all that there are

@@ -10,10 +10,11 @@ from typing import Any
 from ka_attention.commands.checkpoint import open_run, open_softmax
 from ka_attention.conversion.raising import Conversion, convert
 from ka_attention.errors import UserError
-from ka_attention.harness import perplexity, progress
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.records import Json
-from ka_attention.harness.training import save
+from ka_attention.harness.run import progress
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.text.data import Sequences
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trainer import save
 
 
 def command(

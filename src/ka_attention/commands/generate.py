@@ -11,9 +11,9 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from ka_attention.errors import UserError
-from ka_attention.harness import models
-from ka_attention.harness.models import NAMES, attention, load_model_and_tokenizer, own_cache, require_length
-from ka_attention.harness.progress import quiet_libraries
+from ka_attention.harness.models import saved
+from ka_attention.harness.models.saved import NAMES, attention, load_model_and_tokenizer, own_cache, require_length
+from ka_attention.harness.run.progress import quiet_libraries
 
 
 def command(
@@ -38,14 +38,14 @@ def command(
     if compare and cache is not None:
         raise UserError("--compare shows both caches; leave --cache out")
     model, words = load_model_and_tokenizer(source, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    inputs = models.prompt(words, prompt, "PROMPT").to(model.device)
+    inputs = saved.prompt(words, prompt, "PROMPT").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("PROMPT: expected at least one token, got none")
     got = f"PROMPT has {length:,}, got {max_new_tokens:,}"
     require_length(model, length + max_new_tokens, "--max-new-tokens", got)
     if compare or cache not in (None, own_cache(model)):
-        models.require_supported(model, "MODEL")
+        saved.require_supported(model, "MODEL")
     if compare:
         both = {kind: continuation(model, inputs, kind, max_new_tokens) for kind in NAMES}
         (console or Console()).print(side_by_side(words, both, own_cache(model)))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ka_attention.errors import UserError
-from ka_attention.harness.attending import Call, attending, exact
-from ka_attention.harness.models import (
+from ka_attention.harness.models.attending import Call, attending, exact
+from ka_attention.harness.models.saved import (
     is_softmax,
     load_model_and_tokenizer,
     own_config,
@@ -20,7 +20,7 @@ from ka_attention.harness.models import (
     require_length,
     require_supported,
 )
-from ka_attention.harness.progress import quiet_libraries
+from ka_attention.harness.run.progress import quiet_libraries
 from ka_attention.hf import KAConfig, use
 from ka_attention.ops import walk
 from ka_attention.report.inspect import Inspection, write

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ka_attention.errors import UserError
 from ka_attention.files import user_path
-from ka_attention.harness import hub
+from ka_attention.harness.run import hub
 from ka_attention.hf import is_attached, register
 from ka_attention.hf.batching import KABatchingManager, check_batching
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.training.trained import Trained
 from ka_attention.report.document import Section
 
 

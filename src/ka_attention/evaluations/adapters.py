@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ka_attention.conversion.fitting import fit_gradient, fit_ridge, new_adapters
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.statistics import cell, changes, judged, mean, percent_cell, seeds_of
-from ka_attention.harness.trained import BATCH as READ
-from ka_attention.harness.trained import Trained, steps_for
+from ka_attention.harness.figures.statistics import cell, changes, judged, mean, percent_cell, seeds_of
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trained import BATCH as READ
+from ka_attention.harness.training.trained import Trained, steps_for
 from ka_attention.hf import use
 from ka_attention.report.document import Section, Table
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import COLOURS, digits
-from ka_attention.harness.models import NAMES, attention, cache_size, own_cache, own_config
-from ka_attention.harness.perplexity import token_losses
-from ka_attention.harness.statistics import caution, cell, changes, deviation, judged, mean, seeds_of
-from ka_attention.harness.timing import in_turns
-from ka_attention.harness.trained import BATCH, Trained
+from ka_attention.harness.figures.drawing import COLOURS, digits
+from ka_attention.harness.figures.statistics import caution, cell, changes, deviation, judged, mean, seeds_of
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.models.saved import NAMES, attention, cache_size, own_cache, own_config
+from ka_attention.harness.run.timing import in_turns
+from ka_attention.harness.training.perplexity import token_losses
+from ka_attention.harness.training.trained import BATCH, Trained
 from ka_attention.hf import KACache, cache_bytes
 from ka_attention.report.document import Figure, Section, Table
 

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from ka_attention.conversion.raising import Conversion, convert
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.drawing import COLOURS, line, name_lines
-from ka_attention.harness.statistics import cell, changes, judged, mean, percent_cell, seeds_of
-from ka_attention.harness.trained import BATCH, Trained, steps_for
+from ka_attention.harness.figures.drawing import COLOURS, line, name_lines
+from ka_attention.harness.figures.statistics import cell, changes, judged, mean, percent_cell, seeds_of
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.text.data import Sequences
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trained import BATCH, Trained, steps_for
 from ka_attention.hf import KAConfig, attention_modules, use
 from ka_attention.report.document import Figure, Section, Table
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import COLOURS, name_lines, powers_of_two
-from ka_attention.harness.statistics import mean
-from ka_attention.harness.timing import in_turns
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.figures.drawing import COLOURS, name_lines, powers_of_two
+from ka_attention.harness.figures.statistics import mean
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.run.timing import in_turns
+from ka_attention.harness.training.trained import Trained
 from ka_attention.hf import KACache, attach, bytes_per_token, cache_bytes
 from ka_attention.report.document import Figure, Section, Table
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ka_attention.conversion.raising import set_gates
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import line, look
-from ka_attention.harness.statistics import cell, changes, mean, percent_cell, seeds_of
-from ka_attention.harness.trained import BATCH, Trained
+from ka_attention.harness.figures.drawing import line, look
+from ka_attention.harness.figures.statistics import cell, changes, mean, percent_cell, seeds_of
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trained import BATCH, Trained
 from ka_attention.hf import KAConfig, attention_modules, use
 from ka_attention.report.document import Figure, Section, Table
 

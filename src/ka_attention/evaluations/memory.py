@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import look, powers_between, powers_of_two
-from ka_attention.harness.models import NAMES, cache_size, is_softmax
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.figures.drawing import look, powers_between, powers_of_two
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.models.saved import NAMES, cache_size, is_softmax
+from ka_attention.harness.training.trained import Trained
 from ka_attention.hf import KAConfig
 from ka_attention.report.document import Figure, Section, Table
 

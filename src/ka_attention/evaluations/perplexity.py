@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.drawing import line, look, name_lines
-from ka_attention.harness.perplexity import BUCKET, Perplexity, evaluate
-from ka_attention.harness.statistics import cell, mean, seeds_of, signed
-from ka_attention.harness.trained import BATCH, Trained
+from ka_attention.harness.figures.drawing import line, look, name_lines
+from ka_attention.harness.figures.statistics import cell, mean, seeds_of, signed
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.training.perplexity import BUCKET, Perplexity, evaluate
+from ka_attention.harness.training.trained import BATCH, Trained
 from ka_attention.report.document import Figure, Section, Table
 
 

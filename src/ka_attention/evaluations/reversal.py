@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.models import NAMES, attention, own_cache
-from ka_attention.harness.perplexity import token_losses
-from ka_attention.harness.statistics import caution, cell, changes, mean, percent_cell, seeds_of
-from ka_attention.harness.trained import Trained
+from ka_attention.harness.figures.statistics import caution, cell, changes, mean, percent_cell, seeds_of
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.models.saved import NAMES, attention, own_cache
+from ka_attention.harness.training.perplexity import token_losses
+from ka_attention.harness.training.trained import Trained
 from ka_attention.report.document import Section, Table
 
 KNOWN = 5.0  # percent: how far the perplexity of true facts must lie below that of shuffled ones to call them known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ka_attention.errors import UserError
-from ka_attention.harness.study import Study
+from ka_attention.harness.run.study import Study
 from ka_attention.studies.compare.study import COMPARISON
 from ka_attention.studies.dereference.study import DEREFERENCE
 from ka_attention.studies.hops.study import HOPS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ka_attention.errors import UserError
-from ka_attention.harness.settings import PYTHIA_70M, LanguageModelSettings
-from ka_attention.harness.statements import Dereference
-from ka_attention.harness.tasks import TaskSettings
+from ka_attention.harness.run.settings import PYTHIA_70M, LanguageModelSettings
+from ka_attention.harness.tasks.learning import TaskSettings
+from ka_attention.harness.tasks.statements import Dereference
 
 CHAIN_BATCH = 32
 CHAIN_MODELS = (("ka", 1), ("softmax", 1), ("softmax", 2), ("softmax", 3))  # arms and numbers of layers

@@ -26,11 +26,8 @@ from ka_attention.evaluations.decoding import Decoding
 from ka_attention.evaluations.heads import Heads
 from ka_attention.evaluations.memory import Memory
 from ka_attention.evaluations.reversal import Reversal
-from ka_attention.harness.arms import ArmResults
-from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import digits, line, look, name_lines, powers_between, powers_of_two
-from ka_attention.harness.perplexity import Perplexity
-from ka_attention.harness.statistics import (
+from ka_attention.harness.figures.drawing import digits, line, look, name_lines, powers_between, powers_of_two
+from ka_attention.harness.figures.statistics import (
     caution,
     cell,
     changes,
@@ -41,8 +38,11 @@ from ka_attention.harness.statistics import (
     seeds_of,
     verdict,
 )
-from ka_attention.harness.tasks import SOLVED, Learned, draw_groups, reach
-from ka_attention.harness.training import Training
+from ka_attention.harness.models.arms import ArmResults
+from ka_attention.harness.tasks.learning import SOLVED, Learned, draw_groups, reach
+from ka_attention.harness.text.data import Description
+from ka_attention.harness.training.perplexity import Perplexity
+from ka_attention.harness.training.trainer import Training
 from ka_attention.report.document import Figure, Section, Table, plain
 from ka_attention.studies.compare.recipes import CompareRecipe
 

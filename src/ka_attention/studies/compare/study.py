@@ -11,13 +11,13 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from ka_attention.harness.arms import Arm, ArmResults, arm, build
-from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.progress import bar, console
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Learned, Plan, learn
-from ka_attention.harness.timing import in_turns
-from ka_attention.harness.trained import Trained, train_arm
+from ka_attention.harness.models.arms import Arm, ArmResults, arm, build
+from ka_attention.harness.run.progress import bar, console
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.run.timing import in_turns
+from ka_attention.harness.tasks.learning import Learned, Plan, learn
+from ka_attention.harness.text.data import Text, prepare
+from ka_attention.harness.training.trained import Trained, train_arm
 from ka_attention.report.document import Section
 from ka_attention.studies.compare import report
 from ka_attention.studies.compare.recipes import CHAIN_MODELS, COMPARE, CompareRecipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ka_attention.errors import UserError
-from ka_attention.harness.statements import Dereference
-from ka_attention.harness.tasks import TaskSettings
+from ka_attention.harness.tasks.learning import TaskSettings
+from ka_attention.harness.tasks.statements import Dereference
 
 
 @dataclass(frozen=True, kw_only=True)

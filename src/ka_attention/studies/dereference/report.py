@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ka_attention.harness.drawing import name_lines
-from ka_attention.harness.statistics import mean, mean_sd
-from ka_attention.harness.tasks import SOLVED, Learned, draw_groups, reach
+from ka_attention.harness.figures.drawing import name_lines
+from ka_attention.harness.figures.statistics import mean, mean_sd
+from ka_attention.harness.tasks.learning import SOLVED, Learned, draw_groups, reach
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.dereference.recipes import DereferenceRecipe
 

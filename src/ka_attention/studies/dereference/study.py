@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ka_attention.harness.arms import arm
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Plan, learn
+from ka_attention.harness.models.arms import arm
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import Plan, learn
 from ka_attention.report.document import Section
 from ka_attention.studies.dereference import report
 from ka_attention.studies.dereference.recipes import RECIPES, DereferenceRecipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ka_attention.errors import UserError
-from ka_attention.harness.settings import PYTHIA_70M, LanguageModelSettings
+from ka_attention.harness.run.settings import PYTHIA_70M, LanguageModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

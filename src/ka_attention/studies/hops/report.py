@@ -8,10 +8,10 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import name_lines, powers_of_two
-from ka_attention.harness.statistics import changes, mean, mean_sd, percent
-from ka_attention.harness.training import Training
+from ka_attention.harness.figures.drawing import name_lines, powers_of_two
+from ka_attention.harness.figures.statistics import changes, mean, mean_sd, percent
+from ka_attention.harness.text.data import Description
+from ka_attention.harness.training.trainer import Training
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hops.recipes import HopsRecipe
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ka_attention.errors import UserError
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import arm
-from ka_attention.harness.attending import Call, attending, exact
-from ka_attention.harness.data import Text, prepare
-from ka_attention.harness.models import is_softmax, load_model_and_tokenizer, own_config
-from ka_attention.harness.progress import console
-from ka_attention.harness.store import Store
-from ka_attention.harness.timing import in_turns
-from ka_attention.harness.trained import BATCH, train_arm
+from ka_attention.harness.models.arms import arm
+from ka_attention.harness.models.attending import Call, attending, exact
+from ka_attention.harness.models.saved import is_softmax, load_model_and_tokenizer, own_config
+from ka_attention.harness.run.progress import console
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.run.timing import in_turns
+from ka_attention.harness.text.data import Text, prepare
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.trained import BATCH, train_arm
 from ka_attention.ops import truncated, walk
 from ka_attention.report.document import Section
 from ka_attention.studies.hops import report

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ka_attention.errors import UserError
-from ka_attention.harness.mixers import (
+from ka_attention.harness.models.mixers import (
     KERNEL,
     GatedConvolution,
     HybridAttention,
     NoMixing,
     ShortConvolution,
 )
-from ka_attention.harness.recurrent import GatedDeltaNet, Mamba2, Recurrent
+from ka_attention.harness.models.recurrent import GatedDeltaNet, Mamba2, Recurrent
 from ka_attention.hf import KAConfig, attach
 
 PATTERNS = {"all": 0, "1to1": 1, "3to1": 3, "5to1": 5}  # narrow layers before each full one; all: no full layer

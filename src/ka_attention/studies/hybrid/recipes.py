@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ka_attention.errors import UserError
-from ka_attention.harness.pretraining import PretrainingSettings
+from ka_attention.harness.training.pretraining import PretrainingSettings
 from ka_attention.studies.hybrid.models import HybridArm, LlamaSettings, arm
 
 TASKS = ("dereference", "depo", "recall-1", "recall-8", "slots-3", "slots-5")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ka_attention.harness import drawing
-from ka_attention.harness.statistics import interval, mean, mean_sd, verdict
+from ka_attention.harness.figures import drawing
+from ka_attention.harness.figures.statistics import interval, mean, mean_sd, verdict
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import HybridArm, arm
 from ka_attention.studies.hybrid.recipes import HybridRecipe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ka_attention.harness.pretraining import Pretraining
-from ka_attention.harness.records import Json
-from ka_attention.harness.tasks import Learned
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.tasks.learning import Learned
+from ka_attention.harness.training.pretraining import Pretraining
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,16 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from ka_attention.errors import UserError
-from ka_attention.harness import environment, workers
-from ka_attention.harness.fast import Passes, captured
-from ka_attention.harness.mixers import remembered_bytes, streaming
-from ka_attention.harness.models import attention
-from ka_attention.harness.pretraining import (
+from ka_attention.harness.models.mixers import remembered_bytes, streaming
+from ka_attention.harness.models.passes import Passes, captured
+from ka_attention.harness.models.saved import attention
+from ka_attention.harness.run import environment, workers
+from ka_attention.harness.run.progress import console
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.run.timing import now
+from ka_attention.harness.text.tokens import TokenText, enough, prepare
+from ka_attention.harness.training.pretraining import (
     evaluate,
     mean_loss,
     operations,
@@ -27,11 +32,6 @@ from ka_attention.harness.pretraining import (
     utilisation,
     watched_gates,
 )
-from ka_attention.harness.progress import console
-from ka_attention.harness.records import Json
-from ka_attention.harness.store import Store
-from ka_attention.harness.timing import now
-from ka_attention.harness.tokens import TokenText, enough, prepare
 from ka_attention.hf import KACache, KAStaticCache, cache_bytes
 from ka_attention.report.document import Section
 from ka_attention.studies.hybrid import report, tasks

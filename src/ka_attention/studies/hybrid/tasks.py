@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.fast import Passes
-from ka_attention.harness.pretraining import PretrainingSettings, adamw, set_rate, step, unchanged
-from ka_attention.harness.progress import bar
-from ka_attention.harness.statements import Depo, Dereference, Recall, Slots
-from ka_attention.harness.statistics import mean_sd
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import (
+from ka_attention.harness.figures.statistics import mean_sd
+from ka_attention.harness.models.arms import Arm
+from ka_attention.harness.models.passes import Passes
+from ka_attention.harness.run.progress import bar
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.run.timing import now
+from ka_attention.harness.tasks.learning import (
     TRAINING,
     Exam,
     Learned,
@@ -29,8 +28,9 @@ from ka_attention.harness.tasks import (
     evaluate,
     learn,
 )
-from ka_attention.harness.tasks import build as build_plan
-from ka_attention.harness.timing import now
+from ka_attention.harness.tasks.learning import build as build_plan
+from ka_attention.harness.tasks.statements import Depo, Dereference, Recall, Slots
+from ka_attention.harness.training.pretraining import PretrainingSettings, adamw, set_rate, step, unchanged
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build, count
 from ka_attention.studies.hybrid.recipes import HEAD, HybridRecipe

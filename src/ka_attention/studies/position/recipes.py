@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ka_attention.harness.lengths import LengthSettings
-from ka_attention.harness.settings import PYTHIA_70M
+from ka_attention.harness.run.settings import PYTHIA_70M
+from ka_attention.harness.training.lengths import LengthSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import name_lines
-from ka_attention.harness.lengths import AtLength, draw_octaves, octaves
-from ka_attention.harness.statistics import changes, mean_sd, percent, seeds_of, verdict
+from ka_attention.harness.figures.drawing import name_lines
+from ka_attention.harness.figures.statistics import changes, mean_sd, percent, seeds_of, verdict
+from ka_attention.harness.text.data import Description
+from ka_attention.harness.training.lengths import AtLength, draw_octaves, octaves
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.position.recipes import PositionRecipe
 

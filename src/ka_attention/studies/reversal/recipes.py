@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ka_attention.harness.settings import ModelSettings, TrainingSettings
+from ka_attention.harness.run.settings import ModelSettings, TrainingSettings
 from ka_attention.studies.reversal.facts import BUILT_IN
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.drawing import look
-from ka_attention.harness.models import NAMES
-from ka_attention.harness.statistics import deviation, mean, mean_sd
-from ka_attention.harness.training import Training
+from ka_attention.harness.figures.drawing import look
+from ka_attention.harness.figures.statistics import deviation, mean, mean_sd
+from ka_attention.harness.models.arms import Arm
+from ka_attention.harness.models.saved import NAMES
+from ka_attention.harness.training.trainer import Training
 from ka_attention.report.document import Figure, Section, Table, plain
 from ka_attention.studies.reversal.facts import CONTEXT, REVERSE, SAME
 

@@ -16,14 +16,14 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.arms import Arm, arm, build
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.models import NAMES, attention
-from ka_attention.harness.perplexity import token_losses
-from ka_attention.harness.progress import console
-from ka_attention.harness.store import Store
-from ka_attention.harness.training import Training, load_weights, train
+from ka_attention.harness.models.arms import Arm, arm, build
+from ka_attention.harness.models.saved import NAMES, attention
+from ka_attention.harness.run.progress import console
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.text import tokenizer as tokenizers
+from ka_attention.harness.text.data import Sequences
+from ka_attention.harness.training.perplexity import token_losses
+from ka_attention.harness.training.trainer import Training, load_weights, train
 from ka_attention.report.document import Section
 from ka_attention.studies.reversal import report
 from ka_attention.studies.reversal.facts import CONTEXT, SAME, Question, Row, load

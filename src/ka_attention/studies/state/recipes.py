@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import Arm, arm
-from ka_attention.harness.statements import Slots
-from ka_attention.harness.tasks import Examples, Task, TaskSettings
+from ka_attention.harness.models.arms import Arm, arm
+from ka_attention.harness.tasks.learning import Examples, Task, TaskSettings
+from ka_attention.harness.tasks.statements import Slots
 from ka_attention.hf import KAConfig
 
 SIGNED = "KA, signed gate per token"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ka_attention.harness.statistics import mean, mean_sd
-from ka_attention.harness.tasks import SOLVED, Learned
+from ka_attention.harness.figures.statistics import mean, mean_sd
+from ka_attention.harness.tasks.learning import SOLVED, Learned
 from ka_attention.report.document import Section, Table
 from ka_attention.studies.state.recipes import TASKS, Slots, StateRecipe
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Plan, learn
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import Plan, learn
 from ka_attention.report.document import Section
 from ka_attention.studies.state import report
 from ka_attention.studies.state.recipes import RECIPES, TASKS, StateRecipe, state_arm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import Arm
+from ka_attention.harness.models.arms import Arm
 
 KINDS = {"gla": "GLA", "deltanet": "DeltaNet", "mamba2": "Mamba-2"}
 KERNEL = 4  # tokens that a short convolution reads; the last 3 belong to the state

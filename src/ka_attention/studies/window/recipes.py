@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import Arm, arm
-from ka_attention.harness.lengths import LengthSettings
-from ka_attention.harness.settings import PYTHIA_70M
-from ka_attention.harness.statements import Dereference, Recall
-from ka_attention.harness.tasks import Task, TaskSettings
+from ka_attention.harness.models.arms import Arm, arm
+from ka_attention.harness.run.settings import PYTHIA_70M
+from ka_attention.harness.tasks.learning import Task, TaskSettings
+from ka_attention.harness.tasks.statements import Dereference, Recall
+from ka_attention.harness.training.lengths import LengthSettings
 from ka_attention.hf import KAConfig
 from ka_attention.studies.window import peers
 

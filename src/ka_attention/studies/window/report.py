@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ka_attention.harness.arms import ATTENTION, ArmResults
-from ka_attention.harness.data import Description
-from ka_attention.harness.drawing import look, name_lines, powers_between, powers_of_two
-from ka_attention.harness.lengths import AtLength, Read, draw_octaves, octaves
-from ka_attention.harness.statistics import changes, mean, mean_sd, percent
-from ka_attention.harness.tasks import SOLVED, Learned, draw_groups
+from ka_attention.harness.figures.drawing import look, name_lines, powers_between, powers_of_two
+from ka_attention.harness.figures.statistics import changes, mean, mean_sd, percent
+from ka_attention.harness.models.arms import ATTENTION, ArmResults
+from ka_attention.harness.tasks.learning import SOLVED, Learned, draw_groups
+from ka_attention.harness.text.data import Description
+from ka_attention.harness.training.lengths import AtLength, Read, draw_octaves, octaves
 from ka_attention.report.document import Figure, Section, Table
 from ka_attention.studies.window.recipes import WindowRecipe
 

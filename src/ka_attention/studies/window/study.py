@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.lengths import train_at_lengths
-from ka_attention.harness.models import cache_size
-from ka_attention.harness.store import Store
-from ka_attention.harness.tasks import Plan, learn
+from ka_attention.harness.models.arms import Arm
+from ka_attention.harness.models.saved import cache_size
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.tasks.learning import Plan, learn
+from ka_attention.harness.training.lengths import train_at_lengths
 from ka_attention.report.document import Section
 from ka_attention.studies.window import peers, report
 from ka_attention.studies.window.recipes import RECIPES, WindowRecipe, window_arm

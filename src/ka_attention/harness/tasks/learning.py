@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.drawing import look
-from ka_attention.harness.settings import ModelSettings, TrainingSettings
-from ka_attention.harness.store import Store, main_process
-from ka_attention.harness.training import train
+from ka_attention.harness.figures.drawing import look
+from ka_attention.harness.models.arms import Arm
+from ka_attention.harness.run.settings import ModelSettings, TrainingSettings
+from ka_attention.harness.run.store import Store, main_process
+from ka_attention.harness.text.data import Sequences
+from ka_attention.harness.training.trainer import train
 
 NOT_ASKED = -100  # in the place of an answer
 TRAINING, VALIDATION, TESTS = range(3)  # streams of random sequences, all different

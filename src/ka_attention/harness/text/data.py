@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 
 from ka_attention.errors import UserError
 from ka_attention.files import shown, user_path
-from ka_attention.harness import documents, hub
-from ka_attention.harness.progress import console
+from ka_attention.harness.run import hub
+from ka_attention.harness.run.progress import console
+from ka_attention.harness.text import documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from ka_attention.harness.settings import TextSettings
+    from ka_attention.harness.run.settings import TextSettings
 
 VALIDATION_SHARE = 0.1
 FEW_DOCUMENTS = 20
@@ -95,7 +96,7 @@ def prepare(
 
     Raises UserError for missing, empty, binary or too short data and for a tokenizer larger than the model.
     """
-    from ka_attention.harness import tokenizer as tokenizers
+    from ka_attention.harness.text import tokenizer as tokenizers
 
     if tokenizer is not None:
         tokenizers.require_end(tokenizer, "--tokenizer", settings.tokenizer)
@@ -159,7 +160,7 @@ def sequences(
 
 def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
     """The stream of tokens of ``texts``, each followed by the end-of-text token, in parts (int32, one dimension)."""
-    from ka_attention.harness.tokenizer import encode
+    from ka_attention.harness.text.tokenizer import encode
 
     end = torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)
     batch: list[str] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ka_attention.errors import UserError
-from ka_attention.harness.records import Json, from_json
+from ka_attention.harness.run.records import Json, from_json
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ka_attention.errors import UserError
 from ka_attention.files import user_path
-from ka_attention.harness import hub
-from ka_attention.harness.documents import pieces
+from ka_attention.harness.run import hub
+from ka_attention.harness.text.documents import pieces
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")

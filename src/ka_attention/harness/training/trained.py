@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from ka_attention.harness.arms import Arm, build
-from ka_attention.harness.data import Sequences, Text
-from ka_attention.harness.settings import LanguageModelSettings
-from ka_attention.harness.training import Training, load_weights, train
+from ka_attention.harness.models.arms import Arm, build
+from ka_attention.harness.run.settings import LanguageModelSettings
+from ka_attention.harness.text.data import Sequences, Text
+from ka_attention.harness.training.trainer import Training, load_weights, train
 
 BATCH = 32  # sequences read at once by an evaluation
 

@@ -11,8 +11,8 @@ import torch
 from transformers import GPTNeoXForCausalLM, set_seed
 
 from ka_attention.errors import UserError
-from ka_attention.harness.models import is_softmax
-from ka_attention.harness.settings import LARGEST, ModelSettings
+from ka_attention.harness.models.saved import is_softmax
+from ka_attention.harness.run.settings import LARGEST, ModelSettings
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.support import attention_modules
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ka_attention.harness.tasks import NOT_ASKED, Examples
+from ka_attention.harness.tasks.learning import NOT_ASKED, Examples
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ka_attention.errors import UserError
 from ka_attention.files import shown, user_path, write_atomically
-from ka_attention.harness.environment import require_memory_of
+from ka_attention.harness.run.environment import require_memory_of
 from ka_attention.hf import register
 
 PLAIN = {  # what the libraries say at length or not at all

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ka_attention.errors import UserError
 from ka_attention.files import hold, read_object, refuse_link, shown, write_atomically
-from ka_attention.harness.records import Json, from_json, to_json
+from ka_attention.harness.run.records import Json, from_json, to_json
 
 Result = TypeVar("Result")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
-from ka_attention.harness.arms import Arm
-from ka_attention.harness.statistics import deviation, mean
+from ka_attention.harness.figures.statistics import deviation, mean
+from ka_attention.harness.models.arms import Arm
 
 COLOURS = {  # of kinds of arms
     "softmax": "C0",

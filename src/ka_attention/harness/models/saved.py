@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ka_attention.errors import UserError
-from ka_attention.harness import hub
-from ka_attention.harness import tokenizer as tokenizers
+from ka_attention.harness.run import hub
+from ka_attention.harness.text import tokenizer as tokenizers
 from ka_attention.hf import KAConfig, is_attached, reconfigure, use
 from ka_attention.hf.cache.caches import layer_plan
 from ka_attention.hf.heads import Heads

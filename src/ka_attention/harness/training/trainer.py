@@ -23,10 +23,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from ka_attention.errors import UserError
 from ka_attention.files import read_object, refuse_link, shown
-from ka_attention.harness import hub, progress
-from ka_attention.harness.data import Sequences
-from ka_attention.harness.settings import TrainingSettings
-from ka_attention.harness.store import main_process
+from ka_attention.harness.run import hub, progress
+from ka_attention.harness.run.settings import TrainingSettings
+from ka_attention.harness.run.store import main_process
+from ka_attention.harness.text.data import Sequences
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"

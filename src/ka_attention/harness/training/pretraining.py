@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ka_attention.errors import UserError
-from ka_attention.harness.fast import Passes
-from ka_attention.harness.progress import bar
-from ka_attention.harness.records import from_json, to_json
-from ka_attention.harness.timing import now
-from ka_attention.harness.tokens import Order, TokenFile
+from ka_attention.harness.models.passes import Passes
+from ka_attention.harness.run.progress import bar
+from ka_attention.harness.run.records import from_json, to_json
+from ka_attention.harness.run.timing import now
+from ka_attention.harness.text.tokens import Order, TokenFile
 
 CHECKPOINT_SECONDS = 300.0
 PEAKS = {"H100": 989e12, "H200": 989e12}  # operations a second, dense bfloat16, by the vendor's datasheet

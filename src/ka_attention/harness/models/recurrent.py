@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ka_attention.harness.mixers import Mixer, Remembering, ShortConvolution
+from ka_attention.harness.models.mixers import Mixer, Remembering, ShortConvolution
 
 CHUNK = 64  # tokens that meet each other directly; all before them by way of S
 STEPS = (0.001, 0.1)  # between which the steps of a new layer are drawn, evenly in the logarithm (Mamba's)

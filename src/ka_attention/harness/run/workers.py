@@ -17,9 +17,9 @@ import torch.multiprocessing as multiprocessing
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ka_attention.errors import UserError
-from ka_attention.harness.progress import bar, console, quiet_libraries
-from ka_attention.harness.records import Json
-from ka_attention.harness.store import Store
+from ka_attention.harness.run.progress import bar, console, quiet_libraries
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.run.store import Store
 
 START = "spawn"  # how processes start: a forked one could not use CUDA
 _SECONDS = 0.5  # between looks at whether the workers live

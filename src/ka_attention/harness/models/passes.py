@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ka_attention.harness.mixers import together
+from ka_attention.harness.models.mixers import together
 from ka_attention.ops import private
 
 CHUNK = 8192  # tokens whose logits are in memory at once

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ka_attention.harness.arms import ArmResults
+from ka_attention.harness.models.arms import ArmResults
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1; the last one serves beyond.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)

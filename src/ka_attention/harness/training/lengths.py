@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ka_attention.errors import UserError
-from ka_attention.harness import perplexity
-from ka_attention.harness.arms import Arm, ArmResults
-from ka_attention.harness.data import Description, Text, prepare
-from ka_attention.harness.drawing import line, look
-from ka_attention.harness.perplexity import Perplexity
-from ka_attention.harness.progress import console
-from ka_attention.harness.settings import LanguageModelSettings
-from ka_attention.harness.store import Store
-from ka_attention.harness.trained import Trained, train_arm
-from ka_attention.harness.training import Training
+from ka_attention.harness.figures.drawing import line, look
+from ka_attention.harness.models.arms import Arm, ArmResults
+from ka_attention.harness.run.progress import console
+from ka_attention.harness.run.settings import LanguageModelSettings
+from ka_attention.harness.run.store import Store
+from ka_attention.harness.text.data import Description, Text, prepare
+from ka_attention.harness.training import perplexity
+from ka_attention.harness.training.perplexity import Perplexity
+from ka_attention.harness.training.trained import Trained, train_arm
+from ka_attention.harness.training.trainer import Training
 
 BATCH_TOKENS = 4096  # read at once by an evaluation
 Settings = TypeVar("Settings", bound="LengthSettings")

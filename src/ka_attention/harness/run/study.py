@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from ka_attention.errors import UserError
 from ka_attention.files import read_object, write_atomically
-from ka_attention.harness import environment
-from ka_attention.harness.progress import console, quiet_libraries, show
-from ka_attention.harness.records import Json, from_json, to_json
-from ka_attention.harness.settings import override, restore
-from ka_attention.harness.store import Store, main_process
+from ka_attention.harness.run import environment
+from ka_attention.harness.run.progress import console, quiet_libraries, show
+from ka_attention.harness.run.records import Json, from_json, to_json
+from ka_attention.harness.run.settings import override, restore
+from ka_attention.harness.run.store import Store, main_process
 from ka_attention.report.document import Section
 from ka_attention.report.render import render
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ka_attention.errors import UserError
 from ka_attention.files import read_object, user_path, write_atomically
-from ka_attention.harness import data, documents
-from ka_attention.harness import tokenizer as tokenizers
-from ka_attention.harness.progress import bar
-from ka_attention.harness.records import Json
+from ka_attention.harness.run.progress import bar
+from ka_attention.harness.run.records import Json
+from ka_attention.harness.text import data, documents
+from ka_attention.harness.text import tokenizer as tokenizers
 
 BATCH_CHARACTERS = 4_000_000  # tokenised at once
 TOKENIZER_CHARACTERS = 32_000_000  # that a tokenizer is trained on

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 from rich.text import Text
 
-from ka_attention.harness.store import main_process
+from ka_attention.harness.run.store import main_process
 from ka_attention.report.document import Table
 
 console = Console(quiet=not main_process(), highlight=False)

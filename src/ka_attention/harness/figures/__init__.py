@@ -1,0 +1,1 @@
+"""What several reports draw and say of arms alike."""

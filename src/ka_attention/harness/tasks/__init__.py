@@ -1,0 +1,1 @@
+"""Synthetic tasks: statements, and the model that learns them."""

@@ -1,0 +1,1 @@
+"""Training from scratch and afterwards, and what a trained model gives."""
