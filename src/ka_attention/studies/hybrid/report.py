@@ -339,9 +339,7 @@ def _gates(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None
 def _draw_gates(runs: Sequence[TrainedArm], ax: Any) -> None:
     points = [(layer, gate) for one in runs for layer, heads in one.gates.items() for gate in heads]
     ax.plot(*zip(*points, strict=True), "o", alpha=0.5)
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_xlabel("layer")
-    ax.set_ylabel("gate")
+    ax.set(xlabel="layer", xticks=list(runs[0].gates), ylabel="gate", ylim=(-0.03, 1.03))
 
 
 def _against(
@@ -396,5 +394,5 @@ def _axes(ax: Any, x: str, y: str = "validation loss (nats)") -> None:
     ax.set_ylabel(y)
     handles, labels = ax.get_legend_handles_labels()
     once = dict(zip(reversed(labels), reversed(handles), strict=True))
-    columns = 1 + all(len(label) < 50 for label in once)
+    columns = 1 + (sum(sorted(map(len, once))[-2:]) <= 80)  # as many letters fit side by side
     ax.figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=columns, fontsize=7)
