@@ -27,13 +27,16 @@ def logits(model):
 
 @contextmanager
 def transformers_logs():
-    """Lets pytest see what transformers says."""
+    """Lets pytest see what transformers says, also where a command of an earlier test has quieted it."""
     logger = logging.getLogger("transformers")
-    before, logger.propagate = logger.propagate, True
+    before = logger.propagate, logger.level
+    logger.propagate = True
+    logger.setLevel("WARNING")
     try:
         yield
     finally:
-        logger.propagate = before
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
 
 
 def saved(folder, family="llama", **ka):
