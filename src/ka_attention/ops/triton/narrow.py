@@ -41,8 +41,8 @@ class Narrow(Plan):
         scale, _, softcap, _ = others[-4:]
         self.numbers = scale, softcap or 0.0, self.H, self.T, self.P, self.window
         self.weights, self.gradients = self._weights(), self._gradients()
-        a_head, self.constants["A_ROW"] = (self.D, self.H * self.D) if self.given else (self.T * self.D, self.D)
-        walk = self.v, self.gate, self.u_past, a_head, self.H, self.T, self.P
+        self.constants["A_ROW"] = self.H * self.D if self.given else self.D
+        walk = self.v, self.gate, self.u_past, self.H, self.T, self.P
         adjoint = self.da, self.gate, self.H, self.T
         self.maps, self.apply = (self._walk(walk_kernel, *walk, MAPS=maps) for maps in (True, False))
         self.adjoint_maps, self.adjoint_apply = (

@@ -288,7 +288,7 @@ def _walk(state, M, V, GATE, E, A, STARTS, r, rows, T, gate_stride, d0, V_ROW: t
 @triton.jit(do_not_specialize=["gate_strides", "H", "T", "P", "span", "segments"])
 def walk_kernel(
     V, GATE, U_PAST, E, INTO, A, STARTS, STATE, MAP,
-    v_strides, gate_strides, u_past_strides, a_head, H, T, P, span, segments,
+    v_strides, gate_strides, u_past_strides, H, T, P, span, segments,
     V_ROW: tl.constexpr, A_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BEFORE: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, WHOLE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_PAST: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -318,7 +318,7 @@ def walk_kernel(
         for c in tl.static_range(BEFORE // BLOCK):
             start = start[1:] + (start[0] + into[c],)  # noqa: RUF005
     if not MAPS:
-        A += head * a_head
+        A += head * (T if STARTS is None else 1) * D
     rows = tl.minimum(span * BLOCK, T - first * BLOCK)
     after, maps, zero = _walk(start, M, V, GATE, E, A, STARTS, first * BLOCK, rows, T, gate_stride, d0, V_ROW, A_ROW,
                               D, BD, BEFORE, WIDTH, MAPS, HAS_GATE, APART, False, STAGES, DOT)  # fmt: skip
