@@ -93,9 +93,9 @@ def test_what_the_kernel_does_not_give_is_left_to_pytorch():
 def test_the_kernel_does_the_step(name, monkeypatch):
     from ka_attention.ops.triton import ring as module
 
-    monkeypatch.setattr(module, "_launches", {})
+    monkeypatch.setattr(module, "_plans", {})
     if name.startswith("more slots"):
-        monkeypatch.setattr(module, "MOST_ROWS", 4)
+        monkeypatch.setattr(module, "TILE", 256)
 
     def kernel(q, k, v, ring, count, *, gate, bounds, window, mask, scale, softcap):
         return dispatch.load("triton").step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
@@ -106,6 +106,110 @@ def test_the_kernel_does_the_step(name, monkeypatch):
         found = decode(kernel, *given, dtype=dtype, device=DEVICE)
         for x, y in zip(found, truth, strict=True):
             assert (x - y).abs().max() <= 16 * torch.finfo(dtype).eps, dtype
+
+
+MANY = {
+    "whole": {},
+    "a narrower window": {"window": 170, "gate": "head"},
+    "partly filled": {"count": 131, "gate": "head"},
+    "the first token": {"count": 1},
+    "200 slots, grouped": {"slots": 200, "count": 201, "Hkv": 1, "gate": "token"},
+    "three heads a key head": {"Hq": 6, "gate": 0.3},
+    "softmax, heads of the keys": {"gate": 0.0, "own": False},
+    "softmax, heads of the keys, mask": {"gate": 0.0, "own": False, "mask": "holes"},
+    "softcap": {"softcap": 1.5, "gate": "head"},
+    "mask": {"mask": "holes", "gate": "head"},
+    "mask, partly filled": {"mask": "holes", "count": 131, "window": 90, "softcap": 2.0, "Hkv": 1},
+    "mask of heads, grouped": {"mask": "of heads", "Hkv": 1, "slots": 200},
+    "nothing in sight": {"mask": "nothing", "gate": "head"},
+    "head dimension 24": {"D": 24, "slots": 200},
+}
+
+
+@kernels
+@pytest.mark.parametrize("name", MANY)
+def test_many_slots_are_read_in_pieces(name, monkeypatch):
+    check_pieces(monkeypatch, **MANY[name])
+
+
+def check_pieces(monkeypatch, slots=300, window=None, count=1000, Hq=4, Hkv=2, D=16, gate=1.0, own=True, mask=None,
+                 softcap=None):  # fmt: skip
+    """A step of the kernels, twice, against one in float64; what nobody has written and what is masked is NaN."""
+    from ka_attention.ops.triton import ring as module
+
+    monkeypatch.setattr(module, "_plans", {})
+    if not CUDA:
+        monkeypatch.setattr(module, "TILE", 1024)  # several steps a piece
+    *one, keys, values = (
+        torch.randn(2, H, n, D, dtype=torch.float64)
+        for H, n in ((Hq, 1), (Hkv, 1), (Hkv, 1), (Hkv, slots), (Hq if own else Hkv, slots))
+    )
+    if isinstance(gate, str):
+        gate = 1.5 * torch.rand((Hq,) if gate == "head" else (2, Hq, 1), dtype=torch.float64)
+    window = window or slots
+    age = (count - 1 - torch.arange(slots)) % slots
+    unread = (age >= count).expand(2, slots)
+    if mask is not None:
+        columns = min(count, window + 5)
+        mask = torch.rand(2, Hq if mask == "of heads" else 1, 1, columns) > (1.0 if mask == "nothing" else 0.5)
+        column = columns - 1 - age
+        unread = unread | (~mask.any(1)[:, 0, column.clamp(min=0)] & (column >= 0))
+    options = {"bounds": (0.0, 1.0), "window": window, "scale": 0.25, "softcap": softcap}
+
+    def step(function, ring, dtype=torch.float64, device="cpu"):
+        def to(x):
+            return x.to(device, dtype) if isinstance(x, torch.Tensor) else x
+
+        ring = tuple(x.to(device, dtype, copy=True) for x in ring)
+        seen = None if mask is None else mask.to(device)
+        rest = {**options, "gate": to(gate), "mask": seen}
+        return [x.cpu() for x in (function(*map(to, one), ring, torch.tensor(count, device=device), **rest), *ring)]
+
+    def kernel(q, k, v, ring, count, *, gate, bounds, window, mask, scale, softcap):
+        return module.step(q, k, v, ring, count, gate, bounds, window, mask, scale, softcap)
+
+    truth = step(ring_step, (keys, values))
+    ring = [x.masked_fill(unread[:, None, :, None], float("nan")) for x in (keys, values)]
+    for dtype in [torch.float32, torch.bfloat16] if CUDA else [torch.float32]:
+        found, again = step(kernel, ring, dtype, DEVICE), step(kernel, ring, dtype, DEVICE)
+        for x, y, z in zip(found, truth, again, strict=True):
+            assert torch.equal(x.nan_to_num(9.0), z.nan_to_num(9.0))
+            if x.shape[2] == slots:
+                written = ~unread | (age == 0)
+                x, y = (tensor.transpose(1, 2)[written] for tensor in (x, y))
+            assert (x - y).abs().max() <= 16 * torch.finfo(dtype).eps, dtype
+    assert all(pieces > 1 for _, _, pieces in module._plans.values())
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_graph_counts_for_itself():
+    """A captured step serves all later tokens, as the count is on the device."""
+    from ka_attention.ops.triton.ring import step
+
+    def tokens(captured):
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 2, 4, 1, 64, device=DEVICE).unbind()
+        ring, count = tuple(torch.randn(2, 2, 4, 300, 64, device=DEVICE)), torch.tensor(299, device=DEVICE)
+
+        def call():
+            count.add_(1)
+            return step(q, k, v, ring, count, 1.0, (0.0, 1.0), 300, None, 0.125, None)
+
+        call()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                a = call()
+        for _ in range(4):
+            q.add_(0.1), k.mul_(0.9), v.add_(0.2)
+            if captured:
+                graph.replay()
+            else:
+                a = call()
+        return a, *ring
+
+    for x, y in zip(tokens(False), tokens(True), strict=True):
+        assert torch.equal(x, y)
 
 
 @kernels

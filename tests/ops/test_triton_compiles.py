@@ -64,13 +64,14 @@ def compile_attention(given) -> None:
     backward(torch.empty_like(tensors[0]), *tensors, *results, **options)
 
 
-def compile_ring() -> None:
+def compile_ring(slots: int = 8) -> None:
     from ka_attention.ops.triton.ring import step
 
-    q, k, v, *ring = (torch.empty(2, h, n, 64, device="meta") for h, n in ((4, 1), (2, 1), (2, 1), (2, 8), (4, 8)))
+    heads = (4, 1), (2, 1), (2, 1), (2, slots), (4, slots)
+    q, k, v, *ring = (torch.empty(2, h, n, 64, device="meta") for h, n in heads)
     count, gate = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
-    mask = torch.empty(2, 1, 1, 30, dtype=torch.bool, device="meta")
-    step(q, k, v, tuple(ring), count, gate, (0.0, 1.0), 8, mask, 0.125, None)
+    mask = torch.empty(2, 1, 1, slots + 22, dtype=torch.bool, device="meta")
+    step(q, k, v, tuple(ring), count, gate, (0.0, 1.0), slots, mask, 0.125, None)
 
 
 def compile_pages(new: int, window: int | None, gated: bool = True) -> None:
@@ -91,6 +92,7 @@ def compile_pages(new: int, window: int | None, gated: bool = True) -> None:
 ALL: dict[str, Callable[[], None]] = {
     **{name: lambda given=given: compile_attention(given) for name, given in CASES.items()},
     "a ring": compile_ring,
+    "a ring of many slots": lambda: compile_ring(512),
     "steps after pages": lambda: compile_pages(1, None),
     "chunks after pages": lambda: compile_pages(50, None),
     "chunks after rings": lambda: compile_pages(1500, 8),

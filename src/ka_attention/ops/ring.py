@@ -15,23 +15,13 @@ from ka_attention.ops.one import attend_one
 
 
 def ring_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ring: tuple[Tensor, Tensor],
-    count: Tensor,
-    *,
-    gate: float | Tensor,
-    bounds: tuple[float, float] = (-1.0, 1.0),
-    window: int,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, ring: tuple[Tensor, Tensor], count: Tensor, *, gate: float | Tensor,
+    bounds: tuple[float, float] = (-1.0, 1.0), window: int, mask: Tensor | None, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
     """A of one new token, [B, Hq, 1, D]; its key and its U are in the ring then, in place.
 
-    On a GPU this is one kernel, as a step of a narrow window is a few thousand numbers; elsewhere, in float64, and
-    where a compiler or autograd is to see it, PyTorch's operators.
+    On a GPU this is one kernel, or two where slots are many; elsewhere, in float64, and where a compiler or autograd is
+    to see it, PyTorch's operators.
 
     Args:
         q: query, [B, Hq, 1, D]; k, v: key and value, [B, Hkv, 1, D].
