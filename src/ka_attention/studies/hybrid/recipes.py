@@ -26,7 +26,7 @@ class HybridRecipe(LlamaSettings, PretrainingSettings):
                      processes).
     compiled:        where there is a GPU, compile the layers around their mixers and run steps as CUDA graphs.
     decode_batch, decode_steps: sequences that decode together after ``sequence_length`` tokens, steps that are timed.
-    tasks:           made-up tasks: dereference, depo, recall-1, recall-8, slots-3, slots-5.
+    tasks:           synthetic tasks: dereference, depo, recall-1, recall-8, slots-3, slots-5.
     task_arms, task_layers, task_samples: which arms learn them, in how many layers, training sequences.
     task_length, task_hops: statements in a training sequence, and the most steps along a permutation.
     task_size, task_batch, task_rate: the models' hidden size (heads have 64), sequences a step, peak learning rate.

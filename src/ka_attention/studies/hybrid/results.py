@@ -51,7 +51,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class HybridResults:
-    """By the arm's name: what was trained, one a seed, and how it decodes; ``rates`` by mixer; the made-up tasks."""
+    """By the arm's name: what was trained, one a seed, and how it decodes; ``rates`` by mixer; the synthetic tasks."""
 
     data: Json
     rates: dict[str, float]

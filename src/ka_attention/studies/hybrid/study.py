@@ -43,7 +43,7 @@ RATE_SEED = 1_000_000  # orders the batches of the search of learning rates
 
 
 class HybridStudy:
-    """Train every arm on the same text, decode with each, and teach some the made-up tasks."""
+    """Train every arm on the same text, decode with each, and teach some the synthetic tasks."""
 
     name = "hybrid"
     question = "Where text is plentiful, what do narrow layers of KA-attention give a hybrid?"

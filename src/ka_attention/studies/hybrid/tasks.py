@@ -1,4 +1,4 @@
-"""Made-up tasks in hybrids: references, steps along a permutation, recall, permutations spelled out."""
+"""Synthetic tasks in hybrids: references, steps along a permutation, recall, permutations spelled out."""
 
 from __future__ import annotations
 
