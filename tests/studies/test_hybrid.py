@@ -7,19 +7,15 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgb
 
 from ka_attention.errors import UserError
-from ka_attention.harness.figures import drawing
 from ka_attention.harness.run import study, workers
 from ka_attention.harness.run.records import from_json
 from ka_attention.harness.run.settings import override
 from ka_attention.harness.run.store import Store
 from ka_attention.harness.tasks.learning import NOT_ASKED, Plan, build
 from ka_attention.harness.tasks.statements import Depo
-from ka_attention.studies.hybrid.models import NAMES, arm
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
-from ka_attention.studies.hybrid.report import _pairs, look
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
 from ka_attention.studies.hybrid.tasks import TaskArm, settings, tasks
@@ -84,51 +80,75 @@ def test_states_are_as_large_as_computed(name):
     assert found.measured_bytes == found.computed_bytes
 
 
-def test_the_report_pairs_arms_and_shows_gates(run):
+def test_the_report_compares_arms_and_shows_gates(run):
     page = (run[1] / "report.md").read_text()
-    pair = "| 3:1 KA, gate per head, window 4, output gate | 3:1 softmax, window 4, output gate |"
-    pair_row = page[page.index(pair) :].partition("\n")[0]
-    assert "With gates set to 0 after training they lose: 3:1 KA, gate per head, window 4, output gate " in page
+    assert "All arms have output gates in every layer." in page
+    assert "output gate |" not in page
+    softmax, _, peers = page.partition("## Differences")[2].partition("the best of each other kind")
+    assert "| 3:1 KA, window 4 | " in softmax
+    assert "| 3:1 softmax, window " in peers
+    assert "| 3:1 no mixing | " in peers
+    assert "| 3:1 KA, window 4 | " in page.partition("gates set to 0 after training")[2]
     assert "gates after training (mean over seeds)" in page
-    assert "| window | 3:1 softmax, output gate |" in page
-    beside = page.partition("KA's loss less that of softmax with the same window")[2]
-    assert beside.split("| 4 | ")[1].partition(" |")[0] == pair_row.split(" | ")[2]
-    for name in ("state", "training", "windows", "decoding", "way", "position"):
+    assert "| window | 3:1 softmax |" in page
+    for name in ("kinds", "state", "training", "windows", "decoding", "way", "position", "gates"):
         assert (run[1] / "figures" / f"hybrid_{name}.svg").exists()
+
+
+def _stored(out, change):
+    """The results of a run with a change."""
+    stored = json.loads((out / "results.json").read_text())
+    change(stored)
+    return from_json(HybridResults, {f.name: stored[f.name] for f in fields(HybridResults)}, "results")
 
 
 def test_times_beside_other_work_are_not_shown(run):
     recipe, out = run
-    stored = json.loads((out / "results.json").read_text())
-    for one in stored["arms"]["3to1-none-gated"]:
-        one["alone"] = False
-    results = from_json(HybridResults, {f.name: stored[f.name] for f in fields(HybridResults)}, "results")
-    summary = HYBRID.sections(recipe, results)[0]
-    timed = {row[0]: row[4:6] for row in summary.tables[0].rows}
-    assert timed["3:1 no mixing, output gate"] == ["–", "–"]
-    assert "–" not in timed["full softmax, output gate"]
+
+    def change(stored):
+        for one in stored["arms"]["3to1-none-gated"]:
+            one["alone"] = False
+
+    table = HYBRID.sections(recipe, _stored(out, change))[0].tables[0]
+    timed = {row[0]: row[table.columns.index("1,000 tokens/s")] for row in table.rows}
+    assert timed["3:1 no mixing"] == "–"
+    assert "–" not in timed["full softmax"]
 
 
-def test_attention_with_convolutions_is_compared_with_what_has_some():
-    ka = "3to1-ka-w4-qkv"
-    peers = {"full-qkv", "3to1-softmax-w4-qkv", "3to1-gdn", "3to1-gdn-qkv", "3to1-mamba2", "canon", "3to1-ka-w4"}
-    names = (ka, *sorted(peers), "full", "3to1-softmax-w4", "3to1-softmax-w2-qkv", "3to1-conv")
-    assert {other for name, other in _pairs({name: arm(name) for name in names}) if name == ka} == peers
+def test_the_report_of_one_seed_leaves_out_what_nobody_measured(run):
+    recipe, out = run
+    kept = ("full-gated", "3to1-ka-head-w4-gated", "3to1-softmax-w4-gated")
+
+    def change(stored):
+        stored["arms"] = {name: stored["arms"][name][:1] for name in kept}
+        stored["decoding"] = {name: stored["decoding"][name] | {"seconds": None} for name in kept}
+        for i, name in enumerate(("full-gated", "3to1-softmax-w4-gated", "3to1-ka-head-w4-gated")):
+            stored["arms"][name][0]["training"]["rows"][-1]["loss"] = 3.0 - i / 8
+            stored["arms"][name][0]["alone"] = False
+
+    summary, compared, *_ = HYBRID.sections(recipe, _stored(out, change))
+    assert summary.paragraphs[0].startswith(
+        "**3:1 KA, window 4** has the lowest loss, 2.750 nats (one seed): 0.250 below full softmax, at 32 % of its"
+    )
+    assert (
+        "The nearest arm of another kind is 3:1 softmax, window 4, 0.125 above it in one seed: undecided."
+        in (summary.paragraphs[0])
+    )
+    assert summary.tables[0].columns == ["arm", "state (KiB)", "loss (nats)", "against full softmax"]
+    assert [figure.name for figure in summary.figures] == ["hybrid_kinds", "hybrid_state"]
+    assert [[row[1] for row in table.rows] for table in compared.tables] == [["−0.1250"], ["−0.1250", "−0.2500"]]
 
 
-def test_no_two_arms_look_alike():
-    name, *others = (f"3to1-ka-head-w4{rest}" for rest in ("", "-from0", "-gated", "-qkv", "-from0-qkv", "-from0-bias"))
-    assert all(look(arm(name)) != look(arm(other)) for other in others)
+def test_an_arm_alone_is_not_compared(run):
+    recipe, out = run
 
+    def change(stored):
+        stored["arms"], stored["decoding"] = ({"full-gated": stored[key]["full-gated"]} for key in ("arms", "decoding"))
 
-def test_attention_has_the_colour_that_it_has_in_other_reports():
-    names = {"full": "full", "ka": "3to1-ka-w4", "softmax": "3to1-softmax-w4", "conv": "3to1-conv", "none": "3to1-none",
-             "gdn": "3to1-gdn", "mamba2": "3to1-mamba2"}  # fmt: skip
-    found = {mixer: to_rgb(look(arm(name))["color"]) for mixer, name in names.items()}
-    windows = drawing.COLOURS["softmax, every other layer with a window"]
-    elsewhere = {"full": drawing.COLOURS["softmax"], "ka": drawing.COLOURS["KA"], "softmax": windows}
-    assert all(found[mixer] == pytest.approx(to_rgb(name)) for mixer, name in elsewhere.items())
-    assert len(set(found.values())) == len(NAMES) + 1 == len(found)
+    made = HYBRID.sections(recipe, _stored(out, change))
+    assert [section.title for section in made] == ["Hybrids", "On the way", "By position", "Tasks"]
+    assert not any(section.figures for section in made[:3])
+    assert made[0].paragraphs[0].startswith("One arm reads text, **full softmax**")
 
 
 def test_a_permutation_is_walked():

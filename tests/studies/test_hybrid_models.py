@@ -89,13 +89,13 @@ def test_names_of_arms():
     assert arm("3to1-ka-head-w4-fromspread-first-gated-qkv") == HybridArm(
         "ka", 4, "head", "spread", "3to1", first=True, output_gate=True, convolution="qkv"
     )
-    added = ", convolutions on q, k, v, biases on q, k, output gate"
+    added = ", biases on q, k, output gate + conv qkv"
     assert arm("3to1-softmax-w4-gated-qkv-bias").label == f"3:1 softmax, window 4{added}"
     assert arm("all-ka-w8").start == 1.0
     assert arm("3to1-ka-token-w2").start == 0.5
     assert arm("canon").convolution == "front"
     assert arm("3to1-ka-w2+4+8").windows(8) == (2, 4, 8, 2, 4, 8)
-    assert arm("3to1-ka-w2+4+8").label == "3:1 KA, window 2, 4, 8"
+    assert arm("3to1-ka-w2+4+8").label == "3:1 KA, windows 2+4+8"
     assert arm("3to1-conv-drawn").start == "drawn"
     assert arm("3to1-ka-w4").narrow(8) == (0, 1, 2, 4, 5, 6)
     assert arm("1to1-ka-w4-first").narrow(4) == (1, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ ARM = re.compile(
 NAMES = {
     "softmax": "softmax",
     "ka": "KA",
-    "conv": "gated convolution",
+    "conv": "gated conv",
     "none": "no mixing",
     "gdn": "Gated DeltaNet",
     "mamba2": "Mamba-2",
@@ -79,21 +80,37 @@ class HybridArm:
         return self.mixer in ("full", "softmax", "ka")
 
     @property
+    def words(self) -> dict[str, str]:
+        """What a label says of it, by attribute and in order; nothing of what goes without saying.
+
+        That is: learned gates start at 0.5, fixed ones are 1, a gated convolution starts at random.
+        """
+        mixer = "full softmax"
+        if self.mixer != "full":
+            name, pattern = NAMES[self.mixer], self.pattern.replace("to", ":")
+            mixer = f"{name} in every layer" if pattern == "all" else f"{pattern} {name}"
+        window = f"windows {'+'.join(map(str, self.window))}" if isinstance(self.window, tuple) else ""
+        start = ""
+        if self.mixer == "ka" and self.start != (1.0 if self.gate == "fixed" else 0.5):
+            begin = "0 to 1" if self.start == "spread" else f"{self.start:g}"
+            start = f"gates {'at' if self.gate == 'fixed' else 'from'} {begin}"
+        elif self.mixer == "conv" and self.start != "drawn":
+            start = "from identity"
+        return {
+            "mixer": mixer,
+            "gate": {"head": "gate per head", "token": "gate per token"}.get(self.gate, ""),
+            "window": window or (f"window {self.window}" if self.window else ""),
+            "start": start,
+            "first": "full first" if self.first and self.pattern != "all" else "",
+            "bias": "biases on q, k" if self.bias else "",
+            "output_gate": "output gate" if self.output_gate else "",
+            "convolution": {"front": "+ conv in front", "qkv": "+ conv qkv"}.get(self.convolution or "", ""),
+        }
+
+    @property
     def label(self) -> str:
-        """For tables and figures."""
-        if self.mixer == "full":
-            text = "full softmax"
-        else:
-            text = NAMES[self.mixer] + (", drawn" if self.start == "drawn" else "")
-            text += {"head": ", gate per head", "token": ", gate per token"}.get(self.gate, "")
-            text += "" if self.window is None else f", window {str(self.window).strip('()')}"
-            if self.gate != "fixed" and self.start != 0.5:
-                text += f", gates from {'0 to 1' if self.start == 'spread' else f'{self.start:g}'}"
-            if self.pattern != "all":
-                text = f"{self.pattern.replace('to', ':')} {text}" + (", full first" if self.first else "")
-        text += {"front": ", convolution in front", "qkv": ", convolutions on q, k, v"}.get(self.convolution or "", "")
-        text += ", biases on q, k" if self.bias else ""
-        return text + (", output gate" if self.output_gate else "")
+        """All its words; `labels.Labels` leaves out what the arms of a report share."""
+        return spelled(self.words.values())
 
     def narrow(self, layers: int) -> tuple[int, ...]:
         """The indices of the narrow layers of a model."""
@@ -104,6 +121,11 @@ class HybridArm:
             return tuple(range(layers))
         full = 0 if self.first else group - 1
         return tuple(i for i in range(layers) if i % group != full)
+
+
+def spelled(words: Iterable[str]) -> str:
+    """Words of an arm as a label: ``3:1 KA, window 4 + conv qkv``."""
+    return ", ".join(filter(None, words)).replace(", +", " +")
 
 
 def arm(name: str, setting: str = "arms") -> HybridArm:

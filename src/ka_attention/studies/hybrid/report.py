@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ka_attention.harness.figures import drawing
-from ka_attention.harness.figures.statistics import interval, mean, mean_sd, verdict
+from ka_attention.harness.figures.drawing import digits
+from ka_attention.harness.figures.statistics import cell, mean, verdict
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.hybrid.models import HybridArm, arm
+from ka_attention.studies.hybrid.differences import (
+    Arms,
+    beside_softmax,
+    best,
+    difference,
+    leading,
+    paired,
+)
+from ka_attention.studies.hybrid.differences import section as differences
+from ka_attention.studies.hybrid.labels import Labels
+from ka_attention.studies.hybrid.looks import LEGEND_ABOVE, axes, colour, look, marks
+from ka_attention.studies.hybrid.models import arm
 from ka_attention.studies.hybrid.recipes import HybridRecipe
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 
-COLOURS = {  # of mixers, those of the other reports where these have them
-    "full": drawing.COLOURS["softmax"],
-    "softmax": drawing.COLOURS["softmax, every other layer with a window"],
-    "ka": drawing.COLOURS["KA"],
-    "conv": "C2",
-    "none": "C3",
-    "gdn": drawing.COLOURS["DeltaNet"],
-    "mamba2": drawing.COLOURS["Mamba-2"],
-}
-MARKERS: dict[Any, str] = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}
-LEGEND_ABOVE = (4.8, 5.2)  # inches
 EXPECTED = (
     "**Expected** (written before the run; what concerns starts, windows, convolutions and peers after the first five"
     " arms and a smaller model): a hybrid with three narrow layers to a full one beats full softmax by 0.05 to 0.1 "
@@ -38,20 +37,21 @@ EXPECTED = (
     "0.03 worse, in the same order. With convolutions on q, k, v (said after one seed) KA is 0.015 below softmax, "
     "Gated DeltaNet with them in its full layers 0.03 behind KA, Mamba-2 0.05, and full softmax 0.07."
 )
-_WINDOWS = "▾ 1, ▴ 2, ■ 4, ◆ 8, ✚ 16, ✖ 64; hollow: without output gate; ringed: convolutions on q, k, v"
 _KIB = 1024
 
 
 def sections(recipe: HybridRecipe, results: HybridResults) -> list[Section]:
-    """Every arm; differences; the way there; positions; gates; tasks."""
-    arms = {name: arm(name) for name in results.arms}
+    """Every arm, best first; differences; windows; the way there; positions; gates; what was expected."""
+    arms = {name: arm(name) for name in sorted(results.arms, key=lambda name: mean(_losses(results, name)))}
+    labels = Labels(arms.values())
     made = (
-        _summary(recipe, results, arms),
-        _differences(results, arms),
-        _windows(results, arms),
-        _way(results, arms),
-        _positions(results, arms),
-        _gates(results, arms),
+        _summary(recipe, results, arms, labels),
+        differences(results, arms, labels),
+        _windows(results, arms, labels),
+        _way(results, arms, labels),
+        _positions(results, arms, labels),
+        _gates(results, arms, labels),
+        Section("What was expected", [EXPECTED]) if len(arms) > 1 else None,
     )
     return [section for section in made if section]
 
@@ -60,104 +60,154 @@ def _losses(results: HybridResults, name: str) -> list[float]:
     return [one.loss for one in results.arms[name]]
 
 
-def _nats(numbers: Sequence[float]) -> str:
-    """A paired difference in nats with its 95 % confidence interval."""
-    middle, half = interval(numbers)
-    text = f"{middle + 0.0:+.4f}".replace("-", "−")
-    return f"{text} (one seed)" if half is None else f"{text} ± {half:.4f}"
+def _base(results: HybridResults) -> str:
+    """The arm that the others are compared with."""
+    return next(iter(results.arms))
 
 
-def _paired(results: HybridResults, name: str, other: str) -> list[float]:
-    pairs = zip(_losses(results, name), _losses(results, other), strict=False)  # seeds that both have, counted from 0
-    return [loss - base for loss, base in pairs]
-
-
-def _summary(recipe: HybridRecipe, results: HybridResults, arms: dict[str, HybridArm]) -> Section:
-    base = next(iter(arms))
-    first = results.arms[base][0]
-    tokens, epochs = first.training.tokens, first.training.epochs
-    parameters = [one.parameters for runs in results.arms.values() for one in runs]
+def _summary(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Labels) -> Section:
+    training = results.arms[_base(results)][0].training
+    parameters = [one.parameters / 1e6 for runs in results.arms.values() for one in runs]
+    sizes = " to ".join(dict.fromkeys(f"{size:.2f}" for size in (min(parameters), max(parameters))))
+    rates = sorted(set(results.rates.values()))
+    searched = "; ".join(f"{rate:g} ({mixer})" for mixer, rate in results.rates.items())
     words = [
-        _verdict(results, arms),
-        f"Llama-like models of {min(parameters) / 1e6:.2f} to {max(parameters) / 1e6:.2f} M parameters "
-        f"({recipe.layers} layers × {recipe.hidden_size}, {recipe.heads} heads, a vocabulary of "
-        f"{recipe.vocab_size:,}), trained on "
-        f"{tokens:,} tokens of text in sequences of {recipe.sequence_length:,}: each token is read {epochs:.2f} times. "
-        "MLPs are wider or narrower so that all arms have as many parameters. In a seed all arms read the same batches "
-        "in the same order, and what two models have in common starts alike.",
-        "Learning rate at its peak: " + "; ".join(f"{rate:g} ({mixer})" for mixer, rate in results.rates.items()) + ".",
-        EXPECTED,
-        "**Came:** " + _came(results, arms),
-        "Trained on: " + "; ".join(sorted({_machine(one) for runs in results.arms.values() for one in runs})) + ".",
+        _verdict(results, arms, labels),
+        labels.notes(),
+        f"Llama-like models of {sizes} M parameters ({recipe.layers} layers × {recipe.hidden_size}, {recipe.heads} "
+        f"heads, a vocabulary of {recipe.vocab_size:,}), trained on {training.tokens:,} tokens of text in sequences of "
+        f"{recipe.sequence_length:,}: each token is read {training.epochs:.2f} times. MLPs are wider or narrower so "
+        "that all arms have as many parameters. In a seed all arms read the same batches in the same order, and what "
+        "two models have in common starts alike. Learning rate at its peak: "
+        + (f"{rates[0]:g} for all arms." if len(rates) == 1 else f"{searched}.")
+        + f" Trained on {'; '.join(sorted({_machine(one) for runs in results.arms.values() for one in runs}))}.",
     ]
-    rows = []
-    for name in sorted(arms, key=lambda name: mean(_losses(results, name))):
-        runs, decoding = results.arms[name], results.decoding[name]
-        fastest = max((one for one in runs if one.alone), key=lambda one: one.training.tokens_per_s, default=None)
-        speed = "–" if fastest is None else f"{fastest.training.tokens_per_s:,.0f}"
-        if fastest is not None and fastest.utilisation is not None:
-            speed += f" ({100 * fastest.utilisation:.0f} %)" + ("" if fastest.graphs else ", without graphs")
-        rows.append(
-            [
-                arms[name].label,
-                f"{decoding.computed_bytes / _KIB:,.0f}",
-                mean_sd(_losses(results, name), 4),
-                "–" if name == base else _nats(_paired(results, name, base)),
-                "–" if fastest is None else f"{fastest.training.seconds:,.1f}",
-                speed,
-                "–" if decoding.seconds is None else f"{1000 * decoding.seconds:.2f}",
-            ]
-        )
-    columns = ["arm", "state (KiB)", "validation loss (nats)", f"against {arms[base].label}"]
-    columns += ["training (s)", "tokens/s (MFU)", "decoding (ms a step)"]
+    figures = [_kinds(results, arms, labels)]
+    measures: dict[str, tuple[str, Callable[[str], float | None]]] = {
+        "state": ("state (KiB a sequence)", partial(_state, results)),
+        "training": ("training (s)", partial(_seconds, results)),
+        "decoding": (f"a step of {recipe.decode_batch} sequences (ms)", partial(_step, results)),
+    }
+    for name, (axis, value) in measures.items():
+        if any(value(each) for each in arms):
+            figures.append(_against(results, arms, labels, name, axis, value))
+    return Section("Hybrids", words, [_table(recipe, results, arms, labels)], figures if len(arms) > 1 else ())
+
+
+def _state(results: HybridResults, name: str) -> float:
+    return results.decoding[name].computed_bytes / _KIB
+
+
+def _seconds(results: HybridResults, name: str) -> float | None:
+    """Of training the fastest seed that had its GPU to itself."""
+    return min((one.training.seconds for one in results.arms[name] if one.alone), default=None)
+
+
+def _step(results: HybridResults, name: str) -> float | None:
+    seconds = results.decoding[name].seconds
+    return None if seconds is None else 1000 * seconds
+
+
+def _speed(results: HybridResults, name: str) -> str:
+    """Thousands of tokens a second, of the seed of `_seconds`."""
+    alone = [one for one in results.arms[name] if one.alone]
+    if not alone:
+        return "–"
+    fastest = max(alone, key=lambda one: one.training.tokens_per_s)
+    text = digits(fastest.training.tokens_per_s / 1000)
+    if fastest.utilisation is None:
+        return text
+    return f"{text} ({100 * fastest.utilisation:.0f} %)" + ("" if fastest.graphs else " †")
+
+
+def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Labels) -> Table:
+    """A row an arm; no columns that say nothing."""
+    base, counts = _base(results), {len(runs) for runs in results.arms.values()}
+    several = sorted(counts - {1})
+    speeds = [_speed(results, name) for name in arms]
+    speed = "1,000 tokens/s" + (" (MFU)" if any("%" in each for each in speeds) else "")
+    columns: dict[str, list[str]] = {
+        "arm": [labels(each) for each in arms.values()],
+        "state (KiB)": [f"{_state(results, name):,.0f}" for name in arms],
+        "loss (nats)": [cell(_losses(results, name), 3) for name in arms],
+    }
+    if len(several) > 1:
+        columns["seeds"] = [str(len(results.arms[name])) for name in arms]
+    if len(counts) > 1:
+        columns["seed 0"] = [f"{_losses(results, name)[0]:.3f}" for name in arms]
+    columns[f"against {labels(arms[base])}"] = [
+        "–" if name == base else difference(paired(results, name, base), 3).removesuffix(" *") for name in arms
+    ]
+    columns[speed] = speeds
+    steps = [_step(results, name) for name in arms]
+    columns["decoding (ms)"] = ["–" if step is None else f"{step:.2f}" for step in steps]
+    shown = {column: cells for column, cells in columns.items() if set(cells) != {"–"}}
+    over = _seeds(several[0]) if len(several) == 1 else "seeds"
+    spread = f"mean ± sd over {over}{' (without ±: one)' if 1 in counts else ''}" if several else "one seed"
     caption = (
-        f"State of a sequence of {recipe.sequence_length:,} tokens; loss after training, mean ± sd; paired differences "
-        "± 95 % confidence interval over seeds that both have; training of the fastest seed; a step of decoding "
-        f"{recipe.decode_batch} sequences; –: not measured, or beside other work"
+        f"Arms from best to worst. State after {recipe.sequence_length:,} tokens; validation loss after training, "
+        f"{spread}; its difference, paired by seed{', ± 95 % confidence interval' if several else ''}; training, of "
+        f"the fastest seed{' (†: without CUDA graphs)' if any('†' in each for each in speeds) else ''}; a step of "
+        f"decoding {recipe.decode_batch} sequence{'s' if recipe.decode_batch > 1 else ''}; –: not measured, or beside "
+        "other work"
     )
-
-    def state(name: str) -> float:
-        return results.decoding[name].computed_bytes / _KIB
-
-    def training(name: str) -> float:
-        return min((one.training.seconds for one in results.arms[name] if one.alone), default=float("nan"))
-
-    figures = [
-        _against(results, arms, "state", "state (KiB a sequence)", state),
-        _against(results, arms, "training", "training (s)", training),
-    ]
-    if any(each.seconds for each in results.decoding.values()):
-
-        def decoding_time(name: str) -> float:
-            return 1000 * (results.decoding[name].seconds or float("nan"))
-
-        axis = f"a step of {recipe.decode_batch} sequences (ms)"
-        figures.append(_against(results, arms, "decoding", axis, decoding_time))
-    return Section("Hybrids", words, [Table(caption, columns, rows)], figures)
+    return Table(caption, list(shown), list(zip(*shown.values(), strict=True)))
 
 
-def _verdict(results: HybridResults, arms: dict[str, HybridArm]) -> str:
-    """The best arm of those with the most seeds, what beats it in fewer, and KA beside softmax, the window the same."""
-    base, known = next(iter(arms)), _most_seeds(results, arms)
-    best = min(known, key=lambda name: mean(_losses(results, name)))
-    other = min(arms, key=lambda name: mean(_paired(results, name, best)))
-    share = 100 * results.decoding[best].computed_bytes / results.decoding[base].computed_bytes
-    which = "" if len(known) == len(arms) else f" of those with {len(_losses(results, best))} seeds"
-    text = f"The lowest loss{which} has **{arms[best].label}**"
-    if best != base:
-        text += (
-            f": {_nats(_paired(results, best, base))} nats against {arms[base].label}, at {share:.0f} % of its state"
-        )
-    if other not in known:
-        count = len(_losses(results, other))
-        text += f". With {count} seed{'s' if count > 1 else ''} {arms[other].label} is lower by"
-        text += f" {-mean(_paired(results, other, best)):.4f}"
-    windows = [pair for pair in _pairs(arms) if [arms[name].mixer for name in pair] == ["ka", "softmax"]]
-    beside = {pair: _paired(results, *pair) for pair in windows}
-    for (name, _), found in beside.items():
-        if len(found) == max(map(len, beside.values())):
-            text += f". {arms[name].label} against softmax with the same window: {_nats(found)} nats, {verdict(found)}"
-    return text + "."
+def _verdict(results: HybridResults, arms: Arms, labels: Labels) -> str:
+    """What has the lowest loss, against what, with how large a state; what is nearest; KA beside softmax."""
+    base, first = _base(results), best(results, arms)
+    count = len(results.arms[first])
+    loss = f"{mean(_losses(results, first)):.3f} nats"
+    if len(arms) == 1:
+        return f"One arm reads text, **{labels(arms[first])}**: {loss} ({_seeds(count)})."
+    fewer = any(len(runs) < count for runs in results.arms.values())
+    text = f"**{labels(arms[first])}** has the lowest loss"
+    text += f" of the arms with {_seeds(count)}, {loss}" if fewer else f", {loss} ({_seeds(count)})"
+    if first != base:
+        share = _state(results, first) / _state(results, base)
+        text += f": {_apart(paired(results, first, base))} {labels(arms[base])}, at {100 * share:.0f} % of its state"
+    others = [name for name in arms if arms[name].mixer != arms[first].mixer and name != base]
+    ka = [name for name in others if arms[name].mixer == "ka"]
+    nearest = min(others, key=lambda name: mean(paired(results, name, first)), default=None)
+    if nearest:
+        text += f". The nearest arm of another kind is {_beyond(results, arms, labels, nearest, first)}"
+        if ka and nearest not in ka:
+            text += f". The best with KA is {_beyond(results, arms, labels, best(results, ka), first)}"
+    return text + "." + _beside(results, arms)
+
+
+def _beyond(results: HybridResults, arms: Arms, labels: Labels, name: str, first: str) -> str:
+    found = paired(results, name, first)
+    text = f"{labels(arms[name])}, {_apart(found)} it"
+    if len(found) == 1:
+        return f"{text} in one seed: undecided"
+    return text if verdict(found) in ("lower", "higher") else f"{text}: not told apart"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seeds" if count > 1 else "one seed"
+
+
+def _apart(numbers: Sequence[float]) -> str:
+    """``0.143 ± 0.065 below``."""
+    text = difference(numbers, 3).removesuffix(" *")
+    return text[1:] + (" below" if text.startswith("−") else " above")
+
+
+def _beside(results: HybridResults, arms: Arms) -> str:
+    """How KA compares with softmax in its place, in pairs with as many seeds as any pair has."""
+    pairs = [paired(results, *pair) for pair in beside_softmax(arms)]
+    most = max(map(len, pairs), default=0)
+    if most < 2:
+        below = sum(found[0] < 0 for found in pairs)
+        where = f"{_apart(pairs[0])} softmax" if len(pairs) == 1 else f"below softmax in {below} of {len(pairs)} pairs"
+        return f" With all else alike KA is {where}, in one seed." if pairs else ""
+    found = [verdict(each) for each in pairs if len(each) == most]
+    counts = {"below softmax": found.count("lower"), "above softmax": found.count("higher")}
+    counts["not told apart from softmax"] = len(found) - sum(counts.values())
+    said = ", ".join(f"{text} in {count}" for text, count in counts.items() if count)
+    return f" With all else alike KA is {said} of {len(found)} pairs with {most} seeds."
 
 
 def _machine(one: TrainedArm) -> str:
@@ -165,75 +215,18 @@ def _machine(one: TrainedArm) -> str:
     return f"{where['accelerator'] or where['processor']}, PyTorch {where['torch']}"
 
 
-def _came(results: HybridResults, arms: dict[str, HybridArm]) -> str:
-    lost = []
-    for name, each in arms.items():
-        if each.mixer == "ka" and each.gate != "fixed" and len(results.arms[name]) > 1:
-            found = [(one.ungated_loss or 0.0) - one.loss for one in results.arms[name]]
-            lost.append(f"{each.label} {_nats(found)}")
-    said = "The table has the arms from best to worst."
-    return said + (f" With gates set to 0 after training they lose: {'; '.join(lost)}." if lost else "")
-
-
-def _pairs(arms: dict[str, HybridArm]) -> list[tuple[str, str]]:
-    """Arms to compare, all else alike: a window and what could stand in its place; a mixer that starts in two ways, or
-    has convolutions or biases beside one that has none.
-
-    In the place of KA, and of softmax with a window: other mixers, and full softmax with a convolution in front; in
-    KA's place also softmax with the same window. Recurrent layers have convolutions of their own: they are compared
-    with attention that has some and with attention that has none.
-    """
-    found: list[tuple[str, str]] = []
-    for name, each in arms.items():
-        for other, its in arms.items():
-            own = replace(its, convolution=each.convolution) if its.mixer in ("gdn", "mamba2") else its
-            alike = _surroundings(own) == _surroundings(each)
-            added = each != its == replace(each, convolution=None, bias=False)
-            peer = each.window and its.mixer not in (each.mixer, "ka", "full") and its.window in (None, each.window)
-            begins = (its.mixer, its.window) == (each.mixer, each.window) and its.start != each.start
-            canon = each.window and its.mixer == "full" and its.convolution in ("front", each.convolution or "front")
-            chosen = canon or added or (alike and (peer or begins))
-            if chosen and its.output_gate == each.output_gate and (other, name) not in found:
-                found.append((name, other))
-    return found
-
-
-def _surroundings(each: HybridArm) -> tuple[Any, ...]:
-    return each.pattern, each.first, each.convolution, each.bias
-
-
-def _differences(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
-    """Windows beside their peers, most seeds first."""
-
-    def row(name: str, other: str) -> list[str]:
-        found = _paired(results, name, other)
-        return [arms[name].label, arms[other].label, _nats(found), str(len(found)), verdict(found)]
-
-    pairs = sorted(_pairs(arms), key=lambda pair: -len(_paired(results, *pair)))
-    if not pairs:
-        return None
-    caption = "Loss of the first less that of the second"
-    shown = f"{caption}, paired by seed, ± 95 % confidence interval (below 0: first better)"
-    columns = ["arm", "against", "difference (nats)", "seeds", "its loss is"]
-    several = [row(*pair) for pair in pairs if len(_paired(results, *pair)) > 1]
-    single = [row(*pair) for pair in pairs if len(_paired(results, *pair)) == 1]
-    words = ["A difference counts if 0 lies outside its interval. With one seed nothing is known of the spread."]
-    folded = [Table(f"{caption}, one seed", columns, single)] if several and single else []
-    return Section("Differences", words, [Table(shown, columns, several or single)], folded=folded)
-
-
-def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
+def _windows(results: HybridResults, arms: Arms, labels: Labels) -> Section | None:
     """Loss against the window, for what was trained with several."""
     found: dict[str, dict[int, str]] = {}
     for name, each in arms.items():
         if isinstance(each.window, int):
-            found.setdefault(replace(each, window=None).label, {})[each.window] = name
-    series = {label: dict(sorted(names.items())) for label, names in found.items() if len(names) > 1}
+            found.setdefault(labels(each, "window"), {})[each.window] = name
+    series = {label: dict(sorted(names.items())) for label, names in sorted(found.items()) if len(names) > 1}
     if not series:
         return None
     widths = sorted({window for names in series.values() for window in names})
     rows = [
-        [str(w), *(mean_sd(_losses(results, names[w]), 4) if w in names else "–" for names in series.values())]
+        [str(w), *(cell(_losses(results, names[w]), 4) if w in names else "–" for names in series.values())]
         for w in widths
     ]
 
@@ -241,99 +234,104 @@ def _windows(results: HybridResults, arms: dict[str, HybridArm]) -> Section | No
         for label, names in series.items():
             points = [mean(_losses(results, name)) for name in names.values()]
             ax.plot(list(names), points, label=label, **look(arms[next(iter(names.values()))]) | {"marker": "."})
-        base = next(iter(arms))
-        ax.axhline(mean(_losses(results, base)), color=_colour(arms[base]), label=arms[base].label)
+        base = _base(results)
+        ax.axhline(mean(_losses(results, base)), color=colour(arms[base]), label=labels(arms[base]))
         ax.set_xscale("log", base=2)
         ax.set_xticks(widths, map(str, widths))
-        _axes(ax, "window (tokens)")
+        axes(ax, "window (tokens)")
 
-    tables = [Table("Validation loss by window (tokens)", ["window", *series], rows)]
-    beside: dict[str, dict[int, str]] = {}
-    for name, other in _pairs(arms):
-        each = arms[name]
-        if each.mixer == "ka" and arms[other].mixer == "softmax" and isinstance(each.window, int):
-            beside.setdefault(replace(each, window=None).label, {})[each.window] = _nats(_paired(results, name, other))
-    if beside:
-        counts = sorted({window for found in beside.values() for window in found})
-        rows = [[str(w), *(found.get(w, "–") for found in beside.values())] for w in counts]
-        caption = "KA's loss less that of softmax with the same window, paired by seed, ± 95 % confidence interval"
-        tables.append(Table(caption, ["window", *beside], rows))
-    return Section("Windows", (), tables, [Figure("hybrid_windows", "Validation loss by window", draw, LEGEND_ABOVE)])
+    table = Table("Validation loss by window (tokens), mean ± sd; without ±: one seed", ["window", *series], rows)
+    figure = Figure("hybrid_windows", "Validation loss by window (mean over seeds)", draw, LEGEND_ABOVE)
+    return Section("Windows", (), [table], [figure])
 
 
-def _most_seeds(results: HybridResults, arms: dict[str, HybridArm]) -> dict[str, HybridArm]:
-    """The arms with the most seeds; the curves of others are not shown."""
-    most = max(map(len, results.arms.values()))
-    return {name: each for name, each in arms.items() if len(results.arms[name]) == most}
+def _way(results: HybridResults, arms: Arms, labels: Labels) -> Section:
+    base = _base(results)
+    counts = [row.tokens for row in results.arms[base][0].training.rows]
+
+    def losses(name: str, i: int) -> list[float]:
+        return [one.training.rows[i].loss for one in results.arms[name]]
+
+    rows = [[labels(each), *(cell(losses(name, i), 4) for i in range(len(counts)))] for name, each in arms.items()]
+    columns = ["arm", *(f"{tokens / 1e6:,.1f} M tokens" for tokens in counts)]
+    table = Table("Validation loss on the way, mean ± sd; without ±: one seed", columns, rows)
+    points = [partial(losses, i=i) for i in range(len(counts))]
+    ticks = [f"{tokens / 1e6:,.1f}" for tokens in counts]
+    figures = _curves(results, arms, labels, "way", "on the way", points, ticks, "tokens read (millions)")
+    return Section("On the way", figures=figures, folded=[table])
 
 
-def _way(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
-    counts = [row.tokens for row in next(iter(results.arms.values()))[0].training.rows]
-    rows = [
-        [
-            each.label,
-            *(mean_sd([one.training.rows[i].loss for one in results.arms[name]], 4) for i in range(len(counts))),
-        ]
-        for name, each in arms.items()
-    ]
-    table = Table("Validation loss on the way", ["arm", *(f"{tokens / 1e6:,.1f} M tokens" for tokens in counts)], rows)
-
-    def draw(ax: Any) -> None:
-        for name, each in _most_seeds(results, arms).items():
-            points = [mean([one.training.rows[i].loss for one in results.arms[name]]) for i in range(len(counts))]
-            ax.plot([tokens / 1e6 for tokens in counts], points, label=each.label, **look(each))
-        _axes(ax, "tokens read (millions)")
-
-    return Section("On the way", (), [table], [Figure("hybrid_way", "Validation loss on the way", draw, LEGEND_ABOVE)])
-
-
-def _positions(results: HybridResults, arms: dict[str, HybridArm]) -> Section:
-    base = next(iter(arms))
-    octaves = results.arms[base][0].training.rows[-1].by_position
+def _positions(results: HybridResults, arms: Arms, labels: Labels) -> Section:
+    octaves = results.arms[_base(results)][0].training.rows[-1].by_position
     names = [f"{octave.first}–{octave.last}" for octave in octaves]
 
-    def losses(name: str) -> list[float]:
-        return [
-            mean([one.training.rows[-1].by_position[i].loss for one in results.arms[name]]) for i in range(len(octaves))
-        ]
+    def losses(name: str, i: int) -> list[float]:
+        return [one.training.rows[-1].by_position[i].loss for one in results.arms[name]]
+
+    rows = [
+        [labels(each), *(f"{mean(losses(name, i)):.4f}" for i in range(len(octaves)))] for name, each in arms.items()
+    ]
+    table = Table("Validation loss by predicting position (mean over seeds)", ["arm", *names], rows)
+    points = [partial(losses, i=i) for i in range(len(octaves))]
+    figures = _curves(results, arms, labels, "position", "by position", points, names, "position (tokens)")
+    return Section("By position", figures=figures, folded=[table])
+
+
+def _curves(
+    results: HybridResults,
+    arms: Arms,
+    labels: Labels,
+    name: str,
+    what: str,
+    points: Sequence[Callable[[str], list[float]]],
+    ticks: Sequence[str],
+    axis: str,
+) -> list[Figure]:
+    """The best arm of each kind that mixes tokens, less the first arm: at each point the mean over common seeds."""
+    base = _base(results)
+    curves = [name for name in leading(results, arms) if arms[name].mixer != "none"]
 
     def draw(ax: Any) -> None:
-        for name, each in _most_seeds(results, arms).items():
-            pairs = zip(losses(name), losses(base), strict=True)
-            ax.plot([loss - other for loss, other in pairs], label=each.label, **look(each))
-        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        _axes(ax, "position in the sequence (tokens)", "difference (nats)")
+        for each in curves:
+            both = [zip(losses(each), losses(base), strict=False) for losses in points]
+            ax.plot([mean([a - b for a, b in pairs]) for pairs in both], label=labels(arms[each]), **look(arms[each]))
+        ax.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right")
+        axes(ax, axis, "difference (nats)")
 
-    rows = [[each.label, *(f"{loss:.4f}" for loss in losses(name))] for name, each in arms.items()]
-    table = Table("Validation loss by predicting position (mean over seeds)", ["arm", *names], rows)
-    caption = f"Validation loss by position, less that of {arms[base].label} (mean over seeds)"
-    return Section("By position", (), [table], [Figure("hybrid_position", caption, draw, LEGEND_ABOVE)])
+    caption = f"Validation loss {what}, less that of {labels(arms[base])}: the best arm of each kind that mixes tokens"
+    return [Figure(f"hybrid_{name}", caption, draw, LEGEND_ABOVE)] if len(curves) > 1 else []
 
 
-def _gates(results: HybridResults, arms: dict[str, HybridArm]) -> Section | None:
+def _gates(results: HybridResults, arms: Arms, labels: Labels) -> Section | None:
+    """What the loss becomes without them, and where the best arms have them; all arms' folded."""
     gated = {name: each for name, each in arms.items() if each.mixer == "ka" and each.gate != "fixed"}
     if not gated:
         return None
-    tables, figures = [], []
-    for name, each in gated.items():
-        layers = results.arms[name][0].gates
-        rows = [
-            [
-                str(layer),
-                *(f"{mean([one.gates[layer][h] for one in results.arms[name]]):.2f}" for h in range(len(heads))),
-            ]
-            for layer, heads in layers.items()
-        ]
-        heads = [f"head {h}" for h in range(len(next(iter(layers.values()))))]
-        tables.append(Table(f"{each.label}: gates after training (mean over seeds)", ["layer", *heads], rows))
-        figures.append(
-            Figure(
-                f"gates_{name}",
-                f"{each.label}: gates after training, all heads and seeds",
-                partial(_draw_gates, results.arms[name]),
-            )
-        )
-    return Section("Gates", (), folded=tables, figures=figures)
+    lost = {
+        name: [one.ungated_loss - one.loss for one in results.arms[name] if one.ungated_loss is not None]
+        for name in gated
+    }
+    rows = [[labels(gated[name]), difference(found), str(len(found))] for name, found in lost.items() if found]
+    caption = "Loss with gates set to 0 after training, less that with them (nats)"
+    tables = [Table(caption, ["arm", "without gates", "seeds"], rows)] if rows else []
+    folded = [_each_gate(results, name, labels(each)) for name, each in gated.items()]
+    figures = []
+    for name in (name for name in leading(results, gated) if name in gated):
+        each = gated[name]
+        suffix = "".join(f"_{part}" for part in (each.convolution, "" if each.output_gate else "plain") if part)
+        caption = f"{labels(each)}: gates after training, all heads and seeds"
+        figures.append(Figure(f"hybrid_gates{suffix}", caption, partial(_draw_gates, results.arms[name])))
+    return Section("Gates", (), tables, figures, folded)
+
+
+def _each_gate(results: HybridResults, name: str, label: str) -> Table:
+    layers = results.arms[name][0].gates
+    heads = range(len(next(iter(layers.values()))))
+    rows = [
+        [str(layer), *(f"{mean([one.gates[layer][h] for one in results.arms[name]]):.2f}" for h in heads)]
+        for layer in layers
+    ]
+    return Table(f"{label}: gates after training (mean over seeds)", ["layer", *(f"head {h}" for h in heads)], rows)
 
 
 def _draw_gates(runs: Sequence[TrainedArm], ax: Any) -> None:
@@ -342,57 +340,37 @@ def _draw_gates(runs: Sequence[TrainedArm], ax: Any) -> None:
     ax.set(xlabel="layer", xticks=list(runs[0].gates), ylabel="gate", ylim=(-0.03, 1.03))
 
 
+def _kinds(results: HybridResults, arms: Arms, labels: Labels) -> Figure:
+    """A row for the best arm of each kind, a point a seed."""
+    leaders = sorted(leading(results, arms), key=list(arms).index, reverse=True)
+
+    def draw(ax: Any) -> None:
+        for row, name in enumerate(leaders):
+            ax.plot(_losses(results, name), [row] * len(results.arms[name]), **look(arms[name]) | {"linestyle": ""})
+        ax.set_yticks(range(len(leaders)), [labels(arms[name]) for name in leaders], fontsize=8)
+        ax.set(xlabel="validation loss (nats)", ylim=(-0.6, len(leaders) - 0.4))
+
+    caption = "The best arm of each kind, a mixer with or without convolutions; a point a seed"
+    return Figure("hybrid_kinds", caption, draw, (4.8, 1 + 0.2 * len(leaders)))
+
+
 def _against(
-    results: HybridResults, arms: dict[str, HybridArm], name: str, axis: str, value: Callable[[str], float]
+    results: HybridResults, arms: Arms, labels: Labels, name: str, axis: str, value: Callable[[str], float | None]
 ) -> Figure:
+    """Loss against ``value``, a point a seed; arms that have none are not shown."""
+
     def draw(ax: Any) -> None:
         for key, each in arms.items():
-            losses = _losses(results, key)
-            kind = replace(each, window=None, gate="fixed", output_gate=False).label
-            ax.plot([value(key)] * len(losses), losses, label=kind, **look(each) | {"linestyle": ""})
+            x, losses = value(key), _losses(results, key)
+            if x is not None:
+                kind = labels(each, "window", "gate", "start", "output_gate")
+                ax.plot([x] * len(losses), losses, label=kind, **look(each) | {"linestyle": ""})
         if name == "state":
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:,g}")
             ax.tick_params("x", rotation=30)
-        _axes(ax, axis)
+        axes(ax, axis)
 
-    return Figure(
-        f"hybrid_{name}",
-        f"Validation loss against {name}; best is low and left; windows: {_WINDOWS}",
-        draw,
-        LEGEND_ABOVE,
-    )
-
-
-def look(each: HybridArm) -> dict[str, Any]:
-    """A colour a mixer, a marker a window; hollow without an output gate, dashed where no layers alternate, dotted and
-    its markers ringed with convolutions on q, k, v."""
-    from matplotlib import rcParams
-
-    convolved = each.convolution == "qkv"
-    return {
-        "color": _colour(each),
-        "marker": MARKERS.get(each.window, "*"),
-        "linestyle": ":" if convolved else "--" if each.pattern == "all" else "-",
-        "fillstyle": "full" if each.output_gate else "none",
-        **({"markeredgecolor": rcParams["text.color"]} if convolved else {}),
-    }
-
-
-def _colour(each: HybridArm) -> tuple[float, ...]:
-    """That of its mixer, lighter where gates or convolutions start otherwise or a convolution stands in front."""
-    from matplotlib.colors import to_rgb
-
-    lighter = {"drawn": 0.5, "spread": 0.7, 0.0: 0.45 if each.mixer == "ka" else 0.0}.get(each.start, 0.0)
-    if each.convolution == "front" or each.bias:
-        lighter = 0.5
-    return tuple(1 - (1 - part) * (1 - lighter) for part in to_rgb(COLOURS[each.mixer]))
-
-
-def _axes(ax: Any, x: str, y: str = "validation loss (nats)") -> None:
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    handles, labels = ax.get_legend_handles_labels()
-    once = dict(zip(reversed(labels), reversed(handles), strict=True))
-    columns = 1 + (sum(sorted(map(len, once))[-2:]) <= 80)  # as many letters fit side by side
-    ax.figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=columns, fontsize=7)
+    meaning = marks(arms.values())
+    caption = f"Validation loss against {name}; best is low and left" + (f"; {meaning}" if meaning else "")
+    return Figure(f"hybrid_{name}", caption, draw, LEGEND_ABOVE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,10 @@ from ka_attention.harness.tasks.learning import build as build_plan
 from ka_attention.harness.tasks.statements import Depo, Dereference, Recall, Slots
 from ka_attention.harness.training.pretraining import PretrainingSettings, adamw, set_rate, step, unchanged
 from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.hybrid.labels import Labels
+from ka_attention.studies.hybrid.looks import look
 from ka_attention.studies.hybrid.models import LlamaSettings, arm, build, count
 from ka_attention.studies.hybrid.recipes import HEAD, HybridRecipe
-from ka_attention.studies.hybrid.report import look
 
 UNITS = {
     "dereference": "depth (references)",
@@ -155,10 +156,15 @@ def sections(recipe: HybridRecipe, learned: Mapping[str, Learned]) -> list[Secti
     if not learned:
         return []
     lengths = recipe.task_length, LONGER * recipe.task_length
+    labels = Labels(arm(entry.arm.name) for entry in learned.values())
     tables, figures = [], []
     for name in recipe.tasks:
         unit = UNITS[name.partition("-")[0]]
-        found = [entry for entry in learned.values() if entry.task == name]
+        found = [
+            replace(entry, arm=replace(entry.arm, kind=labels(arm(entry.arm.name))))
+            for entry in learned.values()
+            if entry.task == name
+        ]
         rows = [[entry.label, *(mean_sd(entry.percents(test)) for test in range(2))] for entry in found]
         columns = ["arm", *(f"{length} statements" for length in lengths)]
         tables.append(Table(f"{name}: right answers (%)", columns, rows))
@@ -169,7 +175,7 @@ def sections(recipe: HybridRecipe, learned: Mapping[str, Learned]) -> list[Secti
         f"then questions which node stands k = 1 to {recipe.task_hops} steps on (arXiv 2512.17351). *Recall* of 1 or 8 "
         "pairs past fillers. *Slots*: permutations of 3 or 5 things, spelled out. Models of size "
         f"{recipe.task_size} are trained at {lengths[0]} statements and tested there and at {lengths[1]}; "
-        f"{recipe.task_samples:,} training sequences."
+        f"{recipe.task_samples:,} training sequences. {labels.notes()}"
     ]
     return [Section("Tasks", words, tables, figures)]
 

@@ -1,0 +1,118 @@
+"""What the report of the hybrid study compares: KA with softmax, the best KA with its peers, an arm with and without
+a part. All differences are paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ka_attention.harness.figures.statistics import interval, mean, verdict
+from ka_attention.report.document import Section, Table
+from ka_attention.studies.hybrid.labels import Labels
+from ka_attention.studies.hybrid.models import HybridArm
+from ka_attention.studies.hybrid.results import HybridResults
+
+Arms = dict[str, HybridArm]
+PARTS = {  # the words of a part: the same arm without it
+    "conv qkv": ("convolution", "qkv", None),
+    "conv in front": ("convolution", "front", None),
+    "biases on q, k": ("bias", True, False),
+    "output gates": ("output_gate", True, False),
+    "gates from 0": ("start", 0.0, 0.5),
+    "gates from 0 to 1": ("start", "spread", 0.5),
+    "start at random": ("start", "drawn", 0.0),
+}
+
+
+def paired(results: HybridResults, name: str, other: str) -> list[float]:
+    """Losses of one arm less those of another, for the seeds that both have, counted from 0."""
+    pairs = zip(results.arms[name], results.arms[other], strict=False)
+    return [one.loss - base.loss for one, base in pairs]
+
+
+def difference(numbers: Iterable[float], digits: int = 4) -> str:
+    """``−0.0182 ± 0.0139 *``: mean and 95 % confidence interval, * where that leaves out 0; one seed: ``−0.0040``."""
+    numbers = list(numbers)
+    middle, half = interval(numbers)
+    text = f"{round(middle, digits) + 0.0:+.{digits}f}".replace("-", "−")
+    if half is None:
+        return text
+    return f"{text} ± {half:.{digits}f}" + (" *" if verdict(numbers) in ("lower", "higher") else "")
+
+
+def best(results: HybridResults, names: Iterable[str]) -> str:
+    """Of some arms the one with the lowest loss, among those of them with the most seeds."""
+    return min(names, key=lambda name: (-len(results.arms[name]), mean([one.loss for one in results.arms[name]])))
+
+
+def leading(results: HybridResults, arms: Arms) -> list[str]:
+    """The best arm of each kind: those of one kind have the same mixer, convolutions and output gates."""
+    kinds: dict[tuple[str, str | None, bool], list[str]] = {}
+    for name, each in arms.items():
+        kinds.setdefault((each.mixer, each.convolution, each.output_gate), []).append(name)
+    return [best(results, names) for names in kinds.values()]
+
+
+def beside_softmax(arms: Arms) -> list[tuple[str, str]]:
+    """Arms with KA, each with the one that has softmax in KA's place and is else alike; by window, hybrids first."""
+    names = {each: name for name, each in arms.items()}
+    twins = {name: replace(each, mixer="softmax", gate="fixed", start=0.0) for name, each in arms.items()}
+    found = [(name, names[twin]) for name, twin in twins.items() if arms[name].mixer == "ka" and twin in names]
+    return sorted(found, key=lambda pair: (arms[pair[0]].pattern == "all", arms[pair[0]].windows(99)))
+
+
+def section(results: HybridResults, arms: Arms, labels: Labels) -> Section | None:
+    """KA beside softmax; the best KA beside its peers; what parts do."""
+    made = (_softmax(results, arms, labels), _peers(results, arms, labels), _parts(results, arms, labels))
+    tables = [table for table in made if table]
+    if not tables:
+        return None
+    words = [
+        "Losses paired by seed, in nats: below 0 the first has the lower loss. ± is a 95 % confidence interval over "
+        "the seeds that both have (Student's t), and * says that 0 lies outside it. Without ± there is one seed, and "
+        "nothing is known of the spread. Nothing is corrected for multiple comparisons: of twenty differences that are "
+        "none, one has a * by chance."
+    ]
+    return Section("Differences", words, tables)
+
+
+def _softmax(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
+    rows = []
+    for name, other in beside_softmax(arms):
+        found = paired(results, name, other)
+        rows.append([labels(arms[name]), difference(found), str(len(found))])
+    caption = "KA less softmax in its place: the same window, all else alike"
+    return Table(caption, ["arm with KA", "less softmax", "seeds"], rows) if rows else None
+
+
+def _peers(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
+    leaders = leading(results, arms)
+    ka = [name for name in leaders if arms[name].mixer == "ka"]
+    others = [name for name in leaders if arms[name].mixer != "ka"]
+    if not ka or not others:
+        return None
+    others.sort(key=lambda name: -mean(paired(results, ka[0], name)))
+
+    def compared(name: str, other: str) -> str:
+        alike = arms[name].output_gate == arms[other].output_gate
+        return difference(paired(results, name, other)) if alike else "–"
+
+    rows = [[labels(arms[other]), *(compared(name, other) for name in ka)] for other in others]
+    caption = (
+        "The best with KA (columns) less the best of each other kind (rows). Arms of a kind have the same mixer, "
+        "convolutions and output gates; the best of them has the lowest loss among those with the most seeds"
+    )
+    return Table(caption, ["best of its kind", *(labels(arms[name]) for name in ka)], rows)
+
+
+def _parts(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
+    names = {each: name for name, each in arms.items()}
+    rows = []
+    for part, (attribute, value, without) in PARTS.items():
+        for name, each in arms.items():
+            other = names.get(replace(each, **{attribute: without}))  # type: ignore[arg-type]
+            if getattr(each, attribute) == value and other is not None and other != name:
+                found = paired(results, name, other)
+                rows.append([part, labels(arms[other]), difference(found), str(len(found))])
+    caption = "What a part does: the arm with it less the arm without it"
+    return Table(caption, ["part", "arm without it", "difference", "seeds"], rows) if rows else None

@@ -1,0 +1,111 @@
+"""What the hybrid study's report compares, and how it calls and draws arms."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from ka_attention.harness.figures import drawing
+from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired
+from ka_attention.studies.hybrid.differences import section as differences
+from ka_attention.studies.hybrid.labels import Labels
+from ka_attention.studies.hybrid.looks import look
+from ka_attention.studies.hybrid.models import NAMES, arm
+
+
+def _losses(arms):
+    """Results of arms with these losses, a number a seed."""
+    runs = {name: tuple(SimpleNamespace(loss=loss) for loss in losses) for name, losses in arms.items()}
+    return SimpleNamespace(arms=runs), {name: arm(name) for name in arms}
+
+
+def test_ka_is_set_beside_softmax_with_all_else_alike():
+    names = ["3to1-ka-head-w8-from0", "3to1-ka-head-w4-qkv", "all-ka-w2-first", "3to1-ka-head-w4", "3to1-ka-w4-gated"]
+    names += ["3to1-softmax-w8", "3to1-softmax-w4", "3to1-softmax-w4-qkv", "3to1-gdn", "full"]
+    assert beside_softmax({name: arm(name) for name in names}) == [
+        ("3to1-ka-head-w4-qkv", "3to1-softmax-w4-qkv"),
+        ("3to1-ka-head-w4", "3to1-softmax-w4"),
+        ("3to1-ka-head-w8-from0", "3to1-softmax-w8"),
+    ]
+
+
+def test_the_best_of_a_kind_has_the_most_seeds():
+    results, arms = _losses(
+        {"full": [9, 9], "3to1-softmax-w4": [3, 3], "3to1-softmax-w8": [2, 3], "3to1-softmax-w2": [1], "full-qkv": [4]}
+    )
+    assert leading(results, arms) == ["full", "3to1-softmax-w8", "full-qkv"]
+
+
+def test_differences_are_paired_and_marked():
+    results, _ = _losses({"full": [3.0, 4.0, 5.0], "canon": [2.5, 3.5, 4.5], "3to1-none": [2.75]})
+    assert difference(paired(results, "canon", "full")) == "−0.5000 ± 0.0000 *"
+    assert difference(paired(results, "3to1-none", "full")) == "−0.2500"
+    assert difference([-0.1, 0.1, 0.0], 2) == "+0.00 ± 0.25"
+
+
+def test_parts_are_compared_with_the_same_arm_without_them():
+    names = ("full", "canon", "full-qkv", "3to1-ka-head-w4", "3to1-ka-head-w4-from0", "3to1-ka-head-w8-from0-gated",
+             "3to1-conv", "3to1-conv-drawn", "3to1-conv-gated")  # fmt: skip
+    results, arms = _losses({name: [1.0, 1.0] for name in names})
+    parts = differences(results, arms, Labels(arms.values())).tables[-1]
+    assert [row[:2] for row in parts.rows] == [
+        ["conv qkv", "full softmax"],
+        ["conv in front", "full softmax"],
+        ["output gates", "3:1 gated conv, from identity"],
+        ["gates from 0", "3:1 KA, window 4"],
+        ["start at random", "3:1 gated conv, from identity"],
+    ]
+
+
+MIXERS = ("softmax-w4", "ka-w4", "ka-w8", "ka-head-w4", "ka-token-w4", "ka-w2+4", "conv", "conv-drawn", "gdn", "mamba2")
+ADDED = ("", "-gated", "-qkv", "-bias", "-gated-qkv-bias")
+EVERY = [
+    *(f"{whole}{added}" for whole in ("full", "canon") for added in ADDED),
+    *(f"{pattern}-{mixer}{added}" for pattern in ("all", "3to1", "1to1") for mixer in MIXERS for added in ADDED),
+    *(f"3to1-ka{gate}-w4-from{start}" for gate in ("", "-head", "-token") for start in ("0", "0.5", "1", "spread")),
+    "3to1-ka-head-w4-first",
+]
+
+
+def test_two_arms_never_have_one_label():
+    random = np.random.default_rng(0)
+    for size in (2, 3, 5, 10, 25, len(EVERY)):
+        for _ in range(200):
+            chosen = {arm(name) for name in random.permutation(EVERY)[:size]}
+            labels = Labels(chosen)
+            assert len({labels(each) for each in chosen}) == len(chosen)
+
+
+def test_labels_leave_out_what_arms_share():
+    shared = ("3to1-ka-head-w4-from0-gated-qkv", "3to1-softmax-w4-gated-qkv", "full-gated-qkv")
+    labels = Labels(map(arm, shared))
+    assert [labels(arm(name)) for name in shared] == ["3:1 KA, window 4", "3:1 softmax, window 4", "full softmax"]
+    assert "All arms have output gates in every layer and conv qkv." in labels.notes()
+    assert "KA has a learned gate for each head, which starts at 0." in labels.notes()
+    mixed = ("full-gated", "3to1-ka-head-w4-gated-qkv", "3to1-ka-head-w4-from0-gated", "3to1-ka-w4-gated", "canon")
+    labels = Labels(map(arm, mixed))
+    assert [labels(arm(name)) for name in mixed] == [
+        "full softmax",
+        "3:1 KA, window 4 + conv qkv",
+        "3:1 KA, window 4, gates from 0",
+        "3:1 KA, fixed gates, window 4",
+        "full softmax, no output gate + conv in front",
+    ]
+    assert "output gates in every layer unless a label says otherwise." in labels.notes()
+    assert "which starts at 0.5 unless a label says otherwise." in labels.notes()
+
+
+def test_no_two_arms_look_alike():
+    name, *others = (f"3to1-ka-head-w4{rest}" for rest in ("", "-from0", "-gated", "-qkv", "-from0-qkv", "-from0-bias"))
+    assert all(look(arm(name)) != look(arm(other)) for other in others)
+
+
+def test_attention_has_the_colour_that_it_has_in_other_reports():
+    names = {"full": "full", "ka": "3to1-ka-w4", "softmax": "3to1-softmax-w4", "conv": "3to1-conv", "none": "3to1-none",
+             "gdn": "3to1-gdn", "mamba2": "3to1-mamba2"}  # fmt: skip
+    found = {mixer: to_rgb(look(arm(name))["color"]) for mixer, name in names.items()}
+    windows = drawing.COLOURS["softmax, every other layer with a window"]
+    elsewhere = {"full": drawing.COLOURS["softmax"], "ka": drawing.COLOURS["KA"], "softmax": windows}
+    assert all(found[mixer] == pytest.approx(to_rgb(name)) for mixer, name in elsewhere.items())
+    assert len(set(found.values())) == len(NAMES) + 1 == len(found)
