@@ -98,6 +98,8 @@ def test_the_markdown_page_links_its_figures_and_aligns_numbers(tmp_path):
         assert (tmp_path / target).is_file()
     assert "| arm | PPL |\n| --- | ---: |\n| softmax | 442.2 ± 3.1 |\n" in markdown
     assert "## How this was made" in markdown
+    markdown, _ = pages(tmp_path, section(tables=[Table("t", ["hybrid", "loss"], [["3:1 KA", "3.4"], ["1:1 KA", ""]])]))
+    assert "| hybrid | loss |\n| --- | ---: |\n" in markdown  # a ratio is no number
 
 
 def test_text_from_outside_stays_text(tmp_path):

@@ -114,8 +114,8 @@ def _plain(value: Any) -> str:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Which columns hold numbers, and so are aligned to the right."""
-    return [all(re.match(r"[+\-−–\d]|$", row[i]) for row in table.rows) for i in range(len(table.columns))]
+    """Which columns hold numbers, and so are aligned to the right; ratios, as 3:1, begin names."""
+    return [all(re.match(r"[+\-−–]|\d+(?![\d:])|$", row[i]) for row in table.rows) for i in range(len(table.columns))]
 
 
 def _linked(prose: str) -> str:

@@ -88,8 +88,9 @@ def _softmax(results: HybridResults, arms: Arms, labels: Labels) -> Table | None
 def _peers(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
     leaders = leading(results, arms)
     ka = [name for name in leaders if arms[name].mixer == "ka"]
-    others = [name for name in leaders if arms[name].mixer != "ka"]
-    if not ka or not others:
+    gated = {arms[name].output_gate for name in ka}
+    others = [name for name in leaders if arms[name].mixer != "ka" and arms[name].output_gate in gated]
+    if not others:
         return None
     others.sort(key=lambda name: -mean(paired(results, ka[0], name)))
 

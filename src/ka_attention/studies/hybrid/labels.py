@@ -48,7 +48,10 @@ class Labels:
         notes = [f"All arms have {' and '.join(common)}."] if common else []
         if pattern := max((each.pattern for each in self.arms if each.pattern != "all"), default=""):
             narrow = pattern.partition("to")[0]
-            notes.append(f"*{narrow}:1*: {narrow} layers of what is named to one of full softmax attention.")
+            layers = "layer" if narrow == "1" else "layers"
+            notes.append(f"*{narrow}:1*: {narrow} {layers} of what is named to one of full softmax attention.")
+        if any(each.window for each in self.arms):
+            notes.append("A window counts the token itself.")
         if "ka" in mixers:
             notes += self._gates()
         if "qkv" in convolved:

@@ -143,14 +143,19 @@ def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Lab
     columns["decoding (ms)"] = ["–" if step is None else f"{step:.2f}" for step in steps]
     shown = {column: cells for column, cells in columns.items() if set(cells) != {"–"}}
     over = _seeds(several[0]) if len(several) == 1 else "seeds"
-    spread = f"mean ± sd over {over}{' (without ±: one)' if 1 in counts else ''}" if several else "one seed"
-    caption = (
-        f"Arms from best to worst. State after {recipe.sequence_length:,} tokens; validation loss after training, "
-        f"{spread}; its difference, paired by seed{', ± 95 % confidence interval' if several else ''}; training, of "
-        f"the fastest seed{' (†: without CUDA graphs)' if any('†' in each for each in speeds) else ''}; a step of "
-        f"decoding {recipe.decode_batch} sequence{'s' if recipe.decode_batch > 1 else ''}; –: not measured, or beside "
-        "other work"
-    )
+    said = [
+        f"State: what decoding keeps of {recipe.sequence_length:,} tokens; loss: of validation after training, "
+        + (f"mean ± sd over {over}{' (without ±: one)' if 1 in counts else ''}" if several else "one seed")
+    ]
+    if len(arms) > 1:
+        said.append("differences: paired by seed" + (", ± 95 % confidence interval" if several else ""))
+    if speed in shown:
+        graphs = " (†: without CUDA graphs)" if any("†" in each for each in speeds) else ""
+        said.append(f"tokens/s: in training, of the fastest seed{graphs}")
+    if "decoding (ms)" in shown:
+        many = f"{recipe.decode_batch} sequences" if recipe.decode_batch > 1 else "one sequence"
+        said.append(f"decoding: a step of {many}")
+    caption = "; ".join(said) + "; –: not measured, or beside other work"
     return Table(caption, list(shown), list(zip(*shown.values(), strict=True)))
 
 
@@ -206,8 +211,9 @@ def _beside(results: HybridResults, arms: Arms) -> str:
     found = [verdict(each) for each in pairs if len(each) == most]
     counts = {"below softmax": found.count("lower"), "above softmax": found.count("higher")}
     counts["not told apart from softmax"] = len(found) - sum(counts.values())
-    said = ", ".join(f"{text} in {count}" for text, count in counts.items() if count)
-    return f" With all else alike KA is {said} of {len(found)} pairs with {most} seeds."
+    said = [f"{text} in {count}" for text, count in counts.items() if count]
+    said[0] += f" of {len(found)} pairs with {most} seeds"
+    return f" With all else alike KA is {', '.join(said)}."
 
 
 def _machine(one: TrainedArm) -> str:
