@@ -63,7 +63,9 @@ class Labels:
                 f"every attention layer{besides}."
             )
         if "front" in convolved:
-            notes.append(f"*conv in front*: one over {KERNEL} tokens before every attention layer (Canon layers).")
+            notes.append(
+                f"*conv in front*: a convolution over {KERNEL} tokens before every attention layer (Canon layers)."
+            )
         if "conv" in mixers:
             identity = "; it starts at random, *from identity* as a layer that passes its input on"
             any_identity = any(each.words["start"] == "from identity" for each in self.arms)
