@@ -125,6 +125,20 @@ def test_weight_decay_is_for_matrices_alone():
     }  # fmt: skip
 
 
+def test_gates_may_learn_faster():
+    made = model()
+    optimizer = pretraining.adamw(made, SETTINGS, gate_rate=10.0)
+    (fast,) = [group for group in optimizer.param_groups if group["factor"] == 10]
+    gates = [p for name, p in made.named_parameters() if "ka_gate" in name]
+    assert gates
+    assert list(map(id, fast["params"])) == list(map(id, gates))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(made.parameters()))
+    pretraining.set_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        0.25 * group["factor"] for group in optimizer.param_groups
+    ]
+
+
 def test_gates_are_watched():
     made = build(arm("1to1-ka-token-w4"), MODEL, 20, 0)
     with watched_gates(made) as gates:

@@ -97,9 +97,19 @@ def test_names_of_arms():
     assert arm("3to1-ka-w2+4+8").windows(8) == (2, 4, 8, 2, 4, 8)
     assert arm("3to1-ka-w2+4+8").label == "3:1 KA, windows 2+4+8"
     assert arm("3to1-conv-drawn").start == "drawn"
+    assert arm("3to1-ka-head-w4-from0-fast-gated").gate_rate == 10.0
+    assert arm("3to1-ka-head-w4-from0-fast").label == "3:1 KA, gate per head, window 4, gates from 0, fast gates"
     assert arm("3to1-ka-w4").narrow(8) == (0, 1, 2, 4, 5, 6)
     assert arm("1to1-ka-w4-first").narrow(4) == (1, 3)
-    for name in ("3to1-ka", "3to1-conv-w4", "ka-w4", "3to1-softmax-w4-from1", "full-w4", "3to1-ka-w0"):
+    for name in (
+        "3to1-ka",
+        "3to1-conv-w4",
+        "ka-w4",
+        "3to1-softmax-w4-from1",
+        "full-w4",
+        "3to1-ka-w0",
+        "3to1-ka-w4-fast",
+    ):
         with pytest.raises(UserError, match="--set arms"):
             arm(name)
 

@@ -22,6 +22,7 @@ from ka_attention.harness.run.progress import bar
 from ka_attention.harness.run.records import from_json, to_json
 from ka_attention.harness.run.timing import now
 from ka_attention.harness.text.tokens import Order, TokenFile
+from ka_attention.hf.gates import KAGate
 
 CHECKPOINT_SECONDS = 300.0
 PEAKS = {"H100": 989e12, "H200": 989e12}  # operations a second, dense bfloat16, by the vendor's datasheet
@@ -139,11 +140,13 @@ def pretrain(
     *,
     seed: int,
     label: str,
+    gate_rate: float = 1.0,
     progress: Progress = bar,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Pretraining:
     """Train ``model``, in place, on ``text`` (training, validation); the order of batches depends on ``seed`` alone.
 
+    gate_rate: the learning rate of KA's gates, in those of the weights.
     Every ``checkpoint_seconds`` the state is saved in ``folder``, from which a call with the same arguments goes on; it
     is deleted at the end.
     Raises UserError where the loss is not finite.
@@ -151,7 +154,7 @@ def pretrain(
     train_text, validation = text
     device, length = model.device, settings.sequence_length
     order = Order(train_text.sequences(length), settings.batch_size, seed)
-    optimizer = adamw(model, settings)
+    optimizer = adamw(model, settings, gate_rate=gate_rate)
     total = torch.zeros((), device=device)
 
     def work(ids: Tensor) -> Tensor:
@@ -305,27 +308,37 @@ def placed(device: torch.device, text: TokenFile, numbers: np.ndarray, length: i
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def adamw(model: Any, settings: PretrainingSettings, *, fused: bool = True) -> torch.optim.AdamW:
+def adamw(
+    model: Any, settings: PretrainingSettings, *, gate_rate: float = 1.0, fused: bool = True
+) -> torch.optim.AdamW:
     """The optimizer: weight decay on matrices of linear layers and embeddings, not on norms and gates.
 
-    fused: on CUDA in one kernel, with a learning rate on the device, so that a CUDA graph can hold a step.
+    gate_rate: the learning rate of KA's gates, in those of the weights: a gate is one number, and a step of AdamW moves
+               it by about the rate, however far it has to go.
+    fused:     on CUDA in one kernel, with a learning rate on the device, so that a CUDA graph can hold a step.
     """
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    matrices = [p for p in model.parameters() if id(p) in decayed]
-    others = [p for p in model.parameters() if id(p) not in decayed]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    gates = {id(p) for m in model.modules() if isinstance(m, KAGate) for p in m.parameters()}
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        kind = settings.weight_decay if id(p) in decayed else 0.0, gate_rate if id(p) in gates else 1.0
+        kinds.setdefault(kind, []).append(p)
     fused = fused and model.device.type == "cuda"
-    rate: Any = torch.tensor(settings.learning_rate, device=model.device) if fused else settings.learning_rate
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused, capturable=fused)
+    groups: list[dict[str, Any]] = []
+    for (decay, factor), parameters in kinds.items():
+        rate = factor * settings.learning_rate
+        lr = torch.tensor(rate, device=model.device) if fused else rate
+        groups.append({"params": parameters, "weight_decay": decay, "lr": lr, "factor": factor})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused, capturable=fused)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next steps, also of those that a graph holds."""
+    """The learning rate of the next steps, also of those that a graph holds; of each group times its ``factor``."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group["factor"])
         else:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:

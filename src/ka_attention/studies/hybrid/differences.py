@@ -9,7 +9,7 @@ from dataclasses import replace
 from ka_attention.harness.figures.statistics import interval, mean, verdict
 from ka_attention.report.document import Section, Table
 from ka_attention.studies.hybrid.labels import Labels
-from ka_attention.studies.hybrid.models import HybridArm
+from ka_attention.studies.hybrid.models import FAST, HybridArm
 from ka_attention.studies.hybrid.results import HybridResults
 
 Arms = dict[str, HybridArm]
@@ -20,6 +20,7 @@ PARTS = {  # the words of a part: the same arm without it
     "output gates": ("output_gate", True, False),
     "gates from 0": ("start", 0.0, 0.5),
     "gates from 0 to 1": ("start", "spread", 0.5),
+    "fast gates": ("gate_rate", FAST, 1.0),
     "start at random": ("start", "drawn", 0.0),
 }
 
@@ -56,7 +57,9 @@ def leading(results: HybridResults, arms: Arms) -> list[str]:
 def beside_softmax(arms: Arms) -> list[tuple[str, str]]:
     """Arms with KA, each with the one that has softmax in KA's place and is else alike; by window, hybrids first."""
     names = {each: name for name, each in arms.items()}
-    twins = {name: replace(each, mixer="softmax", gate="fixed", start=0.0) for name, each in arms.items()}
+    twins = {
+        name: replace(each, mixer="softmax", gate="fixed", start=0.0, gate_rate=1.0) for name, each in arms.items()
+    }
     found = [(name, names[twin]) for name, twin in twins.items() if arms[name].mixer == "ka" and twin in names]
     return sorted(found, key=lambda pair: (arms[pair[0]].pattern == "all", arms[pair[0]].windows(99)))
 

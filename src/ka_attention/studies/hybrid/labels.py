@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ka_attention.harness.models.mixers import KERNEL
-from ka_attention.studies.hybrid.models import HybridArm, spelled
+from ka_attention.studies.hybrid.models import FAST, HybridArm, spelled
 
-OF_KA = ("gate", "start")  # attributes that KA alone has; the others are of every arm
+OF_KA = ("gate", "start", "gate_rate")  # attributes that KA alone has; the others are of every arm
 OF_ALL = ("bias", "output_gate", "convolution")
 WITHOUT = {"gate": "fixed gates", "output_gate": "no output gate"}  # said of exceptions; the others are left to a note
 
@@ -54,6 +54,9 @@ class Labels:
             notes.append("A window counts the token itself.")
         if "ka" in mixers:
             notes += self._gates()
+        if any(each.gate_rate == FAST for each in self.arms):
+            fast = "Its gates have" if self.shared.get("gate_rate") else "*fast gates* have"
+            notes.append(f"{fast} {FAST:g} times the learning rate of the weights.")
         if "qkv" in convolved:
             own = [name for mixer, name in (("gdn", "Gated DeltaNet"), ("mamba2", "Mamba-2")) if mixer in mixers]
             has = "s have" if len(own) > 1 else " has"

@@ -28,7 +28,8 @@ PATTERNS = {"all": 0, "1to1": 1, "3to1": 3, "5to1": 5}  # narrow layers before e
 ARM = re.compile(
     r"(?:(?P<whole>full|canon)"
     r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|conv-drawn|none|gdn|mamba2)"
-    r"(?:-w(?P<window>[1-9]\d*(?:\+[1-9]\d*)*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<first>-first)?)"
+    r"(?:-w(?P<window>[1-9]\d*(?:\+[1-9]\d*)*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<fast>-fast)?"
+    r"(?P<first>-first)?)"
     r"(?P<gated>-gated)?(?P<qkv>-qkv)?(?P<bias>-bias)?"
 )
 NAMES = {
@@ -39,6 +40,7 @@ NAMES = {
     "gdn": "Gated DeltaNet",
     "mamba2": "Mamba-2",
 }
+FAST = 10.0  # the learning rate of fast gates, in those of the weights
 STEP = 8  # widths of MLPs are multiples of this
 
 
@@ -57,6 +59,7 @@ class HybridArm:
     output_gate: ``o_proj(silu(W_g h) · A)`` in every layer, full ones too.
     convolution: "front" before every attention layer, "qkv" on its queries, keys and values, None.
     bias:        queries and keys of every attention layer have one.
+    gate_rate:   the learning rate of KA's gates, in those of the weights.
     """
 
     mixer: str = "full"
@@ -68,6 +71,7 @@ class HybridArm:
     output_gate: bool = False
     convolution: str | None = None
     bias: bool = False
+    gate_rate: float = 1.0
 
     def windows(self, layers: int) -> tuple[int | None, ...]:
         """Of each narrow layer of a model."""
@@ -101,6 +105,7 @@ class HybridArm:
             "gate": {"head": "gate per head", "token": "gate per token"}.get(self.gate, ""),
             "window": window or (f"window {self.window}" if self.window else ""),
             "start": start,
+            "gate_rate": "fast gates" if self.gate_rate == FAST else "",
             "first": "full first" if self.first and self.pattern != "all" else "",
             "bias": "biases on q, k" if self.bias else "",
             "output_gate": "output gate" if self.output_gate else "",
@@ -133,13 +138,15 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
 
     PATTERN is all, 1to1, 3to1 or 5to1. MIXER is softmax-wW, ka-wW (gate 1), ka-head-wW or ka-token-wW (learned gates
     that start at 0.5; several windows in turn: w2+4+8), conv, conv-drawn, none, gdn or mamba2. Then, in this order:
-    ``-from0``, ``-from1``, ``-fromspread`` (start of learned gates, for ka the fixed value), ``-first``, ``-gated``
-    (output gates), ``-qkv`` (convolutions), ``-bias`` (biases on queries and keys).
+    ``-from0``, ``-from1``, ``-fromspread`` (start of learned gates, for ka the fixed value), ``-fast`` (learned gates
+    with FAST times the learning rate), ``-first``, ``-gated`` (output gates), ``-qkv`` (convolutions), ``-bias``
+    (biases on queries and keys).
     """
     found = ARM.fullmatch(name)
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
     windowed = mixer in ("softmax", "ka")
-    if found is None or (mixer != "full" and windowed != bool(found["window"])) or (found["start"] and mixer != "ka"):
+    strange = found and ((found["start"] and mixer != "ka") or (found["fast"] and "ka-" not in found["mixer"]))
+    if found is None or strange or (mixer != "full" and windowed != bool(found["window"])):
         raise UserError(
             f"--set {setting}: no arm {name!r}; an arm is full, canon, or all, 1to1, 3to1 or 5to1 with a mixer, as in "
             "3to1-ka-head-w4, 3to1-softmax-w4, 3to1-conv, 3to1-none, 3to1-gdn; see studies.hybrid.models.arm"
@@ -159,6 +166,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
         window=windows if len(windows) > 1 else windows[0],
         gate=gate,
         start=start,
+        gate_rate=FAST if found["fast"] else 1.0,
         pattern=found["pattern"],
         first=bool(found["first"]),
         output_gate=bool(found["gated"]),

@@ -124,6 +124,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
         folder,
         seed=seed,
         label=f"{each.label}, seed {seed}",
+        gate_rate=each.gate_rate,
         progress=workers.progress,
     )
     folder.rmdir()

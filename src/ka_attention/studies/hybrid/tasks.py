@@ -127,7 +127,7 @@ def _learn(plan: Plan, settings: TaskSettings, store: Store, part: str, seed: in
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    optimizer = adamw(model, how)
+    optimizer = adamw(model, how, gate_rate=arm(plan.arm.name).gate_rate)
 
     def work(both: torch.Tensor) -> torch.Tensor:
         return step(model, optimizer, passes, both[:, 0], both[:, 1])
