@@ -35,7 +35,7 @@ CASES = {
 }
 
 
-def text(T=8, D=16, Hkv=2, slots=5, gate=1.0, own=True, window=None, softcap=None, mask=False):
+def text(T=7, D=16, Hkv=2, slots=5, gate=1.0, own=True, window=None, softcap=None, mask=False):
     """A text, its gates before they are in bounds, and the options of its steps."""
     q, k, v = (torch.randn(2, H, T, D, dtype=torch.float64) for H in (4, Hkv, Hkv))
     if isinstance(gate, str):
@@ -134,7 +134,7 @@ def test_many_slots_are_read_in_pieces(name, monkeypatch):
 
 def check_pieces(monkeypatch, slots=300, window=None, count=1000, Hq=4, Hkv=2, D=16, gate=1.0, own=True, mask=None,
                  softcap=None):  # fmt: skip
-    """A step of the kernels, twice, against one in float64; what nobody has written and what is masked is NaN."""
+    """A step of the kernels (on a GPU two) against one in float64. What nobody has written or sees is NaN."""
     from ka_attention.ops.triton import ring as module
 
     monkeypatch.setattr(module, "_plans", {})
@@ -171,7 +171,8 @@ def check_pieces(monkeypatch, slots=300, window=None, count=1000, Hq=4, Hkv=2, D
     truth = step(ring_step, (keys, values))
     ring = [x.masked_fill(unread[:, None, :, None], float("nan")) for x in (keys, values)]
     for dtype in [torch.float32, torch.bfloat16] if CUDA else [torch.float32]:
-        found, again = step(kernel, ring, dtype, DEVICE), step(kernel, ring, dtype, DEVICE)
+        found = step(kernel, ring, dtype, DEVICE)
+        again = step(kernel, ring, dtype, DEVICE) if CUDA else found  # in the interpreter programs run in order
         for x, y, z in zip(found, truth, again, strict=True):
             assert torch.equal(x.nan_to_num(9.0), z.nan_to_num(9.0))
             if x.shape[2] == slots:

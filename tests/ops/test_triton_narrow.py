@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import Problem
 from test_triton import (
+    CUDA,
     KERNELS,
     SMALL,
     assert_within_budget,
@@ -93,7 +94,7 @@ def test_a_share_stops_between_kernels(given, divide):
 
 
 @kernels
-@pytest.mark.parametrize("segments", [1, 7])
+@pytest.mark.parametrize("segments", [1, 7] if CUDA else [7])
 @pytest.mark.parametrize(
     ("name", "row", "given"),
     [("q", 30, {}), ("k", 30, {"gate": "token"}), ("v", 30, {"gate": "token"}), ("v", 33, {})],
@@ -123,9 +124,9 @@ def test_many_segments_are_scanned_in_groups(given, lost, divide, monkeypatch):
 
     divide(7)
     monkeypatch.setattr(tiles, "MANY", 4)
-    tensors, options = on_device(Problem(**SMALL | given | {"lengths": (110, 3, 47)}, dtype=torch.float32))
+    tensors, options = on_device(Problem(**SMALL | given | {"lengths": (75, 3, 22)}, dtype=torch.float32))
     if lost:
-        tensors[2][:, :, 97] = float("nan")
+        tensors[2][:, :, 66] = float("nan")
     expected = forward(*tensors, **options, save=True)[0]  # for a backward there is one scan
     found = outputs(tensors, options)
     assert torch.equal(found.isfinite(), expected.isfinite())
