@@ -15,6 +15,7 @@ from ka_attention.harness.run.settings import override
 from ka_attention.harness.run.store import Store
 from ka_attention.harness.tasks.learning import NOT_ASKED, Plan, build
 from ka_attention.harness.tasks.statements import Depo
+from ka_attention.studies.hybrid import tasks as task_module
 from ka_attention.studies.hybrid.recipes import RECIPES, TASKS
 from ka_attention.studies.hybrid.results import HybridResults, TrainedArm
 from ka_attention.studies.hybrid.study import HYBRID, decode, read, train_arm
@@ -181,6 +182,28 @@ def test_tasks_are_learned_by_models_of_the_arm(run):
     assert hasattr(model.model.layers[0].self_attn, "ka_gate")
     assert not hasattr(model.model.layers[1].self_attn, "ka_gate")
     assert model(input_ids=torch.tensor([[0, 15 * 15 - 1]])).logits.shape == (1, 2, 15)
+
+
+def test_gates_of_fast_arms_move_further_on_text(run, tmp_path):
+    recipe = run[0]
+    text = read(recipe, Store(tmp_path / "text", {}))
+
+    def moved(name):
+        gates = train_arm(recipe, name, recipe.learning_rate, 0, text, tmp_path).gates
+        return max(abs(gate) for heads in gates.values() for gate in heads)
+
+    assert moved("3to1-ka-head-w4-from0-fast-gated") > 3 * moved("3to1-ka-head-w4-from0-gated") > 0
+
+
+@pytest.mark.parametrize(("name", "rate"), [("1to1-ka-head-w4-fast-gated", 10.0), ("1to1-ka-head-w4-gated", 1.0)])
+def test_gates_of_fast_arms_have_their_rate_on_tasks(name, rate, monkeypatch):
+    def made(model, settings, *, gate_rate):
+        raise InterruptedError(gate_rate)
+
+    monkeypatch.setattr(task_module, "adamw", made)
+    plan = Plan("depo", Depo(12, 3), TaskArm(name, ""), 2)
+    with pytest.raises(InterruptedError, match=f"^{rate}$"):
+        task_module._learn(plan, settings(TINY), None, "", 0)
 
 
 def test_every_task_has_examples_at_three_times_the_length():
