@@ -124,9 +124,17 @@ def beyond(costs: Costs) -> Costs:
 
 
 def kind(row: Row) -> tuple:
-    """What a row measures, which is measured again by a row of the same kind."""
+    """What a row measures, which is measured again by a row of the same kind. Data parallel rows are compared with one
+    GPU of the same run, which a run on another number of GPUs therefore leaves in its place.
+    """
     names = ("part", "model", "arm", "way", "ranks", "sent", "tokens", "dtype", "window", "packed")
-    return (*map(row.get, names), row["bytes"] if row["part"] == "messages" else None)
+    own = {"messages": row.get("bytes"), "data parallel": taken_on(row)}
+    return (*map(row.get, names), own.get(row["part"]))
+
+
+def taken_on(row: Row) -> str:
+    """The GPUs of the run that took a row, without its software."""
+    return row["machine"].partition(",")[0]
 
 
 def report(rows: list[Row]) -> str:
@@ -146,10 +154,16 @@ def _sections(rows: list[Row]) -> Iterator[str]:
             "parallel rows of more than one GPU are missing."
         )
     else:
-        most = max(row["ranks"] for row in rows if row.get("sent"))
-        yield f"Measured on 1 to {most} GPUs of one host; what more would do is predicted, at the end."
+        *fewer, most = map(str, sorted({row["ranks"] for row in rows if row.get("sent")}))
+        counts = " and ".join(filter(None, [", ".join(fewer), most]))
+        yield (
+            f"Measured on {counts} GPUs, those of a run on one host; what more would do is predicted, at the end. "
+            "A row is of the last run that took it, so rows may be of different days. Rows of one GPU were taken on "
+            "all GPUs of their run at once, each by itself."
+        )
     yield _exact(rows)
     yield "## Data parallel"
+    yield "GPUs are compared with one GPU of the same run."
     yield _data([row for row in rows if row["part"] == "data parallel"])
     yield "## One long text in shares"
     yield "A step: forward, backward with recomputed layers, AdamW; FSDP2, bfloat16."
@@ -164,7 +178,8 @@ def _sections(rows: list[Row]) -> Iterator[str]:
         costs = fit(rows)
         yield "## The cost model"
         yield _constants(costs, measured)
-        yield _judged(costs, [row for row in rows if row["part"] == "long texts"])
+        known = max([row["ranks"] for row in rows if row["part"] == "messages"], default=1)
+        yield _judged(costs, [row for row in rows if row["part"] == "long texts"], known)
         yield "## More ranks, by the model"
         yield (
             f"The 47 M model, 131,072 tokens a rank. Hosts of {HOST} GPUs; between them "
@@ -205,22 +220,23 @@ def _exact(rows: list[Row]) -> str:
 
 
 def _data(rows: list[Row]) -> str:
-    alone = {row["way"]: row["tokens_per_s"] for row in rows if row["ranks"] == 1}
+    alone = {(taken_on(row), row["way"]): row["tokens_per_s"] for row in rows if row["ranks"] == 1}
     cells = []
     for row in rows:
         speed = row["tokens_per_s"]
-        share = speed / row["ranks"] / alone[row["way"]]
-        start = [row["model"], row["arm"], row["way"], str(row["batch"]), str(row["ranks"])]
+        share = speed / row["ranks"] / alone[taken_on(row), row["way"]]
+        start = [row["model"], row["arm"], row["way"], str(row["batch"]), taken_on(row), str(row["ranks"])]
         cells.append([*start, f"{speed:,.0f}", f"{100 * share:.1f} %"])
-    return table(["model", "attention", "", "texts a GPU", "GPUs", "tokens/s", "of one GPU's, a GPU"], cells)
+    head = ["model", "attention", "", "texts a GPU", "taken on", "GPUs", "tokens/s", "of one GPU's, a GPU"]
+    return table(head, cells)
 
 
 def _long(rows: list[Row]) -> str:
     cells = []
     for row in sorted(rows, key=lambda row: (row["tokens"], row["model"], row["arm"], row["ranks"])):
         start = [f"{row['tokens']:,}", row["model"], row["arm"], _ranks(row)]
-        cells.append([*start, f"{statistics.median(row['ms']) / 1e3:.3g}", f"{row['peak_gib']:.1f}"])
-    return table(["tokens", "model", "attention", "ranks", "s a step", "peak GiB"], cells)
+        cells.append([*start, f"{statistics.median(row['ms']) / 1e3:.3g}", f"{row['peak_gib']:.1f}", taken_on(row)])
+    return table(["tokens", "model", "attention", "ranks", "s a step", "peak GiB", "taken on"], cells)
 
 
 def _missing(rows: list[Row]) -> str:
@@ -267,8 +283,9 @@ def _constants(costs: Costs, measured: bool) -> str:
     return table(["constant", ""], cells)
 
 
-def _judged(costs: Costs, rows: list[Row]) -> str:
-    cells, errors = [], []
+def _judged(costs: Costs, rows: list[Row], known: int) -> str:
+    """``known``: the most GPUs on which a constant was measured."""
+    cells, errors, further = [], [], []
     for row in rows:
         if "skipped" in row or row["model"] != "47M" or "ring" in row["arm"]:
             continue
@@ -279,11 +296,18 @@ def _judged(costs: Costs, rows: list[Row]) -> str:
         start = [row["arm"], f"{row['tokens']:,}", _ranks(row)]
         cells.append([*start, f"{took:.4g}", f"{predicted:.4g}", f"{100 * (predicted / took - 1):+.1f} %"])
         errors.append((abs(predicted / took - 1), row["ranks"] > 1 and row["sent"]))
+        if row["sent"] and row["ranks"] > known:
+            further.append(abs(predicted / took - 1))
     near = [together for error, together in errors if error <= NEAR]
     counts = (
         f"Within {100 * NEAR:.0f} % are {len(near)} of {len(errors)} rows, to none of which the model is fitted; "
         f"of the {sum(together for _, together in errors)} that several GPUs took together, {sum(near)}."
     )
+    if further:
+        counts += (
+            f" No constant was measured on more GPUs than {known}; rows of more, {len(further)}, are within "
+            f"{100 * max(further):.1f} %."
+        )
     return table(["attention", "tokens", "ranks", "measured ms", "predicted ms", ""], cells) + f"\n\n{counts}"
 
 

@@ -338,10 +338,11 @@ def work(rank: int, size: int, store: str, only: list[str] | None, until: float,
     where = f"{size} × " * (device_type() == "cuda") + machine("transformers")
     found = parts(size)
     for name in found if only is None else only:
-        for row in found[name](own):
-            rows = [other for other in rows if costs.kind(other) != costs.kind(row)] + [row | {"machine": where}]
+        for measured in found[name](own):
+            row = measured | {"machine": where}
+            rows = [other for other in rows if costs.kind(other) != costs.kind(row)] + [row]
             if rank == 0:
-                print(json.dumps(row), flush=True)
+                print(json.dumps(measured), flush=True)
                 file.write_text(json.dumps(rows))
     dist.destroy_process_group()
     time.sleep(1)  # threads of gloo give back their last messages, which they cannot once Python has ended

@@ -110,7 +110,7 @@ def test_the_report_judges_predictions_and_names_what_is_missing():
     kind = {"part": "exact", "dtype": "float32", "window": None, "packed": True, "ranks": 2, "tokens": 64}
     changed.append(kind | {"one": 0.0, "shares": 2e-7})
     text = costs.report([each | MACHINE for each in changed])
-    assert "1 to 2 GPUs" in text
+    assert "Measured on 1 and 2 GPUs" in text
     assert "2.0e-07" in text
     assert text.count("-50.0 %") == 6
     assert "Within 15 % are 0 of 6 rows" in text
@@ -118,6 +118,28 @@ def test_the_report_judges_predictions_and_names_what_is_missing():
     assert "95.0 %" in text
     assert "Not measured, no: softmax, ring 47M, 8 tokens, 2." in text
     assert "more ranks than heads" in text
+
+
+def test_gpus_are_compared_with_one_gpu_of_their_own_run():
+    """Two runs have a row of one GPU each: neither takes the place of the other's, nor is it the other's measure."""
+    speed = {"part": "data parallel", "model": "410M", "arm": "KA 3:1", "way": "DDP", "batch": 8}
+    runs = [("2 × GPU, one day", 1, 100.0), ("2 × GPU, one day", 2, 190.0)]
+    runs += [("4 × GPU, another", 1, 50.0), ("4 × GPU, another", 4, 150.0)]
+    found = [speed | {"machine": host, "ranks": n, "tokens_per_s": x} for host, n, x in runs]
+    assert len({costs.kind(each) for each in found}) == 4
+    assert costs.kind(found[0]) == costs.kind(found[0] | {"machine": "2 × GPU, a third"})
+    lines = costs.report([*rows(), *found]).splitlines()
+    shares = [line.split("|")[-2].strip() for line in lines if "DDP" in line]
+    assert shares == ["100.0 %", "95.0 %", "100.0 %", "75.0 %"]
+
+
+def test_predictions_for_more_gpus_than_gave_constants_are_counted_apart():
+    slow = row("long texts", costs.WINDOWED, 4, 1 << 18)
+    found = [*rows(), slow | {"ms": [slow["ms"][0] * 1.25]}, slow | {"ranks": 8, "sent": False}]
+    text = costs.report(found)
+    assert "Measured on 1, 2 and 4 GPUs" in text
+    assert "No constant was measured on more GPUs than 2; rows of more, 1, are within 20.0 %." in text
+    assert "No constant" not in costs.report(rows())
 
 
 def test_bytes_are_counted_of_what_goes_to_others(monkeypatch):
