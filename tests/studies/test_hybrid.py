@@ -125,6 +125,7 @@ def test_the_report_of_one_seed_leaves_out_what_nobody_measured(run):
         stored["decoding"] = {name: stored["decoding"][name] | {"seconds": None} for name in kept}
         for i, name in enumerate(("full-gated", "3to1-softmax-w4-gated", "3to1-ka-head-w4-gated")):
             stored["arms"][name][0]["training"]["rows"][-1]["loss"] = 3.0 - i / 8
+            stored["rates"][name] = {"0.004": [3.0 - i / 8]}
             stored["arms"][name][0]["alone"] = False
 
     summary, compared, *_ = HYBRID.sections(recipe, _stored(out, change))
@@ -227,13 +228,14 @@ def test_an_arm_that_was_trained_on_other_tokens_is_refused(run, tmp_path):
     fewer = read(recipe, Store(tmp_path / "out", {}))
     fewer = replace(fewer, train=replace(fewer.train, tokens=fewer.train.tokens - 1))
     other = train_arm(recipe, "full-gated", recipe.learning_rate, 1, fewer, tmp_path)
-    (tmp_path / "out" / "parts" / "full-gated" / "seed1.json").unlink()
+    part = f"full-gated/{recipe.learning_rate:g}/seed1"
+    (tmp_path / "out" / "parts" / f"{part}.json").unlink()
     store = Store(tmp_path / "out", {})
 
     def brought() -> TrainedArm:
         return other
 
-    store.part("full-gated/seed1", brought)
+    store.part(part, brought)
     with pytest.raises(UserError, match="full-gated was trained on another text"):
         HYBRID.run(recipe, store, 1)
 
@@ -248,13 +250,29 @@ def test_another_text_is_refused(run, tmp_path):
         HYBRID.run(replace(recipe, data=str(other)), Store(out, {}), 1)
 
 
-def test_the_best_of_several_rates_is_taken(tmp_path):
+def test_each_arm_takes_the_rate_that_is_best_for_its_first_seed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400)))
-    recipe = replace(TINY, data=str(text), arms=("full",), task_arms=(), rates=(1e-4, 1.0), rate_tokens=512)
-    found = HYBRID.run(recipe, Store(tmp_path / "out", {}), 1)
-    assert found.rates == {"full": recipe.learning_rate}
-    assert found.arms["full"][0].training.learning_rate == recipe.learning_rate
+    recipe = replace(TINY, data=str(text), arms=("full", "3to1-softmax-w4"), task_arms=(), rates=(1e-4, 1.0))
+    rate = recipe.learning_rate
+    found = HYBRID.run(recipe, Store(tmp_path / "out", {}), 2)
+    for name, runs in found.arms.items():
+        assert [one.training.learning_rate for one in runs] == [rate, rate]
+        assert found.rates[name][rate] == tuple(one.loss for one in runs)
+        (other,) = found.rates[name][rate * 1e-4]  # the second seed had the best rate alone
+        assert other > found.rates[name][rate][0]
+    sections = HYBRID.sections(recipe, found)
+    assert "with several learning rates" in " ".join(sections[0].paragraphs)
+    (table,) = next(section for section in sections if section.title == "Learning rates").tables
+    assert table.columns == ["arm", "its rate", f"{rate * 1e-4:g}", f"{rate:g}"]
+    assert {row[1] for row in table.rows} == {f"{rate:g}"}
+
+    more = replace(recipe, rates=(1e-4, 1.0, 2e-4))  # a rate more trains seed 0 with it, and nothing else
+    before = set((tmp_path / "out").rglob("seed*.json"))
+    again = HYBRID.run(more, Store(tmp_path / "out", {}), 2)
+    new = [path.parts[-2:] for path in set((tmp_path / "out").rglob("seed*.json")) - before]
+    assert new == [(f"{rate * 2e-4:g}", "seed0.json")] * len(recipe.arms)
+    assert again.arms == found.arms
 
 
 def _fails(kind: str) -> int:
@@ -271,11 +289,12 @@ def test_a_part_that_fails_in_a_worker_is_said(kind, error, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["arms=full,full", "arms=window", "hidden_size=20", "rates=0.5,1", "train_tokens=5", "tasks=chess"]
+    "setting",
+    ["arms=full,full", "arms=window", "hidden_size=20", "rates=1,1", "rates=0", "train_tokens=5", "tasks=chess"],
 )
 def test_settings_that_make_no_sense_are_refused(setting):
-    with pytest.raises(UserError, match=r"--set (arms|tasks|hidden_size|rate_tokens|train_tokens)"):
-        override(replace(TINY, rate_tokens=1), [setting])
+    with pytest.raises(UserError, match=f"^--set {setting.partition('=')[0]}:"):
+        override(TINY, [setting])
 
 
 @pytest.mark.parametrize(

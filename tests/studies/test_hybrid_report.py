@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from ka_attention.harness.figures import drawing
-from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired
+from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired, paired_alike
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
 from ka_attention.studies.hybrid.looks import look
@@ -17,7 +17,8 @@ from ka_attention.studies.hybrid.models import NAMES, arm
 def _losses(arms):
     """Results of arms with these losses, a number a seed."""
     runs = {name: tuple(SimpleNamespace(loss=loss) for loss in losses) for name, losses in arms.items()}
-    return SimpleNamespace(arms=runs), {name: arm(name) for name in arms}
+    rates = {name: {0.002: losses} for name, losses in arms.items()}
+    return SimpleNamespace(arms=runs, rates=rates), {name: arm(name) for name in arms}
 
 
 def test_ka_is_set_beside_softmax_with_all_else_alike():
@@ -42,6 +43,15 @@ def test_differences_are_paired_and_marked():
     assert difference(paired(results, "canon", "full")) == "−0.5000 ± 0.0000 *"
     assert difference(paired(results, "3to1-none", "full")) == "−0.2500"
     assert difference([-0.1, 0.1, 0.0], 2) == "+0.00 ± 0.25"
+
+
+def test_arms_alike_but_for_a_part_are_compared_at_rates_that_both_had():
+    rates = {"tuned": {1.0: [3.0, 3.0], 2.0: [2.0, 2.5]}, "once": {1.0: [2.75]}, "elsewhere": {4.0: [1.0]}}
+    rates["also tuned"] = {1.0: [1.5, 1.0, 1.0], 2.0: [1.75], 4.0: [0.5]}
+    results = SimpleNamespace(rates=rates)
+    assert paired_alike(results, "tuned", "once") == [0.25]  # not with the rate that was tried with one of them alone
+    assert paired_alike(results, "tuned", "also tuned") == [0.5, 1.5]  # each with the best of the two
+    assert paired_alike(results, "once", "elsewhere") == []
 
 
 def test_parts_are_compared_with_the_same_arm_without_them():

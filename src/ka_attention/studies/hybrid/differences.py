@@ -31,6 +31,16 @@ def paired(results: HybridResults, name: str, other: str) -> list[float]:
     return [one.loss - base.loss for one, base in pairs]
 
 
+def paired_alike(results: HybridResults, name: str, other: str) -> list[float]:
+    """As ``paired``, but each with the best of the learning rates that both were trained with; [] if there is none."""
+    tried = results.rates[name], results.rates[other]
+    common = tried[0].keys() & tried[1].keys()
+    if not common:
+        return []
+    best_of_each = [min((losses[rate] for rate in common), key=lambda found: found[0]) for losses in tried]
+    return [a - b for a, b in zip(*best_of_each, strict=False)]
+
+
 def difference(numbers: Iterable[float], digits: int = 4) -> str:
     """``−0.0182 ± 0.0139 *``: mean and 95 % confidence interval, * where that leaves out 0; one seed: ``−0.0040``."""
     numbers = list(numbers)
@@ -82,9 +92,9 @@ def section(results: HybridResults, arms: Arms, labels: Labels) -> Section | Non
 def _softmax(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
     rows = []
     for name, other in beside_softmax(arms):
-        found = paired(results, name, other)
-        rows.append([labels(arms[name]), difference(found), str(len(found))])
-    caption = "KA less softmax in its place: the same window, all else alike"
+        if found := paired_alike(results, name, other):
+            rows.append([labels(arms[name]), difference(found), str(len(found))])
+    caption = f"KA less softmax in its place: the same window, all else alike{_at_rates(results)}"
     return Table(caption, ["arm with KA", "less softmax", "seeds"], rows) if rows else None
 
 
@@ -115,8 +125,14 @@ def _parts(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
     for part, (attribute, value, without) in PARTS.items():
         for name, each in arms.items():
             other = names.get(replace(each, **{attribute: without}))  # type: ignore[arg-type]
-            if getattr(each, attribute) == value and other is not None and other != name:
-                found = paired(results, name, other)
+            if getattr(each, attribute) != value or other in (None, name):
+                continue
+            if found := paired_alike(results, name, other):
                 rows.append([part, labels(arms[other]), difference(found), str(len(found))])
-    caption = "What a part does: the arm with it less the arm without it"
+    caption = f"What a part does: the arm with it less the arm without it{_at_rates(results)}"
     return Table(caption, ["part", "arm without it", "difference", "seeds"], rows) if rows else None
+
+
+def _at_rates(results: HybridResults) -> str:
+    several = any(len(losses) > 1 for losses in results.rates.values())
+    return "; each has the best of the learning rates that both were trained with" if several else ""

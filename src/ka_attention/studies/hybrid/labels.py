@@ -59,8 +59,7 @@ class Labels:
             notes.append(f"{fast} {FAST:g} times the learning rate of the weights.")
         if "qkv" in convolved:
             own = [name for mixer, name in (("gdn", "Gated DeltaNet"), ("mamba2", "Mamba-2")) if mixer in mixers]
-            has = "s have" if len(own) > 1 else " has"
-            besides = f" ({' and '.join(own)} layer{has} their own in any case)" if own else ""
+            besides = f" ({' and '.join(own)} layers have their own in any case)" if own else ""
             notes.append(
                 f"*conv qkv*: causal depthwise convolutions over {KERNEL} tokens on the queries, keys and values of "
                 f"every attention layer{besides}."

@@ -9,6 +9,7 @@ from typing import Any
 from ka_attention.harness.figures.drawing import digits
 from ka_attention.harness.figures.statistics import cell, mean, verdict
 from ka_attention.report.document import Figure, Section, Table
+from ka_attention.studies.hybrid import rates
 from ka_attention.studies.hybrid.differences import (
     Arms,
     beside_softmax,
@@ -16,6 +17,7 @@ from ka_attention.studies.hybrid.differences import (
     difference,
     leading,
     paired,
+    paired_alike,
 )
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
@@ -36,18 +38,21 @@ EXPECTED = (
     " at 64, where KA is behind softmax by 0.02; a window of 1 is 0.03 better than no mixing. Models windowed "
     "throughout are 0.12 and more behind full softmax, KA's 0.05 ahead of softmax's. Without output gates all are "
     "0.03 worse, in the same order. With convolutions on q, k, v (said after one seed) KA is 0.015 below softmax, "
-    "Gated DeltaNet with them in its full layers 0.03 behind KA, Mamba-2 0.05, and full softmax 0.07."
+    "Gated DeltaNet with them in its full layers 0.03 behind KA, Mamba-2 0.05, and full softmax 0.07. With twice the "
+    "learning rate (said when all had been trained with 0.002) the hybrids with convolutions are 0.01 better and full "
+    "softmax is not, with half of it all are 0.03 worse; fast gates bring KA with convolutions 0.012."
 )
 _KIB = 1024
 
 
 def sections(recipe: HybridRecipe, results: HybridResults) -> list[Section]:
-    """Every arm, best first; differences; windows; the way there; positions; gates; what was expected."""
+    """Every arm, best first; differences; rates; windows; the way there; positions; gates; what was expected."""
     arms = {name: arm(name) for name in sorted(results.arms, key=lambda name: mean(_losses(results, name)))}
     labels = Labels(arms.values())
     made = (
         _summary(recipe, results, arms, labels),
         differences(results, arms, labels),
+        rates.section(results, arms, labels),
         _windows(results, arms, labels),
         _way(results, arms, labels),
         _positions(results, arms, labels),
@@ -70,8 +75,6 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: L
     training = results.arms[_base(results)][0].training
     parameters = [one.parameters / 1e6 for runs in results.arms.values() for one in runs]
     sizes = " to ".join(dict.fromkeys(f"{size:.2f}" for size in (min(parameters), max(parameters))))
-    rates = sorted(set(results.rates.values()))
-    searched = "; ".join(f"{rate:g} ({mixer})" for mixer, rate in results.rates.items())
     words = [
         _verdict(results, arms, labels),
         labels.notes(),
@@ -79,9 +82,9 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: L
         f"heads, a vocabulary of {recipe.vocab_size:,}), trained on {training.tokens:,} tokens of text in sequences of "
         f"{recipe.sequence_length:,}: each token is read {training.epochs:.2f} times. MLPs are wider or narrower so "
         "that all arms have as many parameters. In a seed all arms read the same batches in the same order, and what "
-        "two models have in common starts alike. Learning rate at its peak: "
-        + (f"{rates[0]:g} for all arms." if len(rates) == 1 else f"{searched}.")
-        + f" Trained on {'; '.join(sorted({_machine(one) for runs in results.arms.values() for one in runs}))}.",
+        "two models have in common starts alike. "
+        f"{rates.sentence(results)} "
+        f"Trained on {'; '.join(sorted({_machine(one) for runs in results.arms.values() for one in runs}))}.",
     ]
     figures = [_kinds(results, arms, labels)]
     measures: dict[str, tuple[str, Callable[[str], float | None]]] = {
@@ -136,6 +139,8 @@ def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Lab
         columns["seeds"] = [str(len(results.arms[name])) for name in arms]
     if len(counts) > 1:
         columns["seed 0"] = [f"{_losses(results, name)[0]:.3f}" for name in arms]
+    if len({rates.peak(results, name) for name in arms}) > 1:
+        columns["rate"] = [f"{rates.peak(results, name):g}" for name in arms]
     columns[f"against {labels(arms[base])}"] = [
         "–" if name == base else difference(paired(results, name, base), 3).removesuffix(" *") for name in arms
     ]
@@ -203,7 +208,7 @@ def _apart(numbers: Sequence[float]) -> str:
 
 def _beside(results: HybridResults, arms: Arms) -> str:
     """How KA compares with softmax in its place, in pairs with as many seeds as any pair has."""
-    pairs = [paired(results, *pair) for pair in beside_softmax(arms)]
+    pairs = [losses for pair in beside_softmax(arms) if (losses := paired_alike(results, *pair))]
     most = max(map(len, pairs), default=0)
     if most < 2:
         below = sum(found[0] < 0 for found in pairs)

@@ -51,10 +51,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class HybridResults:
-    """By the arm's name: what was trained, one a seed, and how it decodes; ``rates`` by mixer; the synthetic tasks."""
+    """By the arm's name: what was trained, one a seed, and how it decodes; the synthetic tasks.
+
+    rates: by the arm's name and learning rate the losses of all seeds trained with it; ``arms`` holds each arm with the
+           rate at which seed 0 has the lowest.
+    """
 
     data: Json
-    rates: dict[str, float]
+    rates: dict[str, dict[float, tuple[float, ...]]]
     arms: dict[str, tuple[TrainedArm, ...]]
     decoding: dict[str, Decoding]
     tasks: dict[str, Learned]

@@ -39,8 +39,6 @@ from ka_attention.studies.hybrid.models import HybridArm, arm, build, count, sta
 from ka_attention.studies.hybrid.recipes import RECIPES, HybridRecipe
 from ka_attention.studies.hybrid.results import Decoding, HybridResults, TrainedArm
 
-RATE_SEED = 1_000_000  # orders the batches of the search of learning rates
-
 
 class HybridStudy:
     """Train every arm on the same text, decode with each, and teach some the synthetic tasks."""
@@ -58,21 +56,38 @@ class HybridStudy:
             text = read(recipe, store)
         if text.description != began_with:
             raise UserError(f"--data: it is not the text with which the run in {store.out} began; name another --out")
-        rates = _rates(recipe, arms, text, store)
+        rates = [recipe.learning_rate * factor for factor in recipe.rates]
 
-        def part(name: str, seed: int) -> workers.Part:
-            rate = rates[arms[name].mixer]
-            return workers.Part(f"{name}/seed{seed}", train_arm, (recipe, name, rate, seed, text, store.out))
+        def part(name: str, rate: float, seed: int) -> workers.Part:
+            return workers.Part(f"{name}/{rate:g}/seed{seed}", train_arm, (recipe, name, rate, seed, text, store.out))
 
-        workers.finish([part(name, seed) for seed in range(seeds) for name in arms], store, recipe.gpus)
-        trained = {}
-        for name in arms:  # with the seeds that were trained before, where they are more
-            count = next(n for n in itertools.count(seeds) if not store.done(part(name, n).name))
-            trained[name] = tuple(store.part(*_flat(part(name, seed))) for seed in range(count))
-            if any(one.text not in (None, text.description["fingerprint"][0]) for one in trained[name]):
+        def trained(name: str, rate: float) -> tuple[TrainedArm, ...]:
+            """One a seed, also those of runs before that had more seeds."""
+            done = itertools.takewhile(store.done, (part(name, rate, seed).name for seed in itertools.count()))
+            return tuple(store.part(*_flat(part(name, rate, seed))) for seed, _ in enumerate(done))
+
+        workers.finish([part(name, rate, 0) for name in arms for rate in rates], store, recipe.gpus)
+        best = {}
+        for name in arms:
+            losses = {rate: trained(name, rate)[0].loss for rate in rates}
+            best[name] = min(losses, key=losses.__getitem__)
+        workers.finish([part(name, best[name], n) for n in range(1, seeds) for name in arms], store, recipe.gpus)
+        runs = {name: {rate: trained(name, rate) for rate in rates} for name in arms}
+        for name, of_rates in runs.items():
+            texts = {one.text for found in of_rates.values() for one in found} - {None}
+            if texts - {text.description["fingerprint"][0]}:
                 raise UserError(f"--out: {store.out}/parts/{name} was trained on another text; delete it")
         decoding = {name: store.part(f"{name}/decoding", decode, recipe, name) for name in arms}
-        return HybridResults(text.description, rates, trained, decoding, tasks.teach(recipe, store, seeds))
+        return HybridResults(
+            data=text.description,
+            rates={
+                name: {rate: tuple(one.loss for one in found) for rate, found in of_rates.items()}
+                for name, of_rates in runs.items()
+            },
+            arms={name: runs[name][best[name]] for name in arms},
+            decoding=decoding,
+            tasks=tasks.teach(recipe, store, seeds),
+        )
 
     def sections(self, recipe: HybridRecipe, results: HybridResults) -> list[Section]:
         """Loss against cache bytes, time of training and of decoding; gates; tasks."""
@@ -106,15 +121,16 @@ def described(recipe: HybridRecipe, store: Store) -> dict[str, Json]:
 
 
 def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: TokenText, out: Path) -> TrainedArm:
-    """Train one arm with one seed, and ask what its gates are and what it is without them."""
+    """Train one arm with one learning rate and seed, and ask what its gates are and what it is without them."""
     each = arm(name)
+    said = f"{each.label}{f', rate {rate:g}' if len(recipe.rates) > 1 else ''}, seed {seed}"
     trained_on = environment.describe()  # before minutes of training: it fails where the package is not installed
     tokens = text.train.fingerprint()
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = _passes(recipe.compiled and device.type == "cuda")
     settings = replace(recipe, learning_rate=rate)
     model: Any = build(each, recipe, recipe.sequence_length, seed).to(device)
-    folder = out / "checkpoints" / f"{name}-seed{seed}-{rate:g}-{settings.train_tokens}"
+    folder = out / "checkpoints" / f"{name}-{rate:g}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     training = pretrain(
         model,
@@ -123,7 +139,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
         passes,
         folder,
         seed=seed,
-        label=f"{each.label}, seed {seed}",
+        label=said,
         gate_rate=each.gate_rate,
         progress=workers.progress,
     )
@@ -137,8 +153,7 @@ def train_arm(recipe: HybridRecipe, name: str, rate: float, seed: int, text: Tok
         with attention(model, "kv"):
             ungated = mean_loss(evaluate(score, text.validation, settings, device))
     work = operations(model, attended(each, recipe))
-    line = f"{each.label}, seed {seed}: loss {training.loss:.4f}, {training.tokens_per_s:,.0f} tokens/s"
-    console.print(line, soft_wrap=True)
+    console.print(f"{said}: loss {training.loss:.4f}, {training.tokens_per_s:,.0f} tokens/s", soft_wrap=True)
     return TrainedArm(
         parameters=count(model),
         training=training,
@@ -156,29 +171,6 @@ def attended(each: HybridArm, recipe: HybridRecipe) -> list[float]:
     """For each layer, how many tokens a token attends to on average; 0 where the layer does not attend."""
     seen = dict(zip(each.narrow(recipe.layers), each.windows(recipe.layers), strict=True))
     return [seen.get(i, (recipe.sequence_length + 1) / 2) or 0 for i in range(recipe.layers)]
-
-
-def _rates(recipe: HybridRecipe, arms: dict[str, HybridArm], text: TokenText, store: Store) -> dict[str, float]:
-    """The learning rate of each kind of mixer: of several, the one with the lowest loss after ``rate_tokens``."""
-    first: dict[str, str] = {}
-    for name, each in arms.items():
-        first.setdefault(each.mixer, name)
-    rates = [recipe.learning_rate * factor for factor in recipe.rates]
-    if len(rates) == 1:
-        return dict.fromkeys(first, rates[0])
-    brief = replace(recipe, train_tokens=recipe.rate_tokens)
-    parts = {
-        (mixer, rate): workers.Part(f"rates/{name}/{rate:g}", _brief, (brief, name, rate, text, store.out))
-        for mixer, name in first.items()
-        for rate in rates
-    }
-    workers.finish(list(parts.values()), store, recipe.gpus)
-    losses = {key: store.part(*_flat(part)) for key, part in parts.items()}
-    return {mixer: min(rates, key=lambda rate: losses[mixer, rate]) for mixer in first}
-
-
-def _brief(recipe: HybridRecipe, name: str, rate: float, text: TokenText, out: Path) -> float:
-    return train_arm(recipe, name, rate, RATE_SEED, text, out).training.loss
 
 
 @cache
