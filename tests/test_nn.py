@@ -13,7 +13,9 @@ LAYERS = {
     "learned gate, window of one": {**GATES, "window": 1},
     "signed gate": {"gate": -0.5, "learn_gate": True, "gate_bounds": (-1.0, 1.0), "window": 5},
     "output gate": {"output_gate": True, "num_kv_heads": 1},
-    "everything": {**GATES, "output_gate": True, "num_kv_heads": 2, "window": 4},
+    "convolution": {"convolution": 4, "num_kv_heads": 2},
+    "convolution of two, window of one": {"convolution": 2, "window": 1},
+    "everything": {**GATES, "output_gate": True, "num_kv_heads": 2, "window": 4, "convolution": 3},
 }
 
 
@@ -78,6 +80,61 @@ def test_output_gate():
     plain.out_proj = torch.nn.Identity()
     x = torch.randn(2, 6, 16)
     torch.testing.assert_close(layer(x), layer.out_proj(F.silu(x @ layer.g_proj.weight.T) * plain(x)))
+
+
+def test_a_convolution_is_that_of_pytorch_on_each_channel():
+    layer, plain = KAAttention(16, 2, convolution=3).double(), KAAttention(16, 2).double()
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if name != "convolution"})
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    joined = torch.cat([proj(x) for proj in (layer.q_proj, layer.k_proj, layer.v_proj)], -1)
+    weight = layer.convolution.flip(0).T[:, None]  # PyTorch's last weight is that of the present token
+    q, k, v = F.conv1d(F.pad(joined.mT, (2, 0)), weight, groups=48).unflatten(1, (3, 2, 8)).unbind(1)
+    truth = layer.out_proj(ka_attention(q.mT, k.mT, v.mT).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), truth)
+    layer.convolution.data[1:], layer.convolution.data[0] = 0, 1
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_a_convolution_stays_in_its_packed_sequence():
+    layer = KAAttention(16, 2, convolution=4).double()
+    x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([0, 1, 1, 3, 9], dtype=torch.int32)  # shorter than it reads, and one without tokens
+    apart = torch.cat([layer(x[:, a:b]) for a, b in pairwise(ends.tolist()) if a < b], 1)
+    packed = layer(x, cu_seqlens=ends)
+    torch.testing.assert_close(packed, apart)
+    of_packed, of_apart = (torch.autograd.grad(y.sin().sum(), (x, layer.convolution)) for y in (packed, apart))
+    torch.testing.assert_close(of_packed, of_apart)
+
+
+def test_a_convolution_takes_no_mask_and_its_own_cache_alone():
+    layer, plain = KAAttention(16, 2, convolution=2), KAAttention(16, 2)
+    x = torch.randn(1, 3, 16)
+    for call in (layer, layer.extend):
+        with pytest.raises(ValueError, match="attn_mask must be None with a convolution"):
+            call(x, attn_mask=torch.ones(1, 3, dtype=torch.bool))
+    for one, other in ((layer, plain), (plain, layer)):
+        with pytest.raises(ValueError, match="past must be what extend returned"):
+            one.extend(x, other.extend(x)[1])
+    with pytest.raises(ValueError, match="convolution must be None or at least 2 tokens, got 1"):
+        KAAttention(16, 2, convolution=1)
+
+
+def test_it_is_the_attention_of_the_hybrids_with_convolutions():
+    mixers = pytest.importorskip("ka_attention.harness.models.mixers")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(hidden_size=32, num_attention_heads=4, attn_implementation="ka")
+    config.ka_config = {"window": 3, "gate_init": 0.7}
+    studied = mixers.HybridAttention(config, 0, output_gate=False, convolution="qkv")
+    layer = KAAttention(32, 4, gate=0.7, window=3, convolution=mixers.KERNEL, bias=False)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer, name).weight.copy_(getattr(studied, name).weight)
+        layer.out_proj.weight.copy_(studied.o_proj.weight)
+        layer.convolution.copy_(torch.cat([each.weight for each in studied.on_qkv], 1))
+    x = torch.randn(2, 7, 32)
+    positions = llama.LlamaRotaryEmbedding(config)(x, torch.arange(7)[None])
+    truth = studied.after(*studied.mix(*studied.before(x, *positions)))
+    torch.testing.assert_close(layer(x, position_embeddings=positions), truth)
 
 
 def test_rotary_embeddings_are_those_of_transformers():

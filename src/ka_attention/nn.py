@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ka_attention.ops import cache_values, clamp_gate, ka_attention
 
-Cache = tuple[Tensor, Tensor]
+Cache = tuple[Tensor, ...]
 Positions = tuple[Tensor, Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -25,10 +25,12 @@ class KAAttention(nn.Module):
         gate_bounds: where a learned gate is kept, by `ka_attention.ops.clamp_gate`; within [-1, 1].
         window: a token attends to the last `window` tokens only, itself included.
         output_gate: multiply A by silu(W_g x) before the output projection.
+        convolution: so many tokens, itself included, a causal convolution of each channel of queries, keys and values
+            reads before they are attended with (`short_convolution`); it starts as PyTorch's do.
         bias: whether the projections have one (W_g has none).
         device, dtype: of the parameters.
 
-    Raises ValueError for sizes that do not divide and for a gate beyond its bounds.
+    Raises ValueError for sizes that do not divide, a gate beyond its bounds, a convolution of fewer than two tokens.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class KAAttention(nn.Module):
         gate_bounds: tuple[float, float] = (0.0, 1.0),
         window: int | None = None,
         output_gate: bool = False,
+        convolution: int | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,6 +58,8 @@ class KAAttention(nn.Module):
         low, high = gate_bounds if learn_gate else (-1, 1)
         if not -1 <= low <= gate <= high <= 1:
             raise ValueError(f"gate must be between {low} and {high}, which lie in [-1, 1], got {gate}")
+        if convolution is not None and convolution < 2:
+            raise ValueError(f"convolution must be None or at least 2 tokens, got {convolution}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
         self.window, self.gate_bounds = window, gate_bounds
         kv_dim = num_kv_heads * self.head_dim
@@ -65,6 +70,10 @@ class KAAttention(nn.Module):
         self.g_proj = nn.Linear(embed_dim, embed_dim, False, **factory) if output_gate else None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
         self.gate = nn.Parameter(torch.full((num_heads,), float(gate), **factory)) if learn_gate else gate
+        self.convolution = None
+        if convolution is not None:
+            self.convolution = nn.Parameter(torch.empty(convolution, embed_dim + 2 * kv_dim, **factory))
+            nn.init.uniform_(self.convolution, -(convolution**-0.5), convolution**-0.5)
 
     def forward(
         self,
@@ -75,11 +84,13 @@ class KAAttention(nn.Module):
     ) -> Tensor:
         """[B, T, embed_dim] → [B, T, embed_dim]; attn_mask and cu_seqlens as for `ka_attention`.
 
+        With a convolution, which reads what a mask hides, there is no attn_mask: ValueError.
+
         position_embeddings: (cos, sin), each [B or 1, T, R] with an even R ≤ head_dim, as transformers' rotary
             embeddings return them (the first R numbers of queries and keys are rotated, in halves), or a function of
             (q, k), both [B, H, T, head_dim], that returns what is attended with. Without it positions are not encoded.
         """
-        q, k, v = self._project(x, position_embeddings)
+        q, k, v = self._turned(self._project(x, None, attn_mask, cu_seqlens)[0], position_embeddings)
         a = ka_attention(q, k, v, gate=self._gate(), window=self.window, attn_mask=attn_mask, cu_seqlens=cu_seqlens)
         return self._merge(a, x)
 
@@ -94,24 +105,48 @@ class KAAttention(nn.Module):
 
         A cache is (K [B, Hkv, P, D], U [B, Hq, P, D]); with a window it keeps the last window − 1 tokens. `attn_mask`
         covers the cached tokens and the new ones, `position_embeddings` the new ones: cached keys are rotated already.
+        With a convolution of N tokens it ends with what the projections made of the last N − 1 tokens,
+        [B, N − 1, embed_dim + 2 Hkv D].
         """
-        q, k, v = self._project(x, position_embeddings)
+        if past is not None and len(past) != (2 if self.convolution is None else 3):
+            raise ValueError(f"past must be what extend returned, got {len(past)} tensors")
+        projected, last = self._project(x, past and past[2:], attn_mask, None)
+        q, k, v = self._turned(projected, position_embeddings)
         gate = self._gate()
-        a = ka_attention(q, k, v, gate=gate, window=self.window, past=past, attn_mask=attn_mask)
+        kept = None if past is None else (past[0], past[1])
+        a = ka_attention(q, k, v, gate=gate, window=self.window, past=kept, attn_mask=attn_mask)
         u = cache_values(v, a, gate)
         if past is not None:
             k, u = torch.cat([past[0], k], dim=2), torch.cat([past[1], u], dim=2)
         if self.window is not None:
             start = max(0, k.shape[2] - self.window + 1)
             k, u = k[:, :, start:], u[:, :, start:]
-        return self._merge(a, x), (k, u)
+        return self._merge(a, x), (k, u, *last)
 
     def _gate(self) -> float | Tensor:
         return clamp_gate(self.gate, *self.gate_bounds) if isinstance(self.gate, Tensor) else self.gate
 
-    def _project(self, x: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+    def _project(
+        self, x: Tensor, past: Cache | None, attn_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Cache, Cache]:
+        """Queries, keys and values [B, T, H D], convolved, and what the convolution of the tokens after them reads."""
+        projected = tuple(proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.convolution is None:
+            return projected, ()
+        if attn_mask is not None:
+            raise ValueError(
+                "attn_mask must be None with a convolution, which reads the tokens before whatever a mask hides; "
+                "pack sequences with cu_seqlens"
+            )
+        joined = torch.cat(projected, -1)
+        earlier = past[0] if past else joined.new_zeros(x.shape[0], len(self.convolution) - 1, joined.shape[-1])
+        y = short_convolution(joined, self.convolution, earlier, cu_seqlens)
+        last = torch.cat([earlier, joined], 1)[:, -earlier.shape[1] :]
+        return y.split([each.shape[-1] for each in projected], -1), (last,)
+
+    def _turned(self, projected: Cache, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads [B, H, T, D] of queries, keys and values, with their positions."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)
         if positions is not None:
             q, k = positions(q, k) if callable(positions) else (_rotate(y, *positions) for y in (q, k))
         return q, k, v
@@ -119,6 +154,29 @@ class KAAttention(nn.Module):
     def _merge(self, a: Tensor, x: Tensor) -> Tensor:
         a = a.transpose(1, 2).flatten(2)
         return self.out_proj(a if self.g_proj is None else F.silu(self.g_proj(x)) * a)
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """``y_t = Σ_i weight_i · x_{t−i}``, i < N, each channel apart (depthwise, causal), in the dtype of x.
+
+    x:          ``[B, T, C]``, to the same.
+    weight:     ``[N, C]``; the present token has the first row.
+    past:       ``[B, N − 1, C]``, what came before x; zeros by default.
+    cu_seqlens: ends of packed sequences, 0, …, T, as for `ka_attention`: none reads another.
+    """
+    taps, length = weight.shape[0], x.shape[1]
+    weight = weight.to(x.dtype)
+    earlier = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], 1)
+    # A sum of shifted products, which a compiler fuses with what stands around it.
+    products = [weight[i] * earlier[:, taps - 1 - i : taps - 1 - i + length] for i in range(taps)]
+    if cu_seqlens is not None:
+        tokens = torch.arange(length, device=x.device)
+        ends = cu_seqlens.to(tokens.dtype)
+        place = tokens - ends[torch.searchsorted(ends, tokens, right=True) - 1]  # of a token in its sequence
+        products = [torch.where((place >= i)[:, None], each, 0) for i, each in enumerate(products)]
+    return sum(products)  # type: ignore[return-value]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

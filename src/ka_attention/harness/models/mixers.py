@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from ka_attention.hf.layer import Layer
+from ka_attention.nn import short_convolution
 from ka_attention.ops import ka_attention
 
 KERNEL = 4  # tokens that a convolution reads, the present one included
@@ -68,14 +69,10 @@ class ShortConvolution(Remembering):
         return self.weight.new_zeros(batch, KERNEL - 1, self.weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        # A sum of shifted products, which a compiler fuses with what stands around it.
-        length, weight = x.shape[1], self.weight.to(x.dtype)
-        if self.past is None:
-            earlier = F.pad(x, (0, 0, KERNEL - 1, 0))
-        else:
-            earlier = torch.cat([self.past, x], 1)
-            self.past.copy_(earlier[:, -(KERNEL - 1) :])
-        return sum(weight[i] * earlier[:, KERNEL - 1 - i : KERNEL - 1 - i + length] for i in range(KERNEL))  # type: ignore[return-value]
+        y = short_convolution(x, self.weight, self.past)
+        if self.past is not None:
+            self.past.copy_(torch.cat([self.past, x], 1)[:, -(KERNEL - 1) :])
+        return y
 
 
 @contextmanager
