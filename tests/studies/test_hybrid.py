@@ -288,6 +288,11 @@ def test_a_part_that_fails_in_a_worker_is_said(kind, error, tmp_path):
         workers.finish(parts, Store(tmp_path, {}), 2)
 
 
+def test_what_a_run_may_change_is_no_setting():
+    with pytest.raises(UserError, match=r"^--set: no setting 'choices'; (?!.*, choices)"):
+        override(TINY, ["choices=arms"])
+
+
 @pytest.mark.parametrize(
     "setting",
     ["arms=full,full", "arms=window", "hidden_size=20", "rates=1,1", "rates=0", "train_tokens=5", "tasks=chess"],

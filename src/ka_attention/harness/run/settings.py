@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ka_attention.errors import UserError
@@ -140,7 +140,8 @@ Recipe = TypeVar("Recipe", bound=Any)
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """``recipe`` with every ``key=value`` applied; UserError names an unknown key or a value of the wrong type."""
-    hints = {name: hint for name, hint in get_type_hints(type(recipe)).items() if name not in ("name", "summary")}
+    of_class = get_type_hints(type(recipe))
+    hints = {field.name: of_class[field.name] for field in fields(recipe) if field.name not in ("name", "summary")}
     changes: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
