@@ -157,7 +157,11 @@ class KAAttention(nn.Module):
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    past: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """``y_t = Σ_i weight_i · x_{t−i}``, i < N, each channel apart (depthwise, causal), in the dtype of x.
 
@@ -165,6 +169,7 @@ def short_convolution(
     weight:     ``[N, C]``; the present token has the first row.
     past:       ``[B, N − 1, C]``, what came before x; zeros by default.
     cu_seqlens: ends of packed sequences, 0, …, T, as for `ka_attention`: none reads another.
+    seen:       ``[N, B or 1, T]``, whether a token reads the one i before it; all do by default.
     """
     taps, length = weight.shape[0], x.shape[1]
     weight = weight.to(x.dtype)
@@ -176,6 +181,8 @@ def short_convolution(
         ends = cu_seqlens.to(tokens.dtype)
         place = tokens - ends[torch.searchsorted(ends, tokens, right=True) - 1]  # of a token in its sequence
         products = [torch.where((place >= i)[:, None], each, 0) for i, each in enumerate(products)]
+    if seen is not None:
+        products = [torch.where(seen[i, :, :, None], each, 0) for i, each in enumerate(products)]
     return sum(products)  # type: ignore[return-value]
 
 

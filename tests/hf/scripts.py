@@ -17,10 +17,11 @@ from zoo import make
 from ka_attention.hf import KACache, KAConfig, KAStaticCache, attach, attention_modules
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "gemma2", "gemma3_text", "qwen3", "gpt2")
+CONVOLVED = ("llama", "mistral", "gemma2", "gemma3_text", "qwen3")
 LONGEST = 40
 
 
-def random_config(pick: random.Random) -> KAConfig:
+def random_config(pick: random.Random, family: str) -> KAConfig:
     layers = pick.choice([{}, {}, {"layers": (1,)}, {"layers": (0, 2)}, {"pattern": "2:1"}, {"layers": ()}])
     count = {(): 3}.get(tuple(layers), 2 if "pattern" in layers else len(layers.get("layers", ())))
     window = pick.choice([None, 1, 2, 3, 5, 8, 33, "each"])
@@ -30,16 +31,18 @@ def random_config(pick: random.Random) -> KAConfig:
     low = pick.choice([0.0, -1.0])
     gate_init = pick.choice([0.0, 0.5, 1.0, 1.0, tuple(pick.choice([0.0, 0.3, 1.0]) for _ in range(4))])
     output_gate = pick.choice([False, False, True, "ka"])
-    return KAConfig(
-        **layers, window=window, gate=gate, gate_init=gate_init, gate_range=(low, 1.0), output_gate=output_gate
-    )
+    convolution = pick.choice([None, None, 2, 4, 6]) if family in CONVOLVED else None
+    gates = {"gate": gate, "gate_init": gate_init, "gate_range": (low, 1.0), "output_gate": output_gate}
+    narrow = 5 if family != "llama" and convolution == 6 else convolution  # than the model's own window
+    return KAConfig(**layers, window=window, convolution=narrow, **gates)
 
 
 def run_script(seed: int) -> tuple[float, str]:
     """(largest difference of logits, what was done) of one script."""
     pick = random.Random(seed)
     torch.manual_seed(seed)
-    family, ka = pick.choice(FAMILIES), random_config(pick)
+    family = pick.choice(FAMILIES)
+    ka = random_config(pick, family)
     model = attach(make(family, seed=seed % 7), ka).double()
     for module in attention_modules(model):
         for name in ("ka_gate", "ka_output_gate"):
@@ -50,6 +53,7 @@ def run_script(seed: int) -> tuple[float, str]:
     recording = not static and pick.random() < 0.4
     cache = KAStaticCache(model.config, LONGEST) if static else KACache(model.config)
     can_crop = all(not layer.is_ring for layer in cache.layers) if static else recording or not any(cache.is_sliding)
+    can_crop &= recording or ka.convolution is None
     if recording:
         cache.activate_past_recording()
     rows = pick.choice([1, 2, 3])
@@ -98,6 +102,8 @@ def run_script(seed: int) -> tuple[float, str]:
                 )
             ):
                 continue  # nothing so old was recorded
+            if ka.convolution and cache.layers[0].tails[0].shape[1] - ka.convolution + 1 < count:
+                continue
             done.append(f"crop {count}")
             cache.crop(-count)
             ids, mask = ids[:, :-count], mask[:, :-count]

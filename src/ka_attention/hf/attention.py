@@ -200,7 +200,7 @@ def _attend(
                 "with a model from ka_attention.hf.attach"
             )
     if n > 1 and (layer.is_ka or options.window is not None):
-        _refuse_split_tokens()
+        refuse_split_tokens()
     ends = options.ends
     if ends is not None and length != n:
         raise ValueError(f"cu_seq_lens_q: packed sequences cannot continue a cache, got one of {length - n} tokens")
@@ -307,7 +307,7 @@ def _refuse_both_ways(module: nn.Module) -> None:
         raise ValueError("is_causal: KA-attention and its windows look back only, got False")
 
 
-def _refuse_split_tokens() -> None:
+def refuse_split_tokens() -> None:
     """ValueError where accelerate gives each process a part of every sequence: KA-attention would take it for all."""
     # The class holds the state of the process; to make an instance would begin it.
     parallelism = getattr(AcceleratorState, "_shared_state", {}).get("parallelism_config")

@@ -24,6 +24,8 @@ class KAConfig:
         gate_range: the interval that gates are kept in; (-1, 1) allows signed gates.
         output_gate: True multiplies what each attention layer computes by silu(W_g x) before its output projection, x
             being the layer's input and W_g learned; in softmax layers too. "ka" does so in the KA layers alone.
+        convolution: what the projections to queries, keys and values give is convolved over so many tokens, itself
+            included, each channel apart and with learned weights; in softmax layers too.
         adapters: for layers with an adapter (index as a string), what it is rebuilt from: ka_attention.hf.adapters.
     """
 
@@ -35,6 +37,7 @@ class KAConfig:
     adapters: dict[str, dict[str, Any]] | None = None
     pattern: str | None = None
     output_gate: bool | Literal["ka"] = False
+    convolution: int | None = None
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists: restore them, so that a configuration read back compares equal.
@@ -71,6 +74,8 @@ class KAConfig:
             )
         if self.output_gate not in (True, False, "ka") or not isinstance(self.output_gate, bool | str):
             raise ValueError(f"output_gate: expected True, False or 'ka', got {self.output_gate!r}")
+        if self.convolution is not None and not (_is_index(self.convolution) and self.convolution > 1):
+            raise ValueError(f"convolution: expected None or an integer >= 2, got {self.convolution!r}")
         specs = {} if self.adapters is None else self.adapters
         if not isinstance(specs, dict) or not all(str(i).isdecimal() and isinstance(x, dict) for i, x in specs.items()):
             raise ValueError(f"adapters: expected None or {{'index of a layer': {{…}}, …}}, got {self.adapters!r}")
@@ -103,11 +108,12 @@ class KAConfig:
         return self.output_gate is True or (self.output_gate == "ka" and self.enabled(layer_idx))
 
     def parts(self, layer_idx: int) -> tuple[str, ...]:
-        """What the attention module of layer ``layer_idx`` computes with: "ka_gate", "ka_output_gate", "ka_adapter"."""
+        """What the attention module of layer ``layer_idx`` computes with, by the names of its attributes."""
         is_ka = self.caches_outputs(layer_idx)
         asked = {
             "ka_gate": is_ka and self.gate != "fixed",
             "ka_output_gate": self.gates_output(layer_idx),
+            "ka_convolution": self.convolution is not None,
             "ka_adapter": is_ka and str(layer_idx) in (self.adapters or {}),
         }
         return tuple(name for name, wanted in asked.items() if wanted)

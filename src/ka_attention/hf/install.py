@@ -1,4 +1,4 @@
-"""What attention modules of a KA model carry (gates, output gates, adapters), made before anything is changed."""
+"""What attention modules of a KA model carry (gates, convolutions, adapters), made before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ka_attention.hf.adapters import build_adapter
 from ka_attention.hf.config import KAConfig
+from ka_attention.hf.convolution import hook_convolution, make_convolution, remove_convolution
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.output_gate import hook_output_gate, make_output_gate, remove_output_gate
@@ -19,7 +20,7 @@ from ka_attention.hf.support import attention_modules, check_supported, text_con
 
 Adapters = Callable[[int], nn.Module | None] | Mapping[int, nn.Module]
 Parts = list[tuple[Any, dict[str, nn.Module]]]
-PARTS = ("ka_gate", "ka_output_gate", "ka_adapter")
+PARTS = ("ka_gate", "ka_output_gate", "ka_convolution", "ka_adapter")
 
 
 def prepare(model: Any, ka: KAConfig, adapter: Adapters | None = None) -> tuple[KAConfig, Parts]:
@@ -45,6 +46,7 @@ def prepare(model: Any, ka: KAConfig, adapter: Adapters | None = None) -> tuple[
         found = {
             "ka_gate": make_gate(ka, text) if i in ka_layers else None,
             "ka_output_gate": make_output_gate(module, text) if ka.gates_output(i) else None,
+            "ka_convolution": make_convolution(module, text, ka.convolution) if ka.convolution else None,
             "ka_adapter": _adapter(ka, adapter, i, text) if i in ka_layers else None,
         }
         made = {name: part for name, part in found.items() if part is not None}
@@ -61,12 +63,15 @@ def install(parts: Parts) -> None:
             setattr(module, name, part)
         if "ka_output_gate" in made:
             hook_output_gate(module)
+        if "ka_convolution" in made:
+            hook_convolution(module)
 
 
 def remove(model: Any) -> None:
     """Take out of the attention modules what `install` put there."""
     for module in attention_modules(model):
         remove_output_gate(module)
+        remove_convolution(module)
         for name in (*PARTS, "ka_layer"):
             if hasattr(module, name):
                 delattr(module, name)

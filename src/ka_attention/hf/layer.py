@@ -69,6 +69,11 @@ class Layer:
         layer = module.__dict__.get("ka_layer")
         if layer is None:
             layer = cls.make(module.config, module.layer_idx, module.layer_idx == 0)
+            if layer.ka.convolution is not None:
+                raise RuntimeError(
+                    f"ka_config asks for a convolution and layer {layer.index} has none: make the model with "
+                    "ka_attention.hf.attach"
+                )
             if not is_dynamo_compiling():
                 module.ka_layer = layer
         return layer
@@ -117,9 +122,9 @@ def configure(model: Any, ka: KAConfig) -> None:
 def reconfigure(model: Any, ka: KAConfig) -> None:
     """Let a KA model go on with other settings, in place; the one way to change ``config.ka_config``.
 
-    Its weights stay: ``ka`` may ask for learned gates, output gates and adapters only where the model has them, of the
-    same kind; those that it does not ask for are neither used nor saved. Caches that were filled before are refused
-    from then on. ValueError for settings that the model cannot have; then nothing has changed.
+    Its weights stay: ``ka`` may ask for learned gates, output gates, convolutions and adapters only where the model has
+    them, of the same kind; those that it does not ask for are neither used nor saved. Caches that were filled before
+    are refused from then on. ValueError for settings that the model cannot have; then nothing has changed.
     """
     text = text_config(model)
     if text._attn_implementation != "ka":
@@ -140,6 +145,8 @@ def _has(module: nn.Module, name: str, ka: KAConfig) -> bool:
     part: Any = getattr(module, name, None)
     if name == "ka_gate" and isinstance(part, nn.Module):
         return (part.weight is not None) == (ka.gate == "token")
+    if name == "ka_convolution":
+        return getattr(part, "tokens", None) == ka.convolution
     if name == "ka_adapter":
         return getattr(part, "spec", None) == (ka.adapters or {})[str(module.layer_idx)]
     return isinstance(part, nn.Module)

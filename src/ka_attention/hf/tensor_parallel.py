@@ -77,6 +77,8 @@ def layer_of_heads(layer: Layer, config: Any, rank: int, size: int) -> Layer:
         raise ValueError(f"tp_size: {heads.query} query and {heads.key} key heads must be multiples of {size}")
     if layer.has_adapter:
         raise ValueError("tp_size: layers with adapters keep their heads together")
+    if layer.ka.convolution is not None:
+        raise ValueError("tp_size: layers with a convolution keep their heads together")
     if not isinstance(layer.gate, tuple):
         return layer
     own = heads.query // size

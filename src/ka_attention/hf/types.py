@@ -22,6 +22,7 @@ from ka_attention.hf.batching import make_manager
 from ka_attention.hf.cache.caches import KACache, KAStaticCache
 from ka_attention.hf.card import write_card, write_loader
 from ka_attention.hf.config import KAConfig
+from ka_attention.hf.convolution import KAConvolution
 from ka_attention.hf.gates import KAGate
 from ka_attention.hf.install import PARTS, install, prepare
 from ka_attention.hf.layer import configure
@@ -111,9 +112,9 @@ class KAModel:
 
     def initialize_weights(self) -> None:
         super().initialize_weights()  # type: ignore[misc]
-        # `_init_weights` of the inner model does not know gates; those that were loaded are left as they are.
+        # `_init_weights` of the inner model does not know these; those that were loaded are left as they are.
         for module in self.modules():
-            if isinstance(module, KAGate):
+            if isinstance(module, KAGate | KAConvolution):
                 module.reset_parameters()
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:

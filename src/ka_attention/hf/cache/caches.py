@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ka_attention.hf.cache.layers import KADynamicLayer, KAWindowLayer
 from ka_attention.hf.cache.state import Progress
 from ka_attention.hf.cache.static import KAStaticLayer
+from ka_attention.hf.cache.tails import ConvolvedLayer, ConvolvedStaticLayer, ConvolvedWindowLayer
 from ka_attention.hf.config import KAConfig
 from ka_attention.hf.heads import Heads
 
@@ -44,9 +45,9 @@ class KACache(DynamicCache):
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
         _refuse_offloading(offloading)
+        full, narrow = (ConvolvedLayer, ConvolvedWindowLayer) if _convolves(config) else (KADynamicLayer, KAWindowLayer)
         layers: list[Any] = [
-            KADynamicLayer(groups) if window is None else KAWindowLayer(groups, window)
-            for groups, window in layer_plan(config)
+            full(groups) if window is None else narrow(groups, window) for groups, window in layer_plan(config)
         ]
         _join(layers, config)
         Cache.__init__(self, layers=layers)
@@ -68,7 +69,8 @@ class KAStaticCache(StaticCache):
         _refuse_offloading(offloading)
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
-        layers: list[Any] = [KAStaticLayer(groups, max_cache_len, w) for groups, w in layer_plan(config)]
+        kind = ConvolvedStaticLayer if _convolves(config) else KAStaticLayer
+        layers: list[Any] = [kind(groups, max_cache_len, w) for groups, w in layer_plan(config)]
         _join(layers, config)
         bound = [layer for layer in layers if not layer.is_ring]
         for layer in bound[:1]:
@@ -79,6 +81,10 @@ class KAStaticCache(StaticCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for all layers: of rings that go on, a chunk may see more than there are slots."""
         return max(self.total, self.widest + query_length - 1 if self.widest else 0), 0
+
+
+def _convolves(config: Any) -> bool:
+    return KAConfig.of(config.get_text_config(decoder=True)).convolution is not None
 
 
 def _join(layers: list[Any], config: Any) -> None:
@@ -94,13 +100,18 @@ def _refuse_offloading(offloading: bool) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds now, measured from its tensors.
+    """Bytes of all keys and values, and of what convolutions read, that a cache holds now, measured from its tensors.
 
     A KACache that decodes has spare slots besides: at most for 32 tokens or for an eighth more, whichever is more, and
     in layers with a window for one token.
     """
     layers: list[Any] = cache.layers
-    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    tensors = [
+        t
+        for layer in layers
+        for t in (layer.keys, layer.values, *getattr(layer, "tails", {}).values())
+        if t is not None
+    ]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
