@@ -174,6 +174,9 @@ def short_convolution(
     taps, length = weight.shape[0], x.shape[1]
     weight = weight.to(x.dtype)
     earlier = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], 1)
+    if length == 1 and cu_seqlens is None:  # a step of decoding, in few operations
+        read = earlier if seen is None else torch.where(seen.flip(0).transpose(0, 1), earlier, 0)
+        return (read * weight.flip(0)).sum(1, keepdim=True)
     # A sum of shifted products, which a compiler fuses with what stands around it.
     products = [weight[i] * earlier[:, taps - 1 - i : taps - 1 - i + length] for i in range(taps)]
     if cu_seqlens is not None:

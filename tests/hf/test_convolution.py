@@ -91,6 +91,22 @@ def test_padding_on_either_side_changes_nothing(ka, kind):
     assert largest(got[1, 2:11] - want[1]) < TINY
 
 
+@pytest.mark.parametrize("name", ["narrow", "windows"])
+def test_padding_between_turns_counts_as_zeros(name):
+    """Beyond it earlier tokens are read, also those that a narrow cache's masks have no column for."""
+    model, ids = convolved(ka=CONFIGS[name]), tokens(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 3], mask[1, 5:7] = 0, 0
+    positions = mask.cumsum(-1) - 1
+    want = parallel(model, ids, attention_mask=mask, position_ids=positions)
+    ids = torch.where(mask == 1, ids, 9)
+    for cache in (KACache(model.config), KAStaticCache(model.config, 10)):
+        for i in range(10):
+            inputs = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
+            got = run(model, [ids[:, i : i + 1]], cache, **inputs)
+            assert largest((got - want[:, i : i + 1])[mask[:, i] == 1]) < TINY
+
+
 @pytest.mark.parametrize("ka", [CONFIGS["full"], CONFIGS["narrow"], CONFIGS["softmax"]])
 def test_packed_sequences_do_not_read_each_other(ka):
     model, a, b = convolved(ka=ka), tokens(1, 5), tokens(1, 7, seed=3)
@@ -99,6 +115,7 @@ def test_packed_sequences_do_not_read_each_other(ka):
     ends = {"cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32)}
     assert largest(parallel(model, ids, **positions) - apart) < TINY
     assert largest(parallel(model, ids, **positions, **ends) - apart) < TINY
+    assert largest(parallel(model, ids, **ends) - apart) < 1e-5  # without a mask; angles are float32
     with pytest.raises(ValueError, match="attention_mask: convolutions of 12 tokens need"):
         parallel(model, ids, attention_mask=torch.ones(1, 2, 12, 12, dtype=torch.bool).tril())
 
