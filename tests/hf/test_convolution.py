@@ -155,10 +155,14 @@ def test_tokens_are_taken_back_only_where_what_was_before_is_kept():
     {"do_sample": True, "num_return_sequences": 2},
     {"cache_implementation": "static"},
     {"prompt_lookup_num_tokens": 3},
+    {"assistant_model": "narrow"},
 ], ids=str)  # fmt: skip
 def test_generate_gives_what_it_gives_without_a_cache(settings):
     model = convolved()
-    ids = tokens(1 if "prompt_lookup_num_tokens" in settings else 2)
+    ids = tokens(1 if {"prompt_lookup_num_tokens", "assistant_model"} & settings.keys() else 2)
+    if "assistant_model" in settings:
+        settings = {"assistant_model": convolved(seed=1)}
+        settings["assistant_model"].generation_config.assistant_confidence_threshold = 0
     ids = torch.cat([ids, ids[:, :6]], 1)
     mask = torch.ones_like(ids)
     if len(ids) > 1:
@@ -166,7 +170,8 @@ def test_generate_gives_what_it_gives_without_a_cache(settings):
     found = []
     for cached in (True, False):
         torch.manual_seed(3)
-        more = settings if cached else {k: x for k, x in settings.items() if k[-4:] not in ("tion", "kens")}
+        of_caches = {"cache_implementation", "prompt_lookup_num_tokens", "assistant_model"}
+        more = {name: x for name, x in settings.items() if cached or name not in of_caches}
         more = {"do_sample": False, "max_new_tokens": 12, "use_cache": cached, **more}
         found.append(model.generate(ids, attention_mask=mask, **more))
     assert torch.equal(*found)
