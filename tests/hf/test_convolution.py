@@ -130,7 +130,9 @@ def test_all_that_happens_to_caches(name):
     run(model, [ids[:, :4]], cache)
     held = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
     assert cache_bytes(cache) == 8 * (held + 3 * 2 * 3 * 64)
-    kept = copy.deepcopy(cache)
+    kept, chosen, rows = copy.deepcopy(cache), copy.deepcopy(cache), torch.tensor([1, 1, 0])
+    chosen.batch_select_indices(rows)
+    assert largest(run(model, [ids[rows, 4:]], chosen) - parallel(model, ids[rows])[:, 4:]) < TINY
     run(model, [ids[:, :3]], cache)
     assert largest(run(model, [ids[:, 4:]], kept) - parallel(model, ids)[:, 4:]) < TINY
 
@@ -251,12 +253,14 @@ def test_they_are_saved_and_loaded(tmp_path):
     assert not any(hasattr(m, "ka_convolution") or hasattr(m, "ka_reading") for m in base.modules())
 
 
-def test_new_ones_are_drawn_and_may_be_made_the_identity():
+def test_new_ones_are_drawn_and_may_be_made_the_identity(tmp_path):
     model = make("llama")
     before, ids = parallel(model, tokens()), tokens()
     attach(model, KAConfig(layers=(), convolution=4))
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
-    for each in (model, made):
+    without = {name: x for name, x in model.state_dict().items() if "ka_convolution" not in name}
+    model.save_pretrained(tmp_path, state_dict=without)
+    for each in (model, made, type(model).from_pretrained(tmp_path)):
         for module in attention_modules(each):
             weight = module.ka_convolution.weight
             assert weight.shape == (4, 64)
