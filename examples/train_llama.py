@@ -41,7 +41,8 @@ def main() -> None:
     )
     model = attach(
         AutoModelForCausalLM.from_config(config),
-        KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.0),  # three KA layers, then one of full attention
+        # three KA layers, then one of full attention; with what helped hybrids most
+        KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.0, output_gate=True, convolution=4),
     )
     arguments = TrainingArguments(
         output_dir=str(given.out / "checkpoints"),

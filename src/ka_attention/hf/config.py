@@ -25,7 +25,8 @@ class KAConfig:
         output_gate: True multiplies what each attention layer computes by silu(W_g x) before its output projection, x
             being the layer's input and W_g learned; in softmax layers too. "ka" does so in the KA layers alone.
         convolution: what the projections to queries, keys and values give is convolved over so many tokens, itself
-            included, each channel apart and with learned weights; in softmax layers too.
+            included, each channel apart; in softmax layers too. Its learned weights start at random, for a model that
+            is trained from the start; in a trained one begin with ``ka_convolution.identity_()`` of each module.
         adapters: for layers with an adapter (index as a string), what it is rebuilt from: ka_attention.hf.adapters.
     """
 
