@@ -90,7 +90,7 @@ class KAAttention(nn.Module):
             embeddings return them (the first R numbers of queries and keys are rotated, in halves), or a function of
             (q, k), both [B, H, T, head_dim], that returns what is attended with. Without it positions are not encoded.
         """
-        q, k, v = self._turned(self._project(x, None, attn_mask, cu_seqlens)[0], position_embeddings)
+        q, k, v = self._heads(self._project(x, None, attn_mask, cu_seqlens)[0], position_embeddings)
         a = ka_attention(q, k, v, gate=self._gate(), window=self.window, attn_mask=attn_mask, cu_seqlens=cu_seqlens)
         return self._merge(a, x)
 
@@ -110,8 +110,9 @@ class KAAttention(nn.Module):
         """
         if past is not None and len(past) != (2 if self.convolution is None else 3):
             raise ValueError(f"past must be what extend returned, got {len(past)} tensors")
-        projected, last = self._project(x, past and past[2:], attn_mask, None)
-        q, k, v = self._turned(projected, position_embeddings)
+        earlier = None if past is None or self.convolution is None else past[2]
+        projected, joined = self._project(x, earlier, attn_mask, None)
+        q, k, v = self._heads(projected, position_embeddings)
         gate = self._gate()
         kept = None if past is None else (past[0], past[1])
         a = ka_attention(q, k, v, gate=gate, window=self.window, past=kept, attn_mask=attn_mask)
@@ -121,30 +122,30 @@ class KAAttention(nn.Module):
         if self.window is not None:
             start = max(0, k.shape[2] - self.window + 1)
             k, u = k[:, :, start:], u[:, :, start:]
-        return self._merge(a, x), (k, u, *last)
+        if self.convolution is None or joined is None:
+            return self._merge(a, x), (k, u)
+        return self._merge(a, x), (k, u, carried(earlier, joined, len(self.convolution)))
 
     def _gate(self) -> float | Tensor:
         return clamp_gate(self.gate, *self.gate_bounds) if isinstance(self.gate, Tensor) else self.gate
 
     def _project(
-        self, x: Tensor, past: Cache | None, attn_mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Cache, Cache]:
-        """Queries, keys and values [B, T, H D], convolved, and what the convolution of the tokens after them reads."""
+        self, x: Tensor, past: Tensor | None, attn_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Cache, Tensor | None]:
+        """Queries, keys and values [B, T, H D], convolved after ``past``; and what was convolved, all three in one."""
         projected = tuple(proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.convolution is None:
-            return projected, ()
+            return projected, None
         if attn_mask is not None:
             raise ValueError(
                 "attn_mask must be None with a convolution, which reads the tokens before whatever a mask hides; "
                 "pack sequences with cu_seqlens"
             )
         joined = torch.cat(projected, -1)
-        earlier = past[0] if past else joined.new_zeros(x.shape[0], len(self.convolution) - 1, joined.shape[-1])
-        y = short_convolution(joined, self.convolution, earlier, cu_seqlens)
-        last = torch.cat([earlier, joined], 1)[:, -earlier.shape[1] :]
-        return y.split([each.shape[-1] for each in projected], -1), (last,)
+        y = short_convolution(joined, self.convolution, past, cu_seqlens)
+        return y.split([each.shape[-1] for each in projected], -1), joined
 
-    def _turned(self, projected: Cache, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, projected: Cache, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         """Heads [B, H, T, D] of queries, keys and values, with their positions."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)
         if positions is not None:
@@ -174,19 +175,27 @@ def short_convolution(
     taps, length = weight.shape[0], x.shape[1]
     weight = weight.to(x.dtype)
     earlier = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], 1)
-    if length == 1 and cu_seqlens is None:  # a step of decoding, in few operations
-        read = earlier if seen is None else torch.where(seen.flip(0).transpose(0, 1), earlier, 0)
-        return (read * weight.flip(0)).sum(1, keepdim=True)
-    # A sum of shifted products, which a compiler fuses with what stands around it.
-    products = [weight[i] * earlier[:, taps - 1 - i : taps - 1 - i + length] for i in range(taps)]
     if cu_seqlens is not None:
         tokens = torch.arange(length, device=x.device)
         ends = cu_seqlens.to(tokens.dtype)
         place = tokens - ends[torch.searchsorted(ends, tokens, right=True) - 1]  # of a token in its sequence
-        products = [torch.where((place >= i)[:, None], each, 0) for i, each in enumerate(products)]
+        own = (place >= torch.arange(taps, device=x.device)[:, None])[:, None]
+        seen = own if seen is None else seen & own
+    if length == 1:  # a step of decoding, in few operations
+        read = earlier if seen is None else torch.where(seen.flip(0).transpose(0, 1), earlier, 0)
+        return (read * weight.flip(0)).sum(1, keepdim=True)
+    # A sum of shifted products, which a compiler fuses with what stands around it.
+    products = [weight[i] * earlier[:, taps - 1 - i : taps - 1 - i + length] for i in range(taps)]
     if seen is not None:
         products = [torch.where(seen[i, :, :, None], each, 0) for i, each in enumerate(products)]
     return sum(products)  # type: ignore[return-value]
+
+
+def carried(past: Tensor | None, x: Tensor, taps: int) -> Tensor:
+    """The ``past`` of the tokens after x ``[B, T, C]`` for a `short_convolution` of so many taps: the last of both."""
+    kept = taps - 1
+    earlier = x.new_zeros(x.shape[0], kept, x.shape[2]) if past is None else past
+    return torch.cat([earlier, x[:, -kept:]], 1)[:, -kept:]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -131,6 +131,27 @@ def check_batch(model, make_cache=KACache):
     return largest(run(model, [ids[:, 4:]], cache) - parallel(model, ids)[:, 4:])
 
 
+def check_training(model, ids):
+    """Gradients of all parameters; the same from checkpoints of layers, and the same logits compiled as one graph."""
+
+    def gradients():
+        model.zero_grad()
+        model(ids, use_cache=False, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    want = gradients()
+    model.train()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), want, strict=True))
+    model.gradient_checkpointing_disable()
+    model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert largest(parallel(compiled, ids) - parallel(model, ids)) < TINY
+
+
 def check_turns(model):
     """A second and a third turn, of several tokens each, on what the first left in the cache; then the same again."""
     ids, error = tokens(), 0.0

@@ -2,11 +2,24 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cache import TINY, check_batch, check_crop, check_reorder, check_turns, fixed, largest, parallel, run
+from accelerate.state import AcceleratorState
+from test_cache import (
+    TINY,
+    check_batch,
+    check_crop,
+    check_reorder,
+    check_training,
+    check_turns,
+    fixed,
+    largest,
+    parallel,
+    run,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from zoo import make, tokens
@@ -181,27 +194,11 @@ def test_generate_gives_what_it_gives_without_a_cache(settings):
 
 def test_they_are_trained_checkpointed_compiled_and_copied():
     model, ids = convolved(ka=KAConfig(pattern="1:1", window=2, convolution=4, output_gate=True)), tokens()
-
-    def gradients(model):
-        model.zero_grad()
-        model(ids, use_cache=False, labels=ids).loss.backward()
-        return [p.grad.clone() for p in model.parameters()]
-
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(parallel(copied, ids), parallel(model, ids))
         assert all(m.q_proj._forward_hooks for m in attention_modules(copied))
-    want = gradients(model)
+    check_training(model, ids)
     assert all(m.ka_convolution.weight.grad.abs().sum() > 0 for m in attention_modules(model))
-    model.train()
-    for reentrant in (False, True):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        assert all(torch.equal(a, b) for a, b in zip(gradients(model), want, strict=True))
-    model.gradient_checkpointing_disable()
-    model.eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert largest(parallel(compiled, ids) - parallel(model, ids)) < TINY
 
 
 @pytest.mark.parametrize("name", ["full", "windows"])
@@ -345,6 +342,19 @@ def test_what_else_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="convolution: q_proj of layer 0 was replaced by a Linear"):
         parallel(model, ids)
     module.q_proj = kept
+    wider = make("llama")
+    attention_modules(wider)[1].v_proj = nn.Linear(32, 48)
+    with pytest.raises(ValueError, match=r"q_proj, k_proj, v_proj of \(32, 16, 16\) channels, has \(32, 16, 48\)$"):
+        attach(wider, KAConfig(convolution=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(module), "forward", lambda self, hidden_states, mask=None, past_key_values=None: None)
+        with pytest.raises(ValueError, match=r"takes its mask or cache by another name$"):
+            attach(make("llama"), KAConfig(convolution=4))
+    with monkeypatch.context() as patch:
+        split = SimpleNamespace(cp_size=2, sp_size=1)
+        patch.setitem(AcceleratorState._shared_state, "parallelism_config", split)
+        with pytest.raises(ValueError, match=r"^parallelism_config: .*split sequences"):
+            parallel(convolved(ka=KAConfig(layers=(), convolution=4)), ids)
     with pytest.raises(ValueError, match="convolution: 4 tokens are more than the model's own window of 3"):
         convolved("mistral", sliding_window=3)
     for wrong in (0, 1, True, 2.0, "4"):

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from ka_attention.harness.figures import drawing
+from ka_attention.studies.hybrid import rates
 from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired, paired_alike
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
@@ -17,8 +18,8 @@ from ka_attention.studies.hybrid.models import NAMES, arm
 def _losses(arms):
     """Results of arms with these losses, a number a seed."""
     runs = {name: tuple(SimpleNamespace(loss=loss) for loss in losses) for name, losses in arms.items()}
-    rates = {name: {0.002: losses} for name, losses in arms.items()}
-    return SimpleNamespace(arms=runs, rates=rates), {name: arm(name) for name in arms}
+    tried = {name: {0.002: losses} for name, losses in arms.items()}
+    return SimpleNamespace(arms=runs, rates=tried), {name: arm(name) for name in arms}
 
 
 def test_ka_is_set_beside_softmax_with_all_else_alike():
@@ -46,12 +47,29 @@ def test_differences_are_paired_and_marked():
 
 
 def test_arms_alike_but_for_a_part_are_compared_at_rates_that_both_had():
-    rates = {"tuned": {1.0: [3.0, 3.0], 2.0: [2.0, 2.5]}, "once": {1.0: [2.75]}, "elsewhere": {4.0: [1.0]}}
-    rates["also tuned"] = {1.0: [1.5, 1.0, 1.0], 2.0: [1.75], 4.0: [0.5]}
-    results = SimpleNamespace(rates=rates)
+    tried = {"tuned": {1.0: [3.0, 3.0], 2.0: [2.0, 2.5]}, "once": {1.0: [2.75]}, "elsewhere": {4.0: [1.0]}}
+    tried["also tuned"] = {1.0: [1.5, 1.0, 1.0], 2.0: [1.75], 4.0: [0.5]}
+    results = SimpleNamespace(rates=tried)
     assert paired_alike(results, "tuned", "once") == [0.25]  # not with the rate that was tried with one of them alone
     assert paired_alike(results, "tuned", "also tuned") == [0.5, 1.5]  # each with the best of the two
     assert paired_alike(results, "once", "elsewhere") == []
+
+
+def test_rates_are_said_where_there_are_several():
+    results, arms = _losses({"full": [3.0, 4.0], "canon": [2.5]})
+    for name, rate in (("full", 0.004), ("canon", 0.002)):
+        for one in results.arms[name]:
+            one.training = SimpleNamespace(learning_rate=rate)
+    results.rates["full"] = {0.002: [3.5], 0.004: [3.0, 4.0]}
+    assert rates.sentence(results).endswith("its loss was lowest then (1 arm was trained with one alone).")
+    section = rates.section(results, arms, Labels(arms.values()))
+    assert section.tables[0].rows == [["full softmax", "0.004", "3.500", "3.500 ± 0.707"]]
+    assert not section.figures  # two points make no curve
+    results.rates["full"][0.008] = [5.0]
+    assert [figure.name for figure in rates.section(results, arms, Labels(arms.values())).figures] == ["hybrid_rates"]
+    results.rates["full"] = {0.004: [3.0, 4.0]}
+    assert rates.section(results, arms, Labels(arms.values())) is None
+    assert rates.sentence(results) == "Learning rate at its peak: 0.002, 0.004 for all arms."
 
 
 def test_parts_are_compared_with_the_same_arm_without_them():

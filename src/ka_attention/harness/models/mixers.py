@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from ka_attention.hf.layer import Layer
-from ka_attention.nn import short_convolution
+from ka_attention.nn import carried, short_convolution
 from ka_attention.ops import ka_attention
 
 KERNEL = 4  # tokens that a convolution reads, the present one included
@@ -71,7 +71,7 @@ class ShortConvolution(Remembering):
     def forward(self, x: Tensor) -> Tensor:
         y = short_convolution(x, self.weight, self.past)
         if self.past is not None:
-            self.past.copy_(torch.cat([self.past, x], 1)[:, -(KERNEL - 1) :])
+            self.past.copy_(carried(self.past, x, KERNEL))
         return y
 
 

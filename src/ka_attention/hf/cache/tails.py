@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ka_attention.hf.cache.layers import KADynamicLayer, KAWindowLayer
 from ka_attention.hf.cache.static import KAStaticLayer
+from ka_attention.nn import carried
 from ka_attention.ops import private
 
 
@@ -30,12 +31,8 @@ class Convolved:
         """What was before x ``[B, n, C]``, ``[B, N - 1, C]``; x is kept with it."""
         count = self.ka.convolution - 1
         tail = self.tails[part] if self.tails else x.new_zeros(x.shape[0], count, x.shape[2])
-        joined = torch.cat((tail, x), 1)
-        if not self.record_past:
-            joined = joined[:, -count:]
-            if x.shape[1] > 1:
-                joined = joined.clone()  # no view of more, which would stay until the next token
-        self.coming = {**self.coming, part: joined}
+        kept = torch.cat((tail, x), 1) if self.record_past else carried(tail, x, count + 1)
+        self.coming = {**self.coming, part: kept}
         return tail[:, -count:]
 
     def column(self, n: int, columns: int) -> int | Tensor:
