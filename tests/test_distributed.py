@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
-from ka_attention.cli import app
+from ka_attention.cli import app, main
 
 
 def test_torchrun_gives_the_perplexities_of_one_process(tmp_path):
@@ -37,3 +38,14 @@ def test_torchrun_gives_the_perplexities_of_one_process(tmp_path):
             # The same sums in another order: float32 rounding, grown over a few AdamW steps.
             assert other["train_ppl"] == pytest.approx(row["train_ppl"], rel=1e-4)
             assert other["val_ppl"] == pytest.approx(row["val_ppl"], rel=1e-4)
+
+
+def test_a_process_of_torchrun_gives_its_group_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["ka", "recipes"])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert not torch.distributed.is_initialized()

@@ -385,7 +385,14 @@ def main() -> None:
         # Threads that wait for work sleep: where others use the cores too, those that spin make a step several times
         # slower. Read when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    app(prog_name="ka")
+    try:
+        app(prog_name="ka")
+    except SystemExit as end:
+        if not end.code and "RANK" in os.environ:
+            from ka_attention.harness.run.store import leave
+
+            leave()
+        raise
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave() -> None:
+    """Give back the group of processes under torchrun: where its threads outlive Python, they abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def agreed(value: Json) -> Json:
     """``value`` as the main process has it, on every process."""
     if not dist.is_initialized():
