@@ -25,6 +25,7 @@ ARMS = (
     "3to1-ka-head-w4-gated",
     "3to1-ka-token-w2+3-qkv",
     "3to1-ka-head-w4-gated-bias",
+    "3to1-ka-head-w4-gated-qkv-normed",
     "all-ka-head-w4+64-from0-gated",
     "1to1-softmax-w4-gated",
     "all-ka-w1",
@@ -91,6 +92,8 @@ def test_names_of_arms():
     )
     added = ", biases on q, k, output gate + conv qkv"
     assert arm("3to1-softmax-w4-gated-qkv-bias").label == f"3:1 softmax, window 4{added}"
+    assert arm("full-normed").label == "full softmax, norms on q, k"
+    assert arm("3to1-gdn-normed").normed
     assert arm("all-ka-w8").start == 1.0
     assert arm("3to1-ka-token-w2").start == 0.5
     assert arm("canon").convolution == "front"
@@ -215,6 +218,26 @@ def test_biases_of_queries_and_keys_weigh_distances_alone():
     scores = q @ k.mT
     torch.testing.assert_close(scores[..., 1:, 1:], scores[..., :-1, :-1], rtol=1e-4, atol=1e-4)
     assert scores[0, 0, -1].std() > 0.1
+
+
+def test_norms_of_queries_and_keys_take_away_their_size_alone():
+    """Whatever a token's input is multiplied by, q and k stay as they are, of norm √D; weights scale them.
+
+    Llama's RMSNorm computes in float32, whatever the model's dtype.
+    """
+    model = build(arm("full-normed"), SETTINGS, LENGTH, 0).double()
+    attention, h = model.model.layers[0].self_attn, torch.randn(1, LENGTH, 64).double()
+    attention.on_qk[0].variance_epsilon = attention.on_qk[1].variance_epsilon = 0.0
+    angles = model.model.rotary_emb(h, position_ids=torch.arange(LENGTH)[None])
+    q, k, v = attention.before(h, *angles)
+    sizes = torch.rand(1, LENGTH, 1).double() + 0.5
+    for found, want in zip(attention.before(h * sizes, *angles), (q, k, v * sizes[:, None]), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    for x in (q, k):
+        torch.testing.assert_close(x.norm(dim=-1), torch.full_like(x[..., 0], 16**0.5), rtol=1e-6, atol=0)
+    attention.on_qk[0].weight.data.fill_(3.0)
+    torch.testing.assert_close(attention.before(h, *angles)[0], 3 * q)
+    assert torch.equal(attention.before(h, *angles)[1], k)
 
 
 def test_a_convolution_starts_as_the_identity_and_reads_no_token_after():

@@ -73,13 +73,15 @@ def test_rates_are_said_where_there_are_several():
 
 
 def test_parts_are_compared_with_the_same_arm_without_them():
-    names = ("full", "canon", "full-qkv", "3to1-ka-head-w4", "3to1-ka-head-w4-from0", "3to1-ka-head-w4-from0-fast",
-             "3to1-ka-head-w8-from0-gated", "3to1-conv", "3to1-conv-drawn", "3to1-conv-gated")  # fmt: skip
+    names = ("full", "canon", "full-qkv", "full-normed", "3to1-ka-head-w4", "3to1-ka-head-w4-from0",
+             "3to1-ka-head-w4-from0-fast", "3to1-ka-head-w8-from0-gated", "3to1-conv", "3to1-conv-drawn",
+             "3to1-conv-gated")  # fmt: skip
     results, arms = _losses({name: [1.0, 1.0] for name in names})
     parts = differences(results, arms, Labels(arms.values())).tables[-1]
     assert [row[:2] for row in parts.rows] == [
         ["conv qkv", "full softmax"],
         ["conv in front", "full softmax"],
+        ["norms on q, k", "full softmax"],
         ["output gates", "3:1 gated conv, from identity"],
         ["gates from 0", "3:1 KA, window 4"],
         ["fast gates", "3:1 KA, window 4, gates from 0"],
@@ -88,7 +90,7 @@ def test_parts_are_compared_with_the_same_arm_without_them():
 
 
 MIXERS = ("softmax-w4", "ka-w4", "ka-w8", "ka-head-w4", "ka-token-w4", "ka-w2+4", "conv", "conv-drawn", "gdn", "mamba2")
-ADDED = ("", "-gated", "-qkv", "-bias", "-gated-qkv-bias")
+ADDED = ("", "-gated", "-qkv", "-bias", "-normed", "-gated-qkv-bias", "-gated-qkv-normed")
 EVERY = [
     *(f"{whole}{added}" for whole in ("full", "canon") for added in ADDED),
     *(f"{pattern}-{mixer}{added}" for pattern in ("all", "3to1", "1to1") for mixer in MIXERS for added in ADDED),
@@ -113,6 +115,9 @@ def test_labels_leave_out_what_arms_share():
     assert [labels(arm(name)) for name in shared] == ["3:1 KA, window 4", "3:1 softmax, window 4", "full softmax"]
     assert "All arms have output gates in every layer and conv qkv." in labels.notes()
     assert "KA has a learned gate for each head, which starts at 0." in labels.notes()
+    normed = Labels([arm("full-normed"), arm("full")])
+    assert normed(arm("full-normed")) == "full softmax, norms on q, k"
+    assert "*norms on q, k*: an RMSNorm a head" in normed.notes()
     fast = Labels([arm("3to1-ka-head-w4-fast"), arm("full")])
     assert fast(arm("3to1-ka-head-w4-fast")) == "3:1 KA, window 4"
     assert "Its gates have 10 times the learning rate of the weights." in fast.notes()
@@ -130,7 +135,7 @@ def test_labels_leave_out_what_arms_share():
 
 
 def test_no_two_arms_look_alike():
-    added = ("", "-from0", "-fast", "-from0-fast", "-gated", "-qkv", "-from0-qkv", "-from0-bias")
+    added = ("", "-from0", "-fast", "-from0-fast", "-gated", "-qkv", "-from0-qkv", "-from0-bias", "-from0-qkv-normed")
     name, *others = (f"3to1-ka-head-w4{rest}" for rest in added)
     assert all(look(arm(name)) != look(arm(other)) for other in others)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ka_attention.hf.layer import Layer
 from ka_attention.nn import carried, short_convolution
@@ -120,10 +120,18 @@ class HybridAttention(LlamaAttention):
                  input itself (Canon layers, arXiv 2512.17351); None: nowhere.
     bias:        queries and keys have biases b, c, which start at 0: rotary embeddings make of them a learned weight on
                  distance, ``b_iᵀ c_j``, of the token itself too.
+    normed:      queries and keys go through an RMSNorm a head before they are turned by the position, as in Qwen3.
     """
 
     def __init__(
-        self, config: Any, layer_idx: int, *, output_gate: bool, convolution: str | None, bias: bool = False
+        self,
+        config: Any,
+        layer_idx: int,
+        *,
+        output_gate: bool,
+        convolution: str | None,
+        bias: bool = False,
+        normed: bool = False,
     ) -> None:
         super().__init__(config, layer_idx)
         size = config.hidden_size
@@ -135,6 +143,8 @@ class HybridAttention(LlamaAttention):
         self.front = ShortConvolution(size, drawn=True) if convolution == "front" else None
         three = (ShortConvolution(size, identity=False, drawn=True) for _ in range(3))
         self.on_qkv = nn.ModuleList(three) if convolution == "qkv" else None
+        norms = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        self.on_qk = nn.ModuleList(norms) if normed else None
 
     def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q, k, v ``[B, H, T, D]``, turned by the position, and with an output gate ``W_g h`` ``[B, T, size]``."""
@@ -148,6 +158,8 @@ class HybridAttention(LlamaAttention):
         if self.on_qkv is not None:
             projected = [convolve(x) for convolve, x in zip(self.on_qkv, projected, strict=True)]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
+        if self.on_qk is not None:
+            q, k = (norm(x).to(v.dtype) for norm, x in zip(self.on_qk, (q, k), strict=True))
         q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
         return (q, k, v, *gates)
 

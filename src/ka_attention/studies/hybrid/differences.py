@@ -17,6 +17,7 @@ PARTS = {  # the words of a part: the same arm without it
     "conv qkv": ("convolution", "qkv", None),
     "conv in front": ("convolution", "front", None),
     "biases on q, k": ("bias", True, False),
+    "norms on q, k": ("normed", True, False),
     "output gates": ("output_gate", True, False),
     "gates from 0": ("start", 0.0, 0.5),
     "gates from 0 to 1": ("start", "spread", 0.5),
@@ -57,10 +58,10 @@ def best(results: HybridResults, names: Iterable[str]) -> str:
 
 
 def leading(results: HybridResults, arms: Arms) -> list[str]:
-    """The best arm of each kind: those of one kind have the same mixer, convolutions and output gates."""
-    kinds: dict[tuple[str, str | None, bool], list[str]] = {}
+    """The best arm of each kind: those of one kind have the same mixer, convolutions, norms and output gates."""
+    kinds: dict[tuple[str, str | None, bool, bool], list[str]] = {}
     for name, each in arms.items():
-        kinds.setdefault((each.mixer, each.convolution, each.output_gate), []).append(name)
+        kinds.setdefault((each.mixer, each.convolution, each.normed, each.output_gate), []).append(name)
     return [best(results, names) for names in kinds.values()]
 
 
@@ -114,7 +115,7 @@ def _peers(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
     rows = [[labels(arms[other]), *(compared(name, other) for name in ka)] for other in others]
     caption = (
         "The best with KA (columns) less the best of each other kind (rows). Arms of a kind have the same mixer, "
-        "convolutions and output gates; the best of them has the lowest loss among those with the most seeds"
+        "convolutions, norms and output gates; the best of them has the lowest loss among those with the most seeds"
     )
     return Table(caption, ["best of its kind", *(labels(arms[name]) for name in ka)], rows)
 

@@ -9,7 +9,7 @@ from ka_attention.harness.models.mixers import KERNEL
 from ka_attention.studies.hybrid.models import FAST, HybridArm, spelled
 
 OF_KA = ("gate", "start", "gate_rate")  # attributes that KA alone has; the others are of every arm
-OF_ALL = ("bias", "output_gate", "convolution")
+OF_ALL = ("bias", "normed", "output_gate", "convolution")
 WITHOUT = {"gate": "fixed gates", "output_gate": "no output gate"}  # said of exceptions; the others are left to a note
 
 
@@ -41,7 +41,11 @@ class Labels:
         convolved = {each.convolution for each in self.arms}
         mixers = {each.mixer for each in self.arms}
         unless = "" if "output_gate" in self.shared else " unless a label says otherwise"
-        words = {"bias": "biases on queries and keys", "output_gate": f"output gates in every layer{unless}"}
+        words = {
+            "bias": "biases on queries and keys",
+            "normed": "norms on queries and keys",
+            "output_gate": f"output gates in every layer{unless}",
+        }
         common = [text for key, text in words.items() if self.unsaid.get(key)]
         if self.shared.get("convolution"):
             common.append(self.shared["convolution"].removeprefix("+ "))
@@ -64,6 +68,8 @@ class Labels:
                 f"*conv qkv*: causal depthwise convolutions over {KERNEL} tokens on the queries, keys and values of "
                 f"every attention layer{besides}."
             )
+        if not self.shared.get("normed") and any(each.normed for each in self.arms):
+            notes.append("*norms on q, k*: an RMSNorm a head in every attention layer (QK norm).")
         if "front" in convolved:
             notes.append(
                 f"*conv in front*: a convolution over {KERNEL} tokens before every attention layer (Canon layers)."

@@ -50,12 +50,12 @@ def marks(arms: Iterable[HybridArm]) -> str:
 
 def colour(each: HybridArm) -> tuple[float, ...]:
     """That of its mixer, lighter where KA's gates start at 0.5 or spread or learn fast, a gated convolution as the
-    identity, or a convolution stands in front."""
+    identity, a convolution stands in front, or queries and keys have biases or norms."""
     from matplotlib.colors import to_rgb
 
     lighter = 0.5 if each.mixer == "conv" and each.start != "drawn" else {0.5: 0.45, "spread": 0.7}.get(each.start, 0.0)
     lighter = lighter if each.gate_rate == 1 else 0.2 + lighter / 2
-    if each.convolution == "front" or each.bias:
+    if each.convolution == "front" or each.bias or each.normed:
         lighter = 0.5
     return tuple(1 - (1 - part) * (1 - lighter) for part in to_rgb(COLOURS[each.mixer]))
 

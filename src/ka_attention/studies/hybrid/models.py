@@ -30,7 +30,7 @@ ARM = re.compile(
     r"|(?P<pattern>all|1to1|3to1|5to1)-(?P<mixer>softmax|ka|ka-head|ka-token|conv|conv-drawn|none|gdn|mamba2)"
     r"(?:-w(?P<window>[1-9]\d*(?:\+[1-9]\d*)*))?(?:-from(?P<start>0|0\.5|1|spread))?(?P<fast>-fast)?"
     r"(?P<first>-first)?)"
-    r"(?P<gated>-gated)?(?P<qkv>-qkv)?(?P<bias>-bias)?"
+    r"(?P<gated>-gated)?(?P<qkv>-qkv)?(?P<bias>-bias)?(?P<normed>-normed)?"
 )
 NAMES = {
     "softmax": "softmax",
@@ -59,6 +59,7 @@ class HybridArm:
     output_gate: ``o_proj(silu(W_g h) · A)`` in every layer, full ones too.
     convolution: "front" before every attention layer, "qkv" on its queries, keys and values, None.
     bias:        queries and keys of every attention layer have one.
+    normed:      and go through an RMSNorm a head (QK norm).
     gate_rate:   the learning rate of KA's gates, in those of the weights.
     """
 
@@ -71,6 +72,7 @@ class HybridArm:
     output_gate: bool = False
     convolution: str | None = None
     bias: bool = False
+    normed: bool = False
     gate_rate: float = 1.0
 
     def windows(self, layers: int) -> tuple[int | None, ...]:
@@ -108,6 +110,7 @@ class HybridArm:
             "gate_rate": "fast gates" if self.gate_rate == FAST else "",
             "first": "full first" if self.first and self.pattern != "all" else "",
             "bias": "biases on q, k" if self.bias else "",
+            "normed": "norms on q, k" if self.normed else "",
             "output_gate": "output gate" if self.output_gate else "",
             "convolution": {"front": "+ conv in front", "qkv": "+ conv qkv"}.get(self.convolution or "", ""),
         }
@@ -140,7 +143,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
     that start at 0.5; several windows in turn: w2+4+8), conv, conv-drawn, none, gdn or mamba2. Then, in this order:
     ``-from0``, ``-from1``, ``-fromspread`` (start of learned gates, for ka the fixed value), ``-fast`` (learned gates
     with FAST times the learning rate), ``-first``, ``-gated`` (output gates), ``-qkv`` (convolutions), ``-bias``
-    (biases on queries and keys).
+    (biases on queries and keys), ``-normed`` (QK norm).
     """
     found = ARM.fullmatch(name)
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
@@ -153,7 +156,12 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
         )
     if found["whole"]:
         convolution = "front" if found["whole"] == "canon" else "qkv" if found["qkv"] else None
-        return HybridArm(output_gate=bool(found["gated"]), convolution=convolution, bias=bool(found["bias"]))
+        return HybridArm(
+            output_gate=bool(found["gated"]),
+            convolution=convolution,
+            bias=bool(found["bias"]),
+            normed=bool(found["normed"]),
+        )
     windows = tuple(map(int, (found["window"] or "").split("+"))) if found["window"] else (None,)
     gate = found["mixer"].partition("-")[2] or "fixed"
     start: float | str = 0.0 if mixer != "ka" else 1.0 if gate == "fixed" else 0.5
@@ -172,6 +180,7 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
         output_gate=bool(found["gated"]),
         convolution="qkv" if found["qkv"] else None,
         bias=bool(found["bias"]),
+        normed=bool(found["normed"]),
     )
 
 
@@ -304,7 +313,9 @@ def _mixer(arm: HybridArm, config: Any, layer: int, *, narrow: bool) -> nn.Modul
     size = config.hidden_size
     own_gate = arm.output_gate and not arm.attends  # where all layers attend, the KA model brings them
     if not narrow or arm.attends:
-        return HybridAttention(config, layer, output_gate=own_gate, convolution=arm.convolution, bias=arm.bias)
+        return HybridAttention(
+            config, layer, output_gate=own_gate, convolution=arm.convolution, bias=arm.bias, normed=arm.normed
+        )
     if arm.mixer == "conv":
         return GatedConvolution(size, output_gate=arm.output_gate, drawn=arm.start == "drawn")
     if arm.mixer == "none":
