@@ -30,6 +30,7 @@ ARMS: dict[str, KAConfig | None] = {
     "KA window 8": KAConfig(window=8, gate="head", gate_init=0.5),
     "softmax window 3:1": KAConfig(window=8, gate_init=0.0, pattern="3:1"),
     "KA 3:1": KAConfig(window=8, gate="head", gate_init=0.5, pattern="3:1"),
+    "KA 3:1, convolutions": KAConfig(window=8, gate="head", gate_init=0.5, pattern="3:1", convolution=4),
 }
 TRAINED = [(16, 2048), (4, 8192)]  # sequences and tokens of a step
 CONTEXTS = (128, 2048, 8192, 65536)
@@ -94,9 +95,13 @@ def decode(model: Any, batch: int, context: int) -> tuple[Callable[[], Tensor], 
     config, device = model.config, model.device
     heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     is_ka = getattr(config, "ka_config", None) is not None
+    convolution = KAConfig.of(config).convolution if is_ka else None
     cache: Any = (KAStaticCache if is_ka else StaticCache)(config=config, max_cache_len=context + 8)
     for i in range(config.num_hidden_layers):
         k, v = (torch.randn(batch, heads, context, size, device=device, dtype=model.dtype) for _ in range(2))
+        if convolution is not None:
+            for part, x in enumerate((k, k, v)):
+                cache.layers[i].past(part, x.transpose(1, 2).flatten(2))
         _, state = cache.update(k, v, i)
         if not isinstance(state, Tensor):
             state.commit(v)
@@ -110,7 +115,11 @@ def decode(model: Any, batch: int, context: int) -> tuple[Callable[[], Tensor], 
         counters.fill_(context)
         return model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True).logits
 
-    return torch.no_grad()(call), cache
+    again = torch.no_grad()(call)
+    if convolution is not None:  # which reads on, until all that every layer has read is this token
+        for _ in range((convolution - 1) * config.num_hidden_layers):
+            again()
+    return again, cache
 
 
 def run(path: Path | None = None) -> Iterator[str]:
