@@ -62,7 +62,7 @@ def test_decoding_is_as_near_the_truth_as_the_pass_without_a_cache(way, dtype, k
 @torch.no_grad()
 def test_generate_writes_the_same_with_every_cache():
     torch.manual_seed(0)
-    model = attach(make("llama", hidden_size=128, initializer_range=0.1), HYBRID).eval().cuda()
+    model = attach(make("llama", hidden_size=128, initializer_range=0.1), HYBRID).eval().float().cuda()
     ids = torch.randint(model.config.vocab_size, (3, PROMPT), device="cuda")
     settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     want = model.generate(ids, use_cache=False, **settings)

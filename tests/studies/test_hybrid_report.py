@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from ka_attention.harness.figures import drawing
-from ka_attention.studies.hybrid import rates
+from ka_attention.studies.hybrid import rates, report
 from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired, paired_alike
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
@@ -37,6 +37,19 @@ def test_the_best_of_a_kind_has_the_most_seeds():
         {"full": [9, 9], "3to1-softmax-w4": [3, 3], "3to1-softmax-w8": [2, 3], "3to1-softmax-w2": [1], "full-qkv": [4]}
     )
     assert leading(results, arms) == ["full", "3to1-softmax-w8", "full-qkv"]
+    results, arms = _losses({"3to1-softmax-w4": [3, 3, 3, 3], "3to1-softmax-w8": [2, 2, 3], "3to1-softmax-w2": [1, 1]})
+    assert leading(results, arms) == ["3to1-softmax-w8"]  # three are enough
+
+
+def test_the_verdict_names_the_best_of_those_with_enough_seeds():
+    results, arms = _losses({"full": [4, 4, 4.5], "3to1-ka-w4": [3, 3, 3], "3to1-softmax-w4": [3.5] * 5, "canon": [2]})
+    results.decoding = {
+        name: SimpleNamespace(computed_bytes=size) for name, size in zip(arms, (4, 1, 1, 4), strict=True)
+    }
+    said = report._verdict(results, arms, Labels(arms.values()))
+    assert "**3:1 KA, window 4** has the lowest loss of the arms with 3 seeds or more, 3.000 nats (3 seeds)" in said
+    assert "at 25 % of its state" in said
+    assert "With all else alike KA is below softmax in 1 of 1 pairs with 3 seeds." in said
 
 
 def test_differences_are_paired_and_marked():
@@ -98,6 +111,14 @@ EVERY = [
     *(f"3to1-ka{gate}-w4-from{start}" for gate in ("", "-head", "-token") for start in ("0", "0.5", "1", "spread")),
     "3to1-ka-head-w4-first",
 ]
+
+
+def test_every_kind_with_gates_has_a_figure_of_them():
+    results, arms = _losses({name: [1.0] for name in EVERY if arm(name).mixer == "ka" and arm(name).gate == "head"})
+    for runs in results.arms.values():
+        runs[0].gates, runs[0].ungated_loss = {0: [0.5]}, 1.5
+    figures = [figure.name for figure in report._gates(results, arms, Labels(arms.values())).figures]
+    assert len(set(figures)) == len(figures) == len(leading(results, arms))
 
 
 def test_two_arms_never_have_one_label():

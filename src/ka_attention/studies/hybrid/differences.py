@@ -13,6 +13,7 @@ from ka_attention.studies.hybrid.models import FAST, HybridArm
 from ka_attention.studies.hybrid.results import HybridResults
 
 Arms = dict[str, HybridArm]
+ENOUGH = 3  # seeds with which arms count alike, whatever more they have
 PARTS = {  # the words of a part: the same arm without it
     "conv qkv": ("convolution", "qkv", None),
     "conv in front": ("convolution", "front", None),
@@ -53,8 +54,9 @@ def difference(numbers: Iterable[float], digits: int = 4) -> str:
 
 
 def best(results: HybridResults, names: Iterable[str]) -> str:
-    """Of some arms the one with the lowest loss, among those of them with the most seeds."""
-    return min(names, key=lambda name: (-len(results.arms[name]), mean([one.loss for one in results.arms[name]])))
+    """Of some arms the one with the lowest loss, among those of them with the most seeds, or ENOUGH."""
+    losses = {name: [one.loss for one in results.arms[name]] for name in names}
+    return min(losses, key=lambda name: (-min(len(losses[name]), ENOUGH), mean(losses[name])))
 
 
 def leading(results: HybridResults, arms: Arms) -> list[str]:
@@ -115,7 +117,8 @@ def _peers(results: HybridResults, arms: Arms, labels: Labels) -> Table | None:
     rows = [[labels(arms[other]), *(compared(name, other) for name in ka)] for other in others]
     caption = (
         "The best with KA (columns) less the best of each other kind (rows). Arms of a kind have the same mixer, "
-        "convolutions, norms and output gates; the best of them has the lowest loss among those with the most seeds"
+        "convolutions, norms and output gates; the best of them has the lowest loss among those with the most seeds, "
+        f"or with {ENOUGH}"
     )
     return Table(caption, ["best of its kind", *(labels(arms[name]) for name in ka)], rows)
 
