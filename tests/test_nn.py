@@ -15,7 +15,8 @@ LAYERS = {
     "output gate": {"output_gate": True, "num_kv_heads": 1},
     "convolution": {"convolution": 4, "num_kv_heads": 2},
     "convolution of two, window of one": {"convolution": 2, "window": 1},
-    "everything": {**GATES, "output_gate": True, "num_kv_heads": 2, "window": 4, "convolution": 3},
+    "norms": {"qk_norm": True, "num_kv_heads": 2},
+    "everything": {**GATES, "output_gate": True, "num_kv_heads": 2, "window": 4, "convolution": 3, "qk_norm": True},
 }
 
 
@@ -119,18 +120,21 @@ def test_a_convolution_takes_no_mask_and_its_own_cache_alone():
         KAAttention(16, 2, convolution=1)
 
 
-def test_it_is_the_attention_of_the_hybrids_with_convolutions():
+@pytest.mark.parametrize("normed", [False, True])
+def test_it_is_the_attention_of_the_hybrids_with_convolutions(normed):
     mixers = pytest.importorskip("ka_attention.harness.models.mixers")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=32, num_attention_heads=4, attn_implementation="ka")
     config.ka_config = {"window": 3, "gate_init": 0.7}
-    studied = mixers.HybridAttention(config, 0, output_gate=False, convolution="qkv")
-    layer = KAAttention(32, 4, gate=0.7, window=3, convolution=mixers.KERNEL, bias=False)
+    studied = mixers.HybridAttention(config, 0, output_gate=False, convolution="qkv", normed=normed)
+    layer = KAAttention(32, 4, gate=0.7, window=3, convolution=mixers.KERNEL, qk_norm=normed, bias=False)
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(layer, name).weight.copy_(getattr(studied, name).weight)
         layer.out_proj.weight.copy_(studied.o_proj.weight)
         layer.convolution.copy_(torch.cat([each.weight for each in studied.on_qkv], 1))
+        for norm, own in zip(studied.on_qk or (), (layer.q_norm, layer.k_norm), strict=normed):
+            own.weight.copy_(norm.weight.uniform_(0.5, 2))  # others than 1: rotations would leave no trace of an order
     x = torch.randn(2, 7, 32)
     positions = llama.LlamaRotaryEmbedding(config)(x, torch.arange(7)[None])
     truth = studied.after(*studied.mix(*studied.before(x, *positions)))
@@ -164,6 +168,33 @@ def test_gate_zero_is_multi_head_attention():
     x = torch.randn(2, 7, 16)
     hidden = torch.ones(7, 7).triu(1).bool()
     torch.testing.assert_close(layer(x), other(x, x, x, attn_mask=hidden)[0])
+
+
+def test_gate_zero_with_norms_is_pytorch_attention_of_normed_queries_and_keys():
+    layer = KAAttention(32, 4, num_kv_heads=2, gate=0.0, qk_norm=True, dtype=torch.float64)
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    q, k, v = (proj(x).unflatten(-1, (-1, 8)).transpose(1, 2) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    normed = []
+    for y, norm in ((q, layer.q_norm), (k, layer.k_norm)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+        normed.append(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
+    a = F.scaled_dot_product_attention(*normed, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(layer(x), layer.out_proj(a.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_norms_train_and_keep_the_dtype_of_autocast(device):
+    layer, seen = KAAttention(32, 2, qk_norm=True, device=device), []
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(torch.randn(1, 5, 32, device=device), position_embeddings=lambda *qk: seen.extend(qk) or qk)
+    assert {each.dtype for each in (y, *seen)} == {torch.bfloat16}
+    y.float().square().sum().backward()
+    assert all(norm.weight.grad.abs().max() > 0 for norm in (layer.q_norm, layer.k_norm))
+
+
+def test_all_parameters_are_where_and_of_the_dtype_that_was_asked_for():
+    layer = KAAttention(32, 4, **LAYERS["everything"], device="meta", dtype=torch.bfloat16)
+    assert {(each.device.type, each.dtype) for each in layer.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_masks_pass_through():

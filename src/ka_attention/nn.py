@@ -27,6 +27,8 @@ class KAAttention(nn.Module):
         output_gate: multiply A by silu(W_g x) before the output projection.
         convolution: so many tokens, itself included, a causal convolution of each channel of queries, keys and values
             reads before they are attended with (`short_convolution`); it starts as PyTorch's do.
+        qk_norm: put each head of queries and keys through an RMSNorm, one for queries and one for keys, after the
+            convolution and before positions: x / √(mean x² + 1e-6) · weight (arXiv 2010.04245; here as in Qwen3).
         bias: whether the projections have one (W_g has none).
         device, dtype: of the parameters.
 
@@ -45,6 +47,7 @@ class KAAttention(nn.Module):
         window: int | None = None,
         output_gate: bool = False,
         convolution: int | None = None,
+        qk_norm: bool = False,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,6 +73,8 @@ class KAAttention(nn.Module):
         self.g_proj = nn.Linear(embed_dim, embed_dim, False, **factory) if output_gate else None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
         self.gate = nn.Parameter(torch.full((num_heads,), float(gate), **factory)) if learn_gate else gate
+        self.q_norm = nn.RMSNorm(self.head_dim, 1e-6, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, 1e-6, **factory) if qk_norm else None
         self.convolution = None
         if convolution is not None:
             self.convolution = nn.Parameter(torch.empty(convolution, embed_dim + 2 * kv_dim, **factory))
@@ -104,8 +109,8 @@ class KAAttention(nn.Module):
         """The outputs of the tokens x [B, T, embed_dim] after a cached past, and the cache for the tokens after them.
 
         A cache is (K [B, Hkv, P, D], U [B, Hq, P, D]); with a window it keeps the last window − 1 tokens. `attn_mask`
-        covers the cached tokens and the new ones, `position_embeddings` the new ones: cached keys are rotated already.
-        With a convolution of N tokens it ends with what the projections made of the last N − 1 tokens,
+        covers the cached tokens and the new ones, `position_embeddings` the new ones: cached keys are normed and
+        rotated already. With a convolution of N tokens it ends with what the projections made of the last N − 1 tokens,
         [B, N − 1, embed_dim + 2 Hkv D].
         """
         if past is not None and len(past) != (2 if self.convolution is None else 3):
@@ -146,8 +151,11 @@ class KAAttention(nn.Module):
         return y.split([each.shape[-1] for each in projected], -1), joined
 
     def _heads(self, projected: Cache, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads [B, H, T, D] of queries, keys and values, with their positions."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)
+        """Heads [B, H, T, D] of queries, keys and values, normed and with their positions."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if positions is not None:
             q, k = positions(q, k) if callable(positions) else (_rotate(y, *positions) for y in (q, k))
         return q, k, v
