@@ -29,9 +29,9 @@ def test_the_operator_reaches_through_its_window(run):
     assert [line.split()[-4] for line in run("reach.py").splitlines()] == ["2", "64"]
 
 
-def test_a_llama_of_narrow_layers_is_trained_saved_and_generates(run, tmp_path):
-    out = run("train_llama.py", "--steps", 2, "--length", 32, "--out", tmp_path)
-    assert "ka_llama" in (tmp_path / "config.json").read_text()
+def test_a_hybrid_is_trained_saved_and_generates(run, tmp_path):
+    out = run("train_hybrid.py", "--steps", 2, "--length", 32, "--out", tmp_path)
+    assert "ka_qwen3" in (tmp_path / "config.json").read_text()
     assert "cache of 44 tokens" in out
 
 

@@ -1,14 +1,14 @@
-"""A small Llama whose layers are narrow KA layers but for every fourth, trained with transformers' own Trainer.
+"""A small Qwen3 whose layers are narrow KA layers but for every fourth, trained with transformers' own Trainer.
 
-python examples/train_llama.py                # this package's source as text, a minute or two on a CPU
-python examples/train_llama.py my_text.txt --steps 2000 --out my_model
+python examples/train_hybrid.py                # this package's source as text, a minute or two on a CPU
+python examples/train_hybrid.py my_text.txt --steps 2000 --out my_model
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments
 
 import ka_attention
 from ka_attention.hf import KAConfig, attach, cache_bytes, register
@@ -25,18 +25,19 @@ def main() -> None:
     parser.add_argument("text", nargs="?", type=Path, help="a text file; by default this package's source")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--out", type=Path, default=Path("runs/example-llama"))
+    parser.add_argument("--out", type=Path, default=Path("runs/example-hybrid"))
     given = parser.parse_args()
     files = [given.text] if given.text else sorted(Path(ka_attention.__file__).parent.rglob("*.py"))
     data = byte_sequences("".join(file.read_text(encoding="utf-8") for file in files), given.length)
 
-    config = LlamaConfig(
+    config = Qwen3Config(  # with norms on queries and keys, which a Llama has none of
         vocab_size=256,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=4096,
     )
     model = attach(
