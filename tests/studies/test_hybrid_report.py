@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from ka_attention.harness.figures import drawing
-from ka_attention.studies.hybrid import rates, report
+from ka_attention.studies.hybrid import curves, rates, report
 from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired, paired_alike
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
@@ -119,6 +120,23 @@ def test_every_kind_with_gates_has_a_figure_of_them():
         runs[0].gates, runs[0].ungated_loss = {0: [0.5]}, 1.5
     figures = [figure.name for figure in report._gates(results, arms, Labels(arms.values())).figures]
     assert len(set(figures)) == len(figures) == len(leading(results, arms))
+
+
+@pytest.mark.parametrize("number", [3, 8, 12])
+def test_no_more_curves_are_drawn_than_can_be_told_apart_and_the_first_arm_always(number):
+    kinds = [f"{kind}{more}" for more in ("", "-qkv", "-normed") for kind in ("3to1-ka-w4", "3to1-gdn", "3to1-mamba2")]
+    kinds = ["full", "canon", *kinds, "3to1-softmax-w4", "3to1-conv"][:number]
+    results, arms = _losses({name: [9.0 - i] for i, name in enumerate(kinds)})  # the first is the worst
+    arms = dict(reversed(arms.items()))
+    for runs in results.arms.values():
+        runs[0].training = SimpleNamespace(rows=[SimpleNamespace(tokens=1, loss=runs[0].loss)])
+    (figure,) = curves.on_the_way(results, arms, Labels(arms.values())).figures
+    ax = Figure().gca()
+    figure.draw(ax)
+    assert ax.lines[-1].get_ydata()[0] == 0
+    assert ax.lines[0].get_ydata()[0] == 1 - number
+    assert len(ax.lines) == min(number, curves.SHOWN + 1)
+    assert (f"{curves.SHOWN} of {number} kinds" in figure.caption) == (number > curves.SHOWN)
 
 
 def test_two_arms_never_have_one_label():

@@ -27,6 +27,11 @@ PARTS = {  # the words of a part: the same arm without it
 }
 
 
+def first_arm(results: HybridResults) -> str:
+    """The arm that the others are compared with."""
+    return next(iter(results.arms))
+
+
 def paired(results: HybridResults, name: str, other: str) -> list[float]:
     """Losses of one arm less those of another, for the seeds that both have, counted from 0."""
     pairs = zip(results.arms[name], results.arms[other], strict=False)

@@ -9,13 +9,14 @@ from typing import Any
 from ka_attention.harness.figures.drawing import digits
 from ka_attention.harness.figures.statistics import cell, mean, verdict
 from ka_attention.report.document import Figure, Section, Table
-from ka_attention.studies.hybrid import rates
+from ka_attention.studies.hybrid import curves, rates
 from ka_attention.studies.hybrid.differences import (
     ENOUGH,
     Arms,
     beside_softmax,
     best,
     difference,
+    first_arm,
     leading,
     paired,
     paired_alike,
@@ -57,8 +58,8 @@ def sections(recipe: HybridRecipe, results: HybridResults) -> list[Section]:
         differences(results, arms, labels),
         rates.section(results, arms, labels),
         _windows(results, arms, labels),
-        _way(results, arms, labels),
-        _positions(results, arms, labels),
+        curves.on_the_way(results, arms, labels),
+        curves.by_position(results, arms, labels),
         _gates(results, arms, labels),
         Section("What was expected", [EXPECTED]) if len(arms) > 1 else None,
     )
@@ -69,13 +70,8 @@ def _losses(results: HybridResults, name: str) -> list[float]:
     return [one.loss for one in results.arms[name]]
 
 
-def _base(results: HybridResults) -> str:
-    """The arm that the others are compared with."""
-    return next(iter(results.arms))
-
-
 def _summary(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Labels) -> Section:
-    training = results.arms[_base(results)][0].training
+    training = results.arms[first_arm(results)][0].training
     parameters = [one.parameters / 1e6 for runs in results.arms.values() for one in runs]
     sizes = " to ".join(dict.fromkeys(f"{size:.2f}" for size in (min(parameters), max(parameters))))
     words = [
@@ -129,7 +125,7 @@ def _speed(results: HybridResults, name: str) -> str:
 
 def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Labels) -> Table:
     """A row an arm; no columns that say nothing."""
-    base, counts = _base(results), {len(runs) for runs in results.arms.values()}
+    base, counts = first_arm(results), {len(runs) for runs in results.arms.values()}
     several = sorted(counts - {1})
     speeds = [_speed(results, name) for name in arms]
     speed = "1,000 tokens/s" + (" (MFU)" if any("%" in each for each in speeds) else "")
@@ -170,7 +166,7 @@ def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Lab
 
 def _verdict(results: HybridResults, arms: Arms, labels: Labels) -> str:
     """What has the lowest loss, against what, with how large a state; what is nearest; KA beside softmax."""
-    base, first = _base(results), best(results, arms)
+    base, first = first_arm(results), best(results, arms)
     count, counts = len(results.arms[first]), [len(runs) for runs in results.arms.values()]
     loss = f"{mean(_losses(results, first)):.3f} nats"
     if len(arms) == 1:
@@ -255,7 +251,7 @@ def _windows(results: HybridResults, arms: Arms, labels: Labels) -> Section | No
         for label, names in series.items():
             points = [mean(_losses(results, name)) for name in names.values()]
             ax.plot(list(names), points, label=label, **look(arms[next(iter(names.values()))]) | {"marker": "."})
-        base = _base(results)
+        base = first_arm(results)
         ax.axhline(mean(_losses(results, base)), color=colour(arms[base]), label=labels(arms[base]))
         ax.set_xscale("log", base=2)
         ax.set_xticks(widths, map(str, widths))
@@ -264,63 +260,6 @@ def _windows(results: HybridResults, arms: Arms, labels: Labels) -> Section | No
     table = Table("Validation loss by window (tokens), mean ± sd; without ±: one seed", ["window", *series], rows)
     figure = Figure("hybrid_windows", "Validation loss by window (mean over seeds)", draw, LEGEND_ABOVE)
     return Section("Windows", (), [table], [figure])
-
-
-def _way(results: HybridResults, arms: Arms, labels: Labels) -> Section:
-    base = _base(results)
-    counts = [row.tokens for row in results.arms[base][0].training.rows]
-
-    def losses(name: str, i: int) -> list[float]:
-        return [one.training.rows[i].loss for one in results.arms[name]]
-
-    rows = [[labels(each), *(cell(losses(name, i), 4) for i in range(len(counts)))] for name, each in arms.items()]
-    columns = ["arm", *(f"{tokens / 1e6:,.1f} M tokens" for tokens in counts)]
-    table = Table("Validation loss on the way, mean ± sd; without ±: one seed", columns, rows)
-    points = [partial(losses, i=i) for i in range(len(counts))]
-    ticks = [f"{tokens / 1e6:,.1f}" for tokens in counts]
-    figures = _curves(results, arms, labels, "way", "on the way", points, ticks, "tokens read (millions)")
-    return Section("On the way", figures=figures, folded=[table])
-
-
-def _positions(results: HybridResults, arms: Arms, labels: Labels) -> Section:
-    octaves = results.arms[_base(results)][0].training.rows[-1].by_position
-    names = [f"{octave.first}–{octave.last}" for octave in octaves]
-
-    def losses(name: str, i: int) -> list[float]:
-        return [one.training.rows[-1].by_position[i].loss for one in results.arms[name]]
-
-    rows = [
-        [labels(each), *(f"{mean(losses(name, i)):.4f}" for i in range(len(octaves)))] for name, each in arms.items()
-    ]
-    table = Table("Validation loss by predicting position (mean over seeds)", ["arm", *names], rows)
-    points = [partial(losses, i=i) for i in range(len(octaves))]
-    figures = _curves(results, arms, labels, "position", "by position", points, names, "position (tokens)")
-    return Section("By position", figures=figures, folded=[table])
-
-
-def _curves(
-    results: HybridResults,
-    arms: Arms,
-    labels: Labels,
-    name: str,
-    what: str,
-    points: Sequence[Callable[[str], list[float]]],
-    ticks: Sequence[str],
-    axis: str,
-) -> list[Figure]:
-    """The best arm of each kind that mixes tokens, less the first arm: at each point the mean over common seeds."""
-    base = _base(results)
-    curves = [name for name in leading(results, arms) if arms[name].mixer != "none"]
-
-    def draw(ax: Any) -> None:
-        for each in curves:
-            both = [zip(losses(each), losses(base), strict=False) for losses in points]
-            ax.plot([mean([a - b for a, b in pairs]) for pairs in both], label=labels(arms[each]), **look(arms[each]))
-        ax.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right")
-        axes(ax, axis, "difference (nats)")
-
-    caption = f"Validation loss {what}, less that of {labels(arms[base])}: the best arm of each kind that mixes tokens"
-    return [Figure(f"hybrid_{name}", caption, draw, LEGEND_ABOVE)] if len(curves) > 1 else []
 
 
 def _gates(results: HybridResults, arms: Arms, labels: Labels) -> Section | None:
@@ -373,7 +312,8 @@ def _kinds(results: HybridResults, arms: Arms, labels: Labels) -> Figure:
         ax.set(xlabel="validation loss (nats)", ylim=(-0.6, len(leaders) - 0.4))
 
     caption = "The best arm of each kind, a mixer with or without convolutions and norms; a point a seed"
-    return Figure("hybrid_kinds", caption, draw, (4.8, 1 + 0.2 * len(leaders)))
+    width = 2.4 + 0.06 * max(len(labels(arms[name])) for name in leaders)
+    return Figure("hybrid_kinds", caption, draw, (min(max(4.8, width), 5.5), 1 + 0.2 * len(leaders)))
 
 
 def _against(
