@@ -116,7 +116,7 @@ def decode(model: Any, batch: int, context: int) -> tuple[Callable[[], Tensor], 
         return model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True).logits
 
     again = torch.no_grad()(call)
-    if convolution is not None:  # which reads on, until all that every layer has read is this token
+    if convolution is not None:  # a call gives the tails this token; when they hold it alone, calls repeat
         for _ in range((convolution - 1) * config.num_hidden_layers):
             again()
     return again, cache

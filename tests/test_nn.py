@@ -121,7 +121,7 @@ def test_a_convolution_takes_no_mask_and_its_own_cache_alone():
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_it_is_the_attention_of_the_hybrids_with_convolutions(normed):
+def test_it_is_the_attention_of_the_hybrids_with_convolutions_and_norms(normed):
     mixers = pytest.importorskip("ka_attention.harness.models.mixers")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=32, num_attention_heads=4, attn_implementation="ka")
@@ -133,8 +133,9 @@ def test_it_is_the_attention_of_the_hybrids_with_convolutions(normed):
             getattr(layer, name).weight.copy_(getattr(studied, name).weight)
         layer.out_proj.weight.copy_(studied.o_proj.weight)
         layer.convolution.copy_(torch.cat([each.weight for each in studied.on_qkv], 1))
-        for norm, own in zip(studied.on_qk or (), (layer.q_norm, layer.k_norm), strict=normed):
-            own.weight.copy_(norm.weight.uniform_(0.5, 2))  # others than 1: rotations would leave no trace of an order
+        if normed:  # weights other than 1: rotations would leave no trace of an order
+            for norm, own in zip(studied.on_qk, (layer.q_norm, layer.k_norm), strict=True):
+                own.weight.copy_(norm.weight.uniform_(0.5, 2))
     x = torch.randn(2, 7, 32)
     positions = llama.LlamaRotaryEmbedding(config)(x, torch.arange(7)[None])
     truth = studied.after(*studied.mix(*studied.before(x, *positions)))
@@ -190,6 +191,15 @@ def test_norms_train_and_keep_the_dtype_of_autocast(device):
     assert {each.dtype for each in (y, *seen)} == {torch.bfloat16}
     y.float().square().sum().backward()
     assert all(norm.weight.grad.abs().max() > 0 for norm in (layer.q_norm, layer.k_norm))
+
+
+def test_norms_in_float32_leave_queries_and_keys_in_the_dtype_of_values(monkeypatch):
+    """As under autocast on CUDA, which a CPU does otherwise."""
+    norm = torch.nn.RMSNorm.forward
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: norm(self, x).float())
+    layer, seen = KAAttention(32, 2, qk_norm=True, dtype=torch.bfloat16), []
+    layer(torch.randn(1, 5, 32).bfloat16(), position_embeddings=lambda *qk: seen.extend(qk) or qk)
+    assert [each.dtype for each in seen] == [torch.bfloat16] * 2
 
 
 def test_all_parameters_are_where_and_of_the_dtype_that_was_asked_for():

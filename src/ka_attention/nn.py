@@ -28,7 +28,7 @@ class KAAttention(nn.Module):
         convolution: so many tokens, itself included, a causal convolution of each channel of queries, keys and values
             reads before they are attended with (`short_convolution`); it starts as PyTorch's do.
         qk_norm: put each head of queries and keys through an RMSNorm, one for queries and one for keys, after the
-            convolution and before positions: x / √(mean x² + 1e-6) · weight (arXiv 2010.04245; here as in Qwen3).
+            convolution and before positions: x / √(mean x² + 1e-6) · weight (QK norm, arXiv 2010.04245).
         bias: whether the projections have one (W_g has none).
         device, dtype: of the parameters.
 

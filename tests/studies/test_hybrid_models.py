@@ -94,6 +94,7 @@ def test_names_of_arms():
     assert arm("3to1-softmax-w4-gated-qkv-bias").label == f"3:1 softmax, window 4{added}"
     assert arm("full-normed").label == "full softmax, norms on q, k"
     assert arm("3to1-gdn-normed").normed
+    assert arm("all-softmax-w4-normed").normed
     assert arm("all-ka-w8").start == 1.0
     assert arm("3to1-ka-token-w2").start == 0.5
     assert arm("canon").convolution == "front"
@@ -112,6 +113,7 @@ def test_names_of_arms():
         "full-w4",
         "3to1-ka-w0",
         "3to1-ka-w4-fast",
+        *(f"all-{mixer}{part}" for mixer in ("gdn", "conv", "none") for part in ("-qkv", "-bias", "-normed")),
     ):
         with pytest.raises(UserError, match="--set arms"):
             arm(name)
@@ -238,6 +240,8 @@ def test_norms_of_queries_and_keys_take_away_their_size_alone():
     attention.on_qk[0].weight.data.fill_(3.0)
     torch.testing.assert_close(attention.before(h, *angles)[0], 3 * q)
     assert torch.equal(attention.before(h, *angles)[1], k)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {x.dtype for x in attention.float().before(h.float(), *angles)} == {torch.bfloat16}
 
 
 def test_a_convolution_starts_as_the_identity_and_reads_no_token_after():

@@ -12,7 +12,7 @@ from ka_attention.studies.hybrid import curves, rates, report
 from ka_attention.studies.hybrid.differences import beside_softmax, difference, leading, paired, paired_alike
 from ka_attention.studies.hybrid.differences import section as differences
 from ka_attention.studies.hybrid.labels import Labels
-from ka_attention.studies.hybrid.looks import look
+from ka_attention.studies.hybrid.looks import look, marks
 from ka_attention.studies.hybrid.models import NAMES, arm
 
 
@@ -40,6 +40,8 @@ def test_the_best_of_a_kind_has_the_most_seeds():
     assert leading(results, arms) == ["full", "3to1-softmax-w8", "full-qkv"]
     results, arms = _losses({"3to1-softmax-w4": [3, 3, 3, 3], "3to1-softmax-w8": [2, 2, 3], "3to1-softmax-w2": [1, 1]})
     assert leading(results, arms) == ["3to1-softmax-w8"]  # three are enough
+    results, arms = _losses({"3to1-softmax-w4": [3, 3, 3, 9, 9], "3to1-softmax-w8": [4, 4, 4]})
+    assert leading(results, arms) == ["3to1-softmax-w4"]  # and it is the same three
 
 
 def test_the_verdict_names_the_best_of_those_with_enough_seeds():
@@ -51,6 +53,13 @@ def test_the_verdict_names_the_best_of_those_with_enough_seeds():
     assert "**3:1 KA, window 4** has the lowest loss of the arms with 3 seeds or more, 3.000 nats (3 seeds)" in said
     assert "at 25 % of its state" in said
     assert "With all else alike KA is below softmax in 1 of 1 pairs with 3 seeds." in said
+
+
+def test_pairs_with_enough_seeds_count_alike():
+    losses = {"3to1-ka-w4": [3] * 3, "3to1-softmax-w4": [3.5] * 3, "3to1-ka-w8": [4] * 5, "3to1-softmax-w8": [3.5] * 5}
+    results, arms = _losses(losses | {"3to1-ka-w2": [1], "3to1-softmax-w2": [2]})
+    said = report._beside(results, arms)
+    assert said == " With all else alike KA is below softmax in 1 of 2 pairs with 3 seeds or more, above softmax in 1."
 
 
 def test_differences_are_paired_and_marked():
@@ -107,7 +116,8 @@ MIXERS = ("softmax-w4", "ka-w4", "ka-w8", "ka-head-w4", "ka-token-w4", "ka-w2+4"
 ADDED = ("", "-gated", "-qkv", "-bias", "-normed", "-gated-qkv-bias", "-gated-qkv-normed")
 EVERY = [
     *(f"{whole}{added}" for whole in ("full", "canon") for added in ADDED),
-    *(f"{pattern}-{mixer}{added}" for pattern in ("all", "3to1", "1to1") for mixer in MIXERS for added in ADDED),
+    *(f"{pattern}-{mixer}{added}" for pattern in ("3to1", "1to1") for mixer in MIXERS for added in ADDED),
+    *(f"all-{mixer}{added}" for mixer in MIXERS for added in (ADDED if "-w" in mixer else ("", "-gated"))),
     *(f"3to1-ka-{gate}-w4-from{start}-fast" for gate in ("head", "token") for start in ("0", "0.5")),
     *(f"3to1-ka{gate}-w4-from{start}" for gate in ("", "-head", "-token") for start in ("0", "0.5", "1", "spread")),
     "3to1-ka-head-w4-first",
@@ -174,9 +184,12 @@ def test_labels_leave_out_what_arms_share():
 
 
 def test_no_two_arms_look_alike():
-    added = ("", "-from0", "-fast", "-from0-fast", "-gated", "-qkv", "-from0-qkv", "-from0-bias", "-from0-qkv-normed")
-    name, *others = (f"3to1-ka-head-w4{rest}" for rest in added)
-    assert all(look(arm(name)) != look(arm(other)) for other in others)
+    added = ("", "-from0", "-fast", "-from0-fast", "-gated", "-qkv", "-from0-qkv", "-from0-bias", "-normed",
+             "-from0-normed", "-gated-normed", "-qkv-normed")  # fmt: skip
+    arms = [arm(f"3to1-ka-head-w4{rest}") for rest in added] + [arm("canon-gated"), arm("full-gated-normed")]
+    looks = [str(sorted(look(each).items())) for each in arms]
+    assert len(set(looks)) == len(looks)
+    assert "half filled: norms on q, k" in marks(arms)
 
 
 def test_attention_has_the_colour_that_it_has_in_other_reports():

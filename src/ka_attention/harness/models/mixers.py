@@ -120,7 +120,7 @@ class HybridAttention(LlamaAttention):
                  input itself (Canon layers, arXiv 2512.17351); None: nowhere.
     bias:        queries and keys have biases b, c, which start at 0: rotary embeddings make of them a learned weight on
                  distance, ``b_iᵀ c_j``, of the token itself too.
-    normed:      queries and keys go through an RMSNorm a head before they are turned by the position, as in Qwen3.
+    normed:      queries and keys go through an RMSNorm a head, after convolutions and before rotations, as in Qwen3.
     """
 
     def __init__(

@@ -18,13 +18,14 @@ COLOURS = {  # of mixers, those of the other reports where these have them
     "mamba2": drawing.COLOURS["Mamba-2"],
 }
 MARKERS: dict[Any, str] = {None: "o", 1: "v", 2: "^", 4: "s", 8: "D", 16: "P", 64: "X"}
+FILLS = {(True, False): "full", (False, False): "none", (True, True): "left", (False, True): "bottom"}  # gated, normed
 LEGEND_ABOVE = (4.8, 5.2)  # inches
 _SIGNS = {1: "▾", 2: "▴", 4: "■", 8: "◆", 16: "✚", 64: "✖"}  # the markers, for captions
 
 
 def look(each: HybridArm) -> dict[str, Any]:
-    """A colour a mixer, a marker a window; hollow without an output gate, dashed where no layers alternate, dotted and
-    its markers ringed with convolutions on q, k, v."""
+    """A colour a mixer, a marker a window; hollow without an output gate, half filled with norms on q, k, dashed where
+    no layers alternate, dotted and its markers ringed with convolutions on q, k, v."""
     from matplotlib import rcParams
 
     convolved = each.convolution == "qkv"
@@ -32,7 +33,7 @@ def look(each: HybridArm) -> dict[str, Any]:
         "color": colour(each),
         "marker": MARKERS.get(each.window, "*"),
         "linestyle": ":" if convolved else "--" if each.pattern == "all" else "-",
-        "fillstyle": "full" if each.output_gate else "none",
+        "fillstyle": FILLS[each.output_gate, each.normed],
         **({"markeredgecolor": rcParams["text.color"]} if convolved else {}),
     }
 
@@ -44,18 +45,19 @@ def marks(arms: Iterable[HybridArm]) -> str:
     signs = [f"{sign} {window}" for window, sign in _SIGNS.items() if window in windows]
     said = [f"windows: {', '.join(signs)}"] if len(signs) > 1 else []
     said += ["hollow: without output gates"] if len({each.output_gate for each in arms}) > 1 else []
+    said += ["half filled: norms on q, k"] if len({each.normed for each in arms}) > 1 else []
     said += ["ringed: conv qkv"] if any(each.convolution == "qkv" for each in arms) else []
     return "; ".join(said)
 
 
 def colour(each: HybridArm) -> tuple[float, ...]:
     """That of its mixer, lighter where KA's gates start at 0.5 or spread or learn fast, a gated convolution as the
-    identity, a convolution stands in front, or queries and keys have biases or norms."""
+    identity, a convolution stands in front, or queries and keys have biases."""
     from matplotlib.colors import to_rgb
 
     lighter = 0.5 if each.mixer == "conv" and each.start != "drawn" else {0.5: 0.45, "spread": 0.7}.get(each.start, 0.0)
     lighter = lighter if each.gate_rate == 1 else 0.2 + lighter / 2
-    if each.convolution == "front" or each.bias or each.normed:
+    if each.convolution == "front" or each.bias:
         lighter = 0.5
     return tuple(1 - (1 - part) * (1 - lighter) for part in to_rgb(COLOURS[each.mixer]))
 

@@ -59,7 +59,7 @@ class HybridArm:
     output_gate: ``o_proj(silu(W_g h) · A)`` in every layer, full ones too.
     convolution: "front" before every attention layer, "qkv" on its queries, keys and values, None.
     bias:        queries and keys of every attention layer have one.
-    normed:      and go through an RMSNorm a head (QK norm).
+    normed:      queries and keys of every attention layer go through an RMSNorm a head (QK norm).
     gate_rate:   the learning rate of KA's gates, in those of the weights.
     """
 
@@ -149,6 +149,8 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
     windowed = mixer in ("softmax", "ka")
     strange = found and ((found["start"] and mixer != "ka") or (found["fast"] and "ka-" not in found["mixer"]))
+    if found and found["pattern"] == "all" and not windowed:  # no attention that could have them
+        strange = strange or found["qkv"] or found["bias"] or found["normed"]
     if found is None or strange or (mixer != "full" and windowed != bool(found["window"])):
         raise UserError(
             f"--set {setting}: no arm {name!r}; an arm is full, canon, or all, 1to1, 3to1 or 5to1 with a mixer, as in "
