@@ -1,8 +1,9 @@
 """A Llama of 47 M parameters on one GPU: steps of training, and of decoding against context.
 
 `python -m benchmarks.models [--json FILE]`; `python -m benchmarks.goals FILE` judges the figures. All layers narrow or
-three of four, KA or softmax with the same window (the operator with its gate at 0), beside full softmax. Decoding is a
-replayed CUDA graph of one step of the model through a cache of fixed size, so the GPU's time alone.
+three of four, KA or softmax with the same window (the operator with its gate at 0), beside full softmax; KA in three
+of four with short convolutions too. Decoding is a replayed CUDA graph of one step of the model through a cache of fixed
+size, so the GPU's time alone.
 """
 
 from __future__ import annotations
