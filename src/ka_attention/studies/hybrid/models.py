@@ -149,13 +149,14 @@ def arm(name: str, setting: str = "arms") -> HybridArm:
     mixer = (found["mixer"] or "full").partition("-")[0] if found else ""
     windowed = mixer in ("softmax", "ka")
     strange = found and ((found["start"] and mixer != "ka") or (found["fast"] and "ka-" not in found["mixer"]))
-    if found and found["pattern"] == "all" and not windowed:  # no attention that could have them
-        strange = strange or found["qkv"] or found["bias"] or found["normed"]
     if found is None or strange or (mixer != "full" and windowed != bool(found["window"])):
         raise UserError(
             f"--set {setting}: no arm {name!r}; an arm is full, canon, or all, 1to1, 3to1 or 5to1 with a mixer, as in "
             "3to1-ka-head-w4, 3to1-softmax-w4, 3to1-conv, 3to1-none, 3to1-gdn; see studies.hybrid.models.arm"
         )
+    of_attention = [f"-{part}" for part in ("qkv", "bias", "normed") if found[part]]
+    if of_attention and found["pattern"] == "all" and not windowed:
+        raise UserError(f"--set {setting}: {name!r} has no queries and keys for {of_attention[0]}")
     if found["whole"]:
         convolution = "front" if found["whole"] == "canon" else "qkv" if found["qkv"] else None
         return HybridArm(
