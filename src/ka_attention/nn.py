@@ -184,10 +184,7 @@ def short_convolution(
     weight = weight.to(x.dtype)
     earlier = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], 1)
     if cu_seqlens is not None:
-        tokens = torch.arange(length, device=x.device)
-        ends = cu_seqlens.to(tokens.dtype)
-        place = tokens - ends[torch.searchsorted(ends, tokens, right=True) - 1]  # of a token in its sequence
-        own = (place >= torch.arange(taps, device=x.device)[:, None])[:, None]
+        own = in_own_sequence(cu_seqlens, 0, length, taps)
         seen = own if seen is None else seen & own
     if length == 1:  # a step of decoding, in few operations
         read = earlier if seen is None else torch.where(seen.flip(0).transpose(0, 1), earlier, 0)
@@ -197,6 +194,17 @@ def short_convolution(
     if seen is not None:
         products = [torch.where(seen[i, :, :, None], each, 0) for i, each in enumerate(products)]
     return sum(products)  # type: ignore[return-value]
+
+
+def in_own_sequence(cu_seqlens: Tensor, first: int, length: int, taps: int) -> Tensor:
+    """Whether the one i before a token is of its packed sequence, i < taps, for ``length`` tokens from ``first`` on.
+
+    ``[taps, 1, length]``; cu_seqlens as for `ka_attention`.
+    """
+    tokens = torch.arange(first, first + length, device=cu_seqlens.device)
+    ends = cu_seqlens.to(tokens.dtype)
+    place = tokens - ends[torch.searchsorted(ends, tokens, right=True) - 1]  # of a token in its sequence
+    return (place >= torch.arange(taps, device=tokens.device)[:, None])[:, None]
 
 
 def carried(past: Tensor | None, x: Tensor, taps: int) -> Tensor:

@@ -35,7 +35,6 @@ from ka_attention.hf import (
     load_adapter,
     reconfigure,
     save_adapter,
-    sequence_parallel,
 )
 from ka_attention.hf.batching import check_batching
 from ka_attention.hf.tensor_parallel import layer_of_heads
@@ -363,15 +362,6 @@ def test_what_else_is_refused(monkeypatch):
     bare = make("llama", attention="ka", ka_config={"convolution": 4})
     with pytest.raises(RuntimeError, match="asks for a convolution and layer 0 has none"):
         bare(ids)
-
-
-def test_a_text_over_processes_is_refused(monkeypatch):
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 1)
-    monkeypatch.setattr("ka_attention.hf.ranks._process_group", lambda group: group)
-    model = convolved()
-    sequence_parallel(model, object())
-    with pytest.raises(ValueError, match="sequence_parallel: convolutions do not read across the borders of shares"):
-        parallel(model, tokens())
 
 
 def test_with_peft_all_but_the_projections_may_be_adapted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from ka_attention.hf.attention import refuse_split_tokens
 from ka_attention.hf.cache.tails import Convolved
 from ka_attention.hf.heads import Heads
 from ka_attention.hf.masks import as_bool
-from ka_attention.nn import short_convolution
+from ka_attention.nn import in_own_sequence, short_convolution
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+Before = Callable[[int, Tensor], Tensor]  # of a part and x
 CACHES = ("past_key_values", "cache")  # what modules call their cache: until transformers 5.23, and after
 
 
@@ -43,20 +45,18 @@ class KAConvolution(nn.Module):
         self.weight.zero_()
         self.weight[0] = 1.0
 
-    def forward(
-        self, x: Tensor, part: int, tails: Convolved | None, ends: Tensor | None, seen: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, part: int, before: Before | None, ends: Tensor | None, seen: Tensor | None) -> Tensor:
         """What one projection gives, x ``[B, n, C]``, convolved; ``part`` 0, 1, 2 is queries, keys, values.
 
-        tails: the layer of a cache that keeps what was before x, and x for later tokens.
-        ends:  those of packed sequences, 0, …, n.
-        seen:  ``[N, B, n]``, whether a token sees the one i before it; who does not see itself is padding, zeros here.
+        before: gives what was before x, ``[B, N − 1, C]``; zeros by default.
+        ends:   those of packed sequences, 0, …, n.
+        seen:   ``[N, B, n]``, whether a token sees the one i before it; who does not see itself is padding, zeros here.
         """
         if x.ndim != 3:
             raise ValueError(f"convolution: expected what a projection gives as [B, n, C], got {list(x.shape)}")
         if seen is not None:
             x = torch.where(seen[0, :, :, None], x, 0)
-        past = None if tails is None else tails.past(part, x)
+        past = None if before is None else before(part, x)
         return short_convolution(x, self.weight.split(self.channels, 1)[part], past, ends, seen)
 
 
@@ -119,6 +119,13 @@ def _tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     _refuse(module, layer, args, kwargs)
     x: Tensor = args[0] if args else kwargs["hidden_states"]
+    reading = (_of_share if layer.group is not None else _of_text)(module, layer, x, kwargs)
+    for part, projection in enumerate(_projections(module)):
+        projection.ka_reading = partial(module.ka_convolution, part=part, **reading)
+
+
+def _of_text(module: Any, layer: Any, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `KAConvolution` reads beside x: a cache, and what the mask lets a token see."""
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     n, tails = x.shape[1], _tails(module, cache)
     mask, seen = kwargs.get("attention_mask"), None
@@ -127,9 +134,17 @@ def _tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise ValueError(f"attention_mask: convolutions of {n} tokens need [B, 1, {n}, S], got {list(mask.shape)}")
         first = mask.shape[3] - n if tails is None else tails.column(n, mask.shape[3])
         seen = seen_before(as_bool(mask)[:, 0], first, layer.ka.convolution)
-    reading = {"tails": tails, "ends": kwargs.get("cu_seq_lens_q"), "seen": seen}
-    for part, projection in enumerate(_projections(module)):
-        projection.ka_reading = partial(module.ka_convolution, part=part, **reading)
+    return {"before": None if tails is None else tails.past, "ends": kwargs.get("cu_seq_lens_q"), "seen": seen}
+
+
+def _of_share(module: Any, layer: Any, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same for a share of a text: the end of the share before, and the ends of sequences in the whole text."""
+    from ka_attention.ops import ranks  # a PyTorch may be built without collectives
+
+    count, n, ends = layer.ka.convolution, x.shape[1], kwargs.get("cu_seq_lens_q")
+    first = n * ranks.dist.get_rank(layer.group)
+    seen = None if ends is None else in_own_sequence(ends, first, n, count)
+    return {"before": lambda _, y: ranks.rows_before(layer.group, y, count - 1), "ends": None, "seen": seen}
 
 
 def _convolve(projection: Any, args: tuple[Any, ...], x: Tensor) -> Tensor:
@@ -151,8 +166,6 @@ def _refuse(module: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, An
             )
     if len(args) > 1:
         raise ValueError(f"convolution: {type(module).__name__} was given its mask or cache by position, not by name")
-    if layer.group is not None:
-        raise ValueError("sequence_parallel: convolutions do not read across the borders of shares")
     refuse_split_tokens()
 
 

@@ -232,6 +232,27 @@ def _pass_on(group: Group, x: Tensor, by: int) -> Tensor:
     return got
 
 
+@torch.compiler.disable
+def rows_before(group: Group, x: Tensor, count: int) -> Tensor:
+    """The last `count` rows of x [B, T, C] in the share before, [B, count, C]; zeros where there is none."""
+    if x.shape[1] < count:
+        raise ValueError(f"group: each rank's share must hold {count} tokens at least, got {x.shape[1]}")
+    return _PassOn.apply(x[:, x.shape[1] - count :], group, 1)
+
+
+class _PassOn(torch.autograd.Function):
+    """`_pass_on`; its gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx, x, group, by):
+        ctx.group, ctx.by = group, by
+        return _pass_on(group, x, by)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _PassOn.apply(grad, ctx.group, -ctx.by), None, None
+
+
 def share_heads(group: Group, q: Tensor, k: Tensor, window: int | None) -> bool:
     """Whether ranks exchange heads for tokens."""
     ranks = dist.get_world_size(group)
