@@ -61,10 +61,10 @@ def difference(numbers: Iterable[float], digits: int = 4) -> str:
 def best(results: HybridResults, names: Iterable[str]) -> str:
     """Of some arms the one with the lowest loss, among those of them with the most seeds, or ENOUGH.
 
-    No more seeds than ENOUGH count, so that it is the same seeds that are compared.
+    Losses are means over all seeds of an arm, as tables have them.
     """
-    losses = {name: [one.loss for one in results.arms[name][:ENOUGH]] for name in names}
-    return min(losses, key=lambda name: (-len(losses[name]), mean(losses[name])))
+    losses = {name: [one.loss for one in results.arms[name]] for name in names}
+    return min(losses, key=lambda name: (-min(len(losses[name]), ENOUGH), mean(losses[name])))
 
 
 def leading(results: HybridResults, arms: Arms) -> list[str]:
