@@ -89,12 +89,17 @@ def _summary(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: L
     measures: dict[str, tuple[str, Callable[[str], float | None]]] = {
         "state": ("state (KiB a sequence)", partial(_state, results)),
         "training": ("training (s)", partial(_seconds, results)),
-        "decoding": (f"a step of {recipe.decode_batch} sequences (ms)", partial(_step, results)),
+        "decoding": (f"a step of {_sequences(recipe)} (ms)", partial(_step, results)),
     }
     for name, (axis, value) in measures.items():
         if any(value(each) for each in arms):
             figures.append(_against(results, arms, labels, name, axis, value))
     return Section("Hybrids", words, [_table(recipe, results, arms, labels)], figures if len(arms) > 1 else ())
+
+
+def _sequences(recipe: HybridRecipe) -> str:
+    """How many decode together."""
+    return f"{recipe.decode_batch} sequences" if recipe.decode_batch > 1 else "one sequence"
 
 
 def _state(results: HybridResults, name: str) -> float:
@@ -158,8 +163,7 @@ def _table(recipe: HybridRecipe, results: HybridResults, arms: Arms, labels: Lab
         graphs = " (†: without CUDA graphs)" if any("†" in each for each in speeds) else ""
         said.append(f"tokens/s: in training, of the fastest seed{graphs}")
     if "decoding (ms)" in shown:
-        many = f"{recipe.decode_batch} sequences" if recipe.decode_batch > 1 else "one sequence"
-        said.append(f"decoding: a step of {many}")
+        said.append(f"decoding: a step of {_sequences(recipe)}")
     caption = "; ".join(said) + "; –: not measured, or beside other work"
     return Table(caption, list(shown), list(zip(*shown.values(), strict=True)))
 
