@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ka_model, logits, softmax_model
 
-from ka_attention.hf import KAConfig, attach, is_attached, load_adapter, save_adapter
+from ka_attention.hf import KAConfig, attach, attention_modules, is_attached, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft", reason="make test-versions has an environment with PEFT")
 
@@ -75,3 +75,33 @@ def test_a_wrapped_model_is_refused_and_left_alone(change, tmp_path):
     assert not is_attached(model)
     assert model.config is config
     assert torch.equal(logits(model), before)
+
+
+def convolved():
+    return attach(softmax_model(), KAConfig(window=3, convolution=4)).eval()
+
+
+def test_a_projection_is_convolved_with_its_adapter(tmp_path):
+    model = adapted(convolved(), target_modules=["q_proj", "k_proj", "v_proj"])
+    found, ids = logits(model), torch.arange(4, 16)[None]
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(convolved()))
+    assert (found - logits(convolved())).abs().max() > 0.1
+    written = (model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (False, True))
+    assert torch.equal(*written)
+    model(ids, use_cache=False, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "lora" in name)
+    model.save_pretrained(tmp_path / "lora")
+    assert torch.allclose(logits(peft.PeftModel.from_pretrained(convolved(), tmp_path / "lora").eval()), found)
+    merged = model.merge_and_unload()  # its projections are single ones, which are convolved as a whole
+    assert torch.allclose(logits(merged), found, atol=1e-5)
+    assert all(len(m.q_proj._forward_hooks) == 1 for m in attention_modules(merged))
+
+
+def test_convolutions_are_trained_beside_an_adapter():
+    model = adapted(convolved(), target_modules=["o_proj"], modules_to_save=["ka_convolution"])
+    ids = torch.arange(4, 16)[None]
+    model(ids, use_cache=False, labels=ids).loss.backward()
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and "ka_convolution" in name]
+    assert len(trained) == 2
+    assert all(p.grad.abs().sum() > 0 for p in trained)

@@ -85,6 +85,7 @@ def make_convolution(module: Any, text: Any, tokens: int) -> KAConvolution:
 def hook_convolution(module: Any) -> None:
     """Let an attention module with convolutions, ``module.ka_convolution``, convolve what its projections give.
 
+    That is what stands in their place, also later: the whole of a projection and an adapter around it.
     A hook before the module tells each projection what its convolution reads, as ``ka_reading``, which the hook after
     the projection takes away; one after the module does where the call failed in between.
     """
@@ -117,10 +118,12 @@ def _tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layer = module.__dict__.get("ka_layer")
     if layer is None or layer.ka.convolution is None:
         return
-    _refuse(module, layer, args, kwargs)
+    _refuse(module, args)
     x: Tensor = args[0] if args else kwargs["hidden_states"]
     reading = (_of_share if layer.group is not None else _of_text)(module, layer, x, kwargs)
     for part, projection in enumerate(_projections(module)):
+        if _convolve not in projection._forward_hooks.values():  # it took another's place since, as adapters of PEFT do
+            projection.register_forward_hook(_convolve)
         projection.ka_reading = partial(module.ka_convolution, part=part, **reading)
 
 
@@ -157,13 +160,7 @@ def _forget(module: Any, *_: Any) -> None:
         projection.ka_reading = None
 
 
-def _refuse(module: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for name, projection in zip(PROJECTIONS, _projections(module), strict=True):
-        if _convolve not in projection._forward_hooks.values():
-            raise RuntimeError(
-                f"convolution: {name} of layer {layer.index} was replaced by a {type(projection).__name__} since the "
-                "model was attached, whose output would not be convolved"
-            )
+def _refuse(module: Any, args: tuple[Any, ...]) -> None:
     if len(args) > 1:
         raise ValueError(f"convolution: {type(module).__name__} was given its mask or cache by position, not by name")
     refuse_split_tokens()
