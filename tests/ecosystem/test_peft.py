@@ -77,6 +77,27 @@ def test_a_wrapped_model_is_refused_and_left_alone(change, tmp_path):
     assert torch.equal(logits(model), before)
 
 
+def test_lora_and_gates_are_trained_saved_merged_and_generate(tmp_path):
+    ka, ids = KAConfig(gate="head", gate_init=0.5), torch.arange(4, 16)[None]
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["ka_gate"]}
+    model, losses = adapted(attach(softmax_model(), ka), r=2, **settings), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 1e-3
+    trained = logits(model)
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(attach(softmax_model(), ka), tmp_path).eval()
+    merged = model.merge_and_unload()
+    for each in (again, merged):
+        assert torch.allclose(logits(each), trained, atol=1e-5)
+        assert torch.equal(each.generate(ids, max_new_tokens=4, do_sample=False), written)
+
+
 def convolved():
     return attach(softmax_model(), KAConfig(window=3, convolution=4)).eval()
 
@@ -98,10 +119,15 @@ def test_a_projection_is_convolved_with_its_adapter(tmp_path):
     assert all(len(m.q_proj._forward_hooks) == 1 for m in attention_modules(merged))
 
 
-def test_convolutions_are_trained_beside_an_adapter():
-    model = adapted(convolved(), target_modules=["o_proj"], modules_to_save=["ka_convolution"])
-    ids = torch.arange(4, 16)[None]
+@pytest.mark.parametrize(("part", "ka"), [
+    ("ka_convolution", KAConfig(window=3, convolution=4)), ("ka_output_gate", KAConfig(window=3, output_gate=True)),
+])  # fmt: skip
+def test_parts_of_a_ka_model_are_trained_beside_an_adapter(part, ka):
+    model, ids = attach(softmax_model(), ka), torch.arange(4, 16)[None]
+    want = logits(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=[part])).eval()
+    assert torch.equal(logits(model), want)
     model(ids, use_cache=False, labels=ids).loss.backward()
-    trained = [p for name, p in model.named_parameters() if p.requires_grad and "ka_convolution" in name]
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and part in name]
     assert len(trained) == 2
     assert all(p.grad.abs().sum() > 0 for p in trained)

@@ -59,27 +59,6 @@ def test_wrapped_projections_train_merge_and_generate():
     assert greedy(model, ids).equal(text)
 
 
-def test_peft_trains_merges_and_generates(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    base, ids = make("llama", initializer_range=0.05), tokens()
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["ka_gate"], task_type="CAUSAL_LM")
-    ka = KAConfig(gate="head", gate_init=0.5)
-    model = peft.get_peft_model(attach(base, ka), lora).double()
-    losses = [step(model, ids) for _ in range(4)]
-    assert losses[-1] < losses[0] - 1e-3
-    model.eval()
-    with torch.no_grad():
-        trained = model(ids, use_cache=False).logits
-        model.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(attach(make("llama", initializer_range=0.05), ka), tmp_path)
-        # Saved as they are, in float64.
-        assert (again.double().eval()(ids, use_cache=False).logits - trained).abs().max() < 1e-6
-        assert again.generate(ids, max_new_tokens=4, do_sample=False).equal(greedy(model, ids))
-        merged = model.merge_and_unload()
-        assert (merged(ids, use_cache=False).logits - trained).abs().max() < 1e-11
-        assert greedy(merged, ids).equal(greedy(again, ids))
-
-
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text"])
 def test_recomputed_activations_give_the_same_gradients(family):
     """With use_cache left at its default, where a model would fill a cache of its own in the first pass."""

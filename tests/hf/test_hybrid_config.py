@@ -171,19 +171,6 @@ def test_output_gates_are_saved_and_loaded(tmp_path):
     assert not any(hasattr(m, "ka_output_gate") for m in base.modules())
 
 
-def test_output_gates_are_trained_with_peft():
-    peft = pytest.importorskip("peft")
-    model, ids = gated("llama"), tokens()
-    want = parallel(model, ids)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["ka_gate", "ka_output_gate"])
-    wrapped = peft.get_peft_model(model, config).double()
-    assert torch.equal(parallel(wrapped, ids), want)
-    wrapped(ids, use_cache=False, labels=ids).loss.backward()
-    trained = [p for name, p in wrapped.named_parameters() if p.requires_grad and "ka_output_gate" in name]
-    assert len(trained) == 3
-    assert all(p.grad.abs().sum() > 0 for p in trained)
-
-
 def test_new_output_gates_start_small_and_alike_in_distribution():
     """As the model's own weights do, in a model made as a KA model too."""
     model = make("llama", initializer_range=0.3)
