@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import together
-from test_sequence_parallel import losses, packed
+from test_sequence_parallel import alone, check_alike, packed
 from text_shares import batches
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from ka_attention.hf import KAConfig, attach, attention_modules, sequence_parallel, share
+from ka_attention.hf import KACache, KAConfig, attach, attention_modules, sequence_parallel, share
 
 HYBRID = KAConfig(pattern="3:1", window=4, gate="head", gate_init=0.5, convolution=4)
 
@@ -28,23 +27,16 @@ def make_model(ka=HYBRID):
 
 
 def work(folder):
-    group, size = dist.group.WORLD, dist.get_world_size()
-    for kind in (dict, packed):
-        expected = torch.load(f"{folder}/{kind.__name__}")
-        model = sequence_parallel(make_model(), group)
-        if kind is packed:  # messages are sent again where layers are computed again
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = losses(DistributedDataParallel(model), lambda batch: share(batch, group), size, kind)
-        dist.all_reduce(found)
-        assert (found / size - expected).abs().max() < 1e-10
+    check_alike(make_model, folder, recomputed=[packed])  # messages are sent again
+    group, batch = dist.group.WORLD, next(batches())
+    model = sequence_parallel(make_model(), group)
+    with pytest.raises(RuntimeError, match="use_cache=False"):
+        model(**share(batch, group) | {"past_key_values": KACache(model.config), "use_cache": True})
     model = sequence_parallel(make_model(KAConfig(window=3, convolution=10)), group)
     with pytest.raises(ValueError, match="each rank's share must hold 9 tokens at least, got 8"):
-        model(**share(next(batches()), group))
+        model(**share(batch, group))
 
 
 def test_a_hybrid_with_convolutions_trains_as_in_one_process(tmp_path):
-    for kind in (dict, packed):
-        expected = losses(make_model(), kind=kind)
-        assert (expected[0] - expected[-1]).abs() > 1e-3
-        torch.save(expected, tmp_path / kind.__name__)
+    alone(make_model, tmp_path)
     together(work, 3, tmp_path)

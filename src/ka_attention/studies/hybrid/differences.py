@@ -67,11 +67,16 @@ def best(results: HybridResults, names: Iterable[str]) -> str:
     return min(losses, key=lambda name: (-min(len(losses[name]), ENOUGH), mean(losses[name])))
 
 
+def kind_of(each: HybridArm) -> tuple[str, ...]:
+    """Arms of one kind have the same mixer, convolutions, norms and output gates; "" stands for what is usual."""
+    return each.mixer, each.convolution or "", "normed" if each.normed else "", "" if each.output_gate else "plain"
+
+
 def leading(results: HybridResults, arms: Arms) -> list[str]:
-    """The best arm of each kind: those of one kind have the same mixer, convolutions, norms and output gates."""
-    kinds: dict[tuple[str, str | None, bool, bool], list[str]] = {}
+    """The best arm of each kind."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
     for name, each in arms.items():
-        kinds.setdefault((each.mixer, each.convolution, each.normed, each.output_gate), []).append(name)
+        kinds.setdefault(kind_of(each), []).append(name)
     return [best(results, names) for names in kinds.values()]
 
 

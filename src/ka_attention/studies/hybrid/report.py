@@ -17,6 +17,7 @@ from ka_attention.studies.hybrid.differences import (
     best,
     difference,
     first_arm,
+    kind_of,
     leading,
     paired,
     paired_alike,
@@ -282,8 +283,7 @@ def _gates(results: HybridResults, arms: Arms, labels: Labels) -> Section | None
     figures = []
     for name in (name for name in leading(results, gated) if name in gated):
         each = gated[name]
-        parts = each.convolution, each.normed and "normed", not each.output_gate and "plain"  # what makes a kind
-        suffix = "".join(f"_{part}" for part in parts if part)
+        suffix = "".join(f"_{part}" for part in kind_of(each)[1:] if part)
         caption = f"{labels(each)}: gates after training, all heads and seeds"
         figures.append(Figure(f"hybrid_gates{suffix}", caption, partial(_draw_gates, results.arms[name])))
     return Section("Gates", (), tables, figures, folded)
